@@ -1,0 +1,15 @@
+"""Batch normalization for JAX: pure functions, explicit statistics.
+
+`bnjax` holds the core and needs JAX alone. The layers are in `bnjax.linen` and
+`bnjax.nnx`, which need Flax.
+"""
+
+from bnjax.functional import CHECKPOINT_NAME as CHECKPOINT_NAME
+from bnjax.functional import BatchStats as BatchStats
+from bnjax.functional import Moments as Moments
+from bnjax.functional import batch_norm as batch_norm
+from bnjax.functional import moments as moments
+from bnjax.functional import normalize as normalize
+from bnjax.functional import update_batch_stats as update_batch_stats
+
+__version__ = "0.1.0"

@@ -1,0 +1,218 @@
+"""What a caller may pass, and the messages for what they may not."""
+
+import contextlib
+import difflib
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Axes = int | Sequence[int]
+Activation = str | Callable[[jax.Array], jax.Array]
+
+ACTIVATIONS = (
+    "celu",
+    "elu",
+    "gelu",
+    "hard_sigmoid",
+    "hard_silu",
+    "hard_swish",
+    "hard_tanh",
+    "identity",
+    "leaky_relu",
+    "log_sigmoid",
+    "mish",
+    "relu",
+    "relu6",
+    "selu",
+    "sigmoid",
+    "silu",
+    "soft_sign",
+    "softplus",
+    "sparse_plus",
+    "sparse_sigmoid",
+    "squareplus",
+    "swish",
+    "tanh",
+)
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def as_input(x, name: str = "x") -> jax.Array:
+    """`x` as an array, or an error if its dtype is none batch norm can take."""
+    x = jnp.asarray(x)
+    if x.dtype.name not in _DTYPES:
+        raise TypeError(
+            f"batch_norm: {name} has dtype {x.dtype.name}; expected one of "
+            f"{', '.join(_DTYPES)}. Convert it first, e.g. "
+            f"{name}.astype(jnp.float32)."
+        )
+    return x
+
+
+def as_dtype(dtype, default) -> jnp.dtype:
+    """The output's dtype, or an error if it is not a real floating one."""
+    dtype = jnp.dtype(default if dtype is None else dtype)
+    if dtype.name not in _DTYPES:
+        raise TypeError(
+            f"batch_norm: dtype={dtype.name} was asked for; the output can be one of "
+            f"{', '.join(_DTYPES)}."
+        )
+    return dtype
+
+
+def promoted(*dtypes) -> jnp.dtype:
+    """The dtype that holds all of them, also where promotion is an error for users."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def split_axes(shape: tuple[int, ...], axis: Axes) -> tuple[tuple[int, ...], ...]:
+    """Sorted, non-negative feature axes and reduction axes of an input."""
+    ndim = len(shape)
+    if ndim < 2:
+        raise ValueError(
+            f"batch_norm: x has shape {shape}; expected at least 2 dimensions, a batch "
+            "and features, such as (batch, features) or (batch, height, width, "
+            "channels)."
+        )
+    given = axis if isinstance(axis, Iterable) else (axis,)
+    try:
+        indices = [operator.index(a) for a in given]
+    except TypeError:
+        raise TypeError(
+            f"batch_norm: axis={axis!r}; expected an int or a sequence of ints."
+        ) from None
+    bad = [a for a in indices if not -ndim <= a < ndim]
+    if bad:
+        raise ValueError(
+            f"batch_norm: axis={axis!r} is out of range for x of shape {shape}; "
+            f"expected values from {-ndim} to {ndim - 1}."
+        )
+    features = tuple(sorted(a % ndim for a in indices))
+    if len(set(features)) < len(features) or not features or len(features) == ndim:
+        raise ValueError(
+            f"batch_norm: axis={axis!r} for x of shape {shape}; expected distinct "
+            "feature axes that leave at least one axis to take the statistics over."
+        )
+    reduction = tuple(a for a in range(ndim) if a not in features)
+    if 0 in shape:
+        raise ValueError(
+            f"batch_norm: x of shape {shape} is empty; statistics need at least one "
+            "value per channel. Drop empty batches before the call."
+        )
+    return features, reduction
+
+
+def check_features(
+    value, name: str, features: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    """Refuse a per-channel array whose shape is not that of the feature axes."""
+    if value is not None and jnp.shape(value) != features:
+        raise ValueError(
+            f"batch_norm: {name} has shape {jnp.shape(value)}; expected {features}, "
+            f"the feature axes of x of shape {shape}. Check `axis` and the number of "
+            "features."
+        )
+
+
+def as_mask(mask, shape: tuple[int, ...]) -> jax.Array | None:
+    """The mask as a constant of the input's rank, or an error if it does not fit."""
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != bool and not jnp.issubdtype(mask.dtype, jnp.integer):
+        as_input(mask, "mask")
+    pairs = list(zip(mask.shape, shape, strict=False))
+    if mask.ndim != len(shape) or any(m not in (1, n) for m, n in pairs):
+        like = tuple(n if i == 0 else 1 for i, n in enumerate(shape))
+        raise ValueError(
+            f"batch_norm: mask has shape {mask.shape}; expected the rank of x, each "
+            f"dimension 1 or that of x, whose shape is {shape}. A mask of one entry "
+            f"per example has shape {like}: use mask.reshape({like})."
+        )
+    return jax.lax.stop_gradient(mask)
+
+
+def check_residual(residual, shape: tuple[int, ...]) -> jax.Array | None:
+    """The residual as an array of the input's shape."""
+    if residual is None:
+        return None
+    residual = as_input(residual, "residual")
+    if residual.shape != shape:
+        raise ValueError(
+            f"batch_norm: residual has shape {residual.shape}; expected {shape}, the "
+            "shape of x."
+        )
+    return residual
+
+
+def check_number(
+    value, name: str, accept: Callable[[np.ndarray], np.ndarray], expected: str
+) -> None:
+    """Check a number where its value is known; traced values pass unseen."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if not np.all(accept(np.asarray(value))):
+        raise ValueError(f"batch_norm: {name}={value}; expected {expected}.")
+
+
+def check_momentum(momentum) -> None:
+    """Refuse a momentum outside [0, 1]."""
+    check_number(
+        momentum,
+        "momentum",
+        lambda m: (m >= 0) & (m <= 1),
+        "a number in [0, 1], the weight of the old value (PyTorch's 0.1 is 0.9 here)",
+    )
+
+
+def check_epsilon(epsilon) -> None:
+    """Refuse an epsilon that is not positive and finite."""
+    check_number(
+        epsilon,
+        "epsilon",
+        lambda e: (e > 0) & (e < math.inf),
+        "a positive number, such as 1e-5",
+    )
+
+
+def check_flag(value, name: str) -> None:
+    """Refuse a traced value where Python has to choose a branch."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"batch_norm: {name} is a traced value; expected a Python bool, because "
+            "it chooses which program is compiled. Pass it through static_argnames of "
+            "jax.jit, or bind it with functools.partial."
+        )
+
+
+def as_activation(activation: Activation | None) -> Callable | None:
+    """The elementwise function named or given."""
+    if activation is None or activation == "identity":
+        return None
+    if callable(activation):
+        return activation
+    if activation in ACTIVATIONS:
+        return getattr(jax.nn, activation)
+    near = difflib.get_close_matches(str(activation), ACTIVATIONS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"batch_norm: activation={activation!r} is unknown.{hint} Expected an "
+        f"elementwise function or one of {', '.join(ACTIVATIONS)}."
+    )
+
+
+@contextlib.contextmanager
+def naming(layer: str):
+    """Say which layer an error of the functional core comes from."""
+    try:
+        yield
+    except (TypeError, ValueError, NameError, NotImplementedError) as error:
+        message = str(error)
+        if message.startswith("batch_norm: "):
+            error.args = (message.replace("batch_norm", layer, 1),)
+        raise

@@ -1,0 +1,141 @@
+"""Batch normalization as a layer of flax.linen."""
+
+import jax
+import jax.numpy as jnp
+from flax import errors
+from flax import linen as nn
+from flax.linen import dtypes
+
+from bnjax import _checks, functional
+from bnjax._checks import Activation
+
+
+class ImmutableBatchStatsError(errors.ModifyScopeVariableError):
+    """The running statistics were to change in a call that does not let them."""
+
+    def __init__(self, layer: str):
+        errors.FlaxError.__init__(
+            self,
+            f"{layer}: training updates the collection 'batch_stats', which is not "
+            "mutable in this call. Write\n\n"
+            "    y, updates = model.apply(variables, x, mutable=['batch_stats'])\n"
+            "    batch_stats = updates['batch_stats']\n\n"
+            "and pass the new batch_stats to the next step; or, to evaluate, make "
+            "use_running_average=True.",
+        )
+
+
+class BatchNorm(nn.BatchNorm):
+    """Batch normalization, in place of flax.linen.BatchNorm.
+
+    y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual). Names,
+    shapes and dtypes of the variables, keywords, defaults and dtypes are those of
+    flax.linen.BatchNorm: a checkpoint of one loads into the other.
+
+    The statistics are exact however large the mean is beside the spread, so that
+    `use_fast_variance` changes nothing: True is as stable as False, False as fast as
+    True. With `force_float32_reductions=False` the running statistics have the dtype of
+    the parameters, as in Flax; the sums are taken in float32 all the same.
+
+    Attributes:
+        unbiased: keep the running variance with the m / (m - 1) of the paper and of
+            PyTorch; Flax, and so the default, keeps the biased one.
+        activation: applied in the layer, with a derivative computed again from its
+            input: a name of jax.nn, such as "relu", or an elementwise function.
+
+    The other attributes are those of flax.linen.BatchNorm; `momentum` is the weight of
+    the old statistics (PyTorch's 0.1 is 0.9 here), `mask` may also hold weights that
+    count as repeats.
+
+    Raises:
+        ImmutableBatchStatsError: in training without mutable=["batch_stats"].
+        TypeError, ValueError, NameError, NotImplementedError: as bnjax.batch_norm, with
+            the name of the layer.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnjax.linen import BatchNorm
+        >>> layer = BatchNorm(use_running_average=False, momentum=0.9, unbiased=True)
+        >>> x = jnp.array([[1.0, -4.0], [3.0, 4.0]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        >>> print(updates["batch_stats"]["mean"], updates["batch_stats"]["var"])
+        [0.2 0. ] [1.1 4.1]
+
+    References:
+        Ioffe & Szegedy (2015), Algorithms 1 and 2.
+    """
+
+    unbiased: bool = False
+    activation: Activation | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalize `x` and, in training, move the running statistics.
+
+        Args:
+            x: input, of any shape of rank 2 or more.
+            use_running_average: normalize by the running statistics; may be given here
+                or to the constructor.
+            mask: which values count: booleans or weights, of the rank of `x`.
+            residual: added before the activation; shape of `x`.
+
+        Returns:
+            The output, of the shape of `x`.
+        """
+        layer = f"BatchNorm layer {'/'.join(self.path) or '(top level)'}"
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        with _checks.naming(layer):
+            x = _checks.as_input(x)
+            features, _ = _checks.split_axes(x.shape, self.axis)
+        shape = tuple(x.shape[axis] for axis in features)
+        single = x.size == jnp.zeros(shape).size
+        stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+
+        initializing = self.is_initializing()
+        updating = not (use_running_average or initializing)
+        if updating and not self.is_mutable_collection("batch_stats"):
+            raise ImmutableBatchStatsError(layer)
+        with _checks.naming(layer):
+            y, batch_stats = functional.batch_norm(
+                x,
+                scale,
+                bias,
+                functional.BatchStats(mean.value, var.value),
+                use_running_average=use_running_average or (initializing and single),
+                axis=self.axis,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                unbiased=self.unbiased,
+                update_stats=updating,
+                mask=mask,
+                axis_name=None if initializing else self.axis_name,
+                axis_index_groups=None if initializing else self.axis_index_groups,
+                activation=self.activation,
+                residual=residual,
+                dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+            )
+        if updating:
+            batch_dtype = self.dtype or x.dtype
+            if self.force_float32_reductions:
+                batch_dtype = _checks.promoted(batch_dtype, jnp.float32)
+            for variable, new in ((mean, batch_stats.mean), (var, batch_stats.var)):
+                kept = _checks.promoted(variable.value.dtype, batch_dtype)
+                variable.value = new.astype(kept)
+        return y

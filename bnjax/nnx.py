@@ -1,0 +1,117 @@
+"""Batch normalization as a layer of flax.nnx."""
+
+import jax
+from flax import nnx
+from jax import lax
+
+from bnjax import _checks, functional
+from bnjax._checks import Activation
+
+
+class BatchNorm(nnx.BatchNorm):
+    """Batch normalization, in place of flax.nnx.BatchNorm.
+
+    y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual). Names,
+    shapes and dtypes of the variables, keywords, defaults and dtypes are those of
+    flax.nnx.BatchNorm: a checkpoint of one loads into the other.
+
+    The statistics are exact however large the mean is beside the spread, so that
+    `use_fast_variance` changes nothing: True is as stable as False, False as fast as
+    True.
+
+    Args:
+        num_features: number of channels.
+        unbiased: keep the running variance with the m / (m - 1) of the paper and of
+            PyTorch; Flax, and so the default, keeps the biased one.
+        activation: applied in the layer, with a derivative computed again from its
+            input: a name of jax.nn, such as "relu", or an elementwise function.
+        **kwargs: those of flax.nnx.BatchNorm, `rngs` among them; `momentum` is the
+            weight of the old statistics (PyTorch's 0.1 is 0.9 here).
+
+    Raises:
+        TypeError, ValueError, NameError, NotImplementedError: as bnjax.batch_norm, with
+            the number of features of the layer.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from bnjax.nnx import BatchNorm
+        >>> layer = BatchNorm(2, momentum=0.9, unbiased=True, rngs=nnx.Rngs(0))
+        >>> y = layer(jnp.array([[1.0, -4.0], [3.0, 4.0]]))
+        >>> print(layer.mean[...], layer.var[...])
+        [0.2 0. ] [1.1 4.1]
+
+    References:
+        Ioffe & Szegedy (2015), Algorithms 1 and 2.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        unbiased: bool = False,
+        activation: Activation | None = None,
+        **kwargs,
+    ):
+        super().__init__(num_features, **kwargs)
+        self.unbiased = unbiased
+        self.activation = activation
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalize `x` and, in training, move the running statistics.
+
+        Args:
+            x: input, of any shape of rank 2 or more.
+            use_running_average: normalize by the running statistics; wins over the
+                attribute that the constructor, `train()` and `eval()` set.
+            mask: which values count: booleans or weights, of the rank of `x`.
+            residual: added before the activation; shape of `x`.
+
+        Returns:
+            The output, of the shape of `x`.
+        """
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        layer = f"BatchNorm layer of {self.num_features} features"
+        if use_running_average is None:
+            raise ValueError(
+                f"{layer}: use_running_average is None; expected True or False, from "
+                "the constructor, from the call, or from model.train() / model.eval()."
+            )
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        with _checks.naming(layer):
+            x = _checks.as_input(x)
+            x, mean, var, scale, bias = self.promote_dtype(
+                (x, self.mean[...], self.var[...], scale, bias), dtype=self.dtype
+            )
+            if not use_running_average:
+                mean, var = self.mean[...], self.var[...]
+            y, batch_stats = functional.batch_norm(
+                x,
+                scale,
+                bias,
+                functional.BatchStats(mean, var),
+                use_running_average=use_running_average,
+                axis=self.axis,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                unbiased=self.unbiased,
+                mask=mask,
+                axis_name=self.axis_name,
+                axis_index_groups=self.axis_index_groups,
+                activation=self.activation,
+                residual=residual,
+                dtype=self.dtype,
+            )
+        if not use_running_average:
+            for kept, new in ((self.mean, batch_stats.mean), (self.var, batch_stats.var)):
+                kept[...] = lax.stop_gradient(new).astype(kept.dtype)
+        return y

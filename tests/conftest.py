@@ -1,0 +1,44 @@
+"""Eight CPU devices, and what the tests share."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+# JAX reads both when it is imported. Those already set win: `JAX_PLATFORMS=cuda
+# pytest` runs the tests on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+DEVICE_COUNT = "--xla_force_host_platform_device_count"
+if DEVICE_COUNT not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT}=8"
+
+import hypothesis
+import jax
+import pytest
+
+# grain's worker processes read absl's flags, which pytest never parses.
+with contextlib.suppress(ImportError):
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()
+
+# A program to run by hand: it needs PyTorch.
+collect_ignore = ["golden/make_torch_golden.py"]
+
+hypothesis.settings.register_profile(
+    "bnjax", derandomize=True, deadline=None, database=None, print_blob=True
+)
+hypothesis.settings.load_profile("bnjax")
+
+
+@pytest.fixture
+def strict() -> Iterator[None]:
+    """Neither dtypes nor ranks are promoted in silence."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit types are on."""
+    with jax.enable_x64(True):
+        yield

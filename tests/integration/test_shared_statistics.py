@@ -1,0 +1,353 @@
+"""Statistics shared between devices: values, types, and what they cost."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import bnjax
+
+DEVICES = 8
+COLLECTIVE = re.compile(
+    r"= (.*?) (?:all-reduce|all-gather|all-to-all|reduce-scatter|"
+    r"collective-permute|collective-broadcast)(?:-start)?\("
+)
+
+
+def collectives(compiled):
+    """Element counts of the arrays that each collective moves."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        if match := COLLECTIVE.search(line):
+            shapes = re.findall(r"\[([\d,]*)\]", match[1])
+            found.append(sum(int(np.prod([*map(int, s.split(","))])) for s in shapes))
+    return found
+
+
+def data(masked, features=4, mean=0.0):
+    """Shards of different means, with different numbers of live examples."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(16, 3, 3, features)) * 2 + mean
+    x += np.repeat(np.arange(DEVICES), 2)[:, None, None, None]
+    scale, bias, dy = (
+        rng.normal(size=shape) for shape in ((features,), (features,), x.shape)
+    )
+    mask = None
+    if masked:
+        mask = rng.random((16, 1, 1, 1)) < 0.7
+        mask[:5] = [[[[False]]], [[[True]]], [[[False]]], [[[False]]], [[[True]]]]
+        x[0] = np.nan
+        dy[0] = 0
+    x, scale, bias, dy = (np.float32(a) for a in (x, scale, bias, dy))
+    return x, scale, bias, dy, mask
+
+
+def step(x, scale, bias, dy, mask, axis_name=None, groups=None):
+    """Output, running statistics and gradients of a layer with an activation."""
+    stats = bnjax.BatchStats.init(scale.shape)
+
+    def loss(x, scale, bias):
+        y, new = bnjax.batch_norm(
+            x,
+            scale,
+            bias,
+            stats,
+            mask=mask,
+            axis_name=axis_name,
+            axis_index_groups=groups,
+            activation="sigmoid",
+        )
+        return jnp.sum(y * dy), (y, new)
+
+    (_, (y, new)), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
+        x, scale, bias
+    )
+    return y, new, gradients
+
+
+def forward(x, scale, bias, mask):
+    stats = bnjax.BatchStats.init(scale.shape)
+    return bnjax.batch_norm(x, scale, bias, stats, mask=mask)
+
+
+def shards(array):
+    return None if array is None else array.reshape(DEVICES, -1, *array.shape[1:])
+
+
+def assert_same(got, want, atol=2e-5):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
+
+
+def joined(y, stats, gradients):
+    """What eight replicas give, as one device would give it."""
+    dx, dscale, dbias = gradients
+    for leaf in jax.tree.leaves(stats):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+    first = jax.tree.map(lambda a: a[0], stats)
+    flat = [np.asarray(a).reshape(16, 3, 3, -1) for a in (y, dx)]
+    return flat[0], first, (flat[1], dscale.sum(0), dbias.sum(0))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mapping", ["pmap", "vmap"])
+def test_replicas(mapping, masked):
+    x, scale, bias, dy, mask = data(masked)
+    want = jax.jit(step)(x, scale, bias, dy, mask)
+    over = (0, None, None, 0, 0 if masked else None)
+    mapper = {"pmap": jax.pmap, "vmap": jax.vmap}[mapping]
+    replicas = mapper(
+        lambda *args: step(*args, axis_name="data"), axis_name="data", in_axes=over
+    )
+    args = shards(x), scale, bias, shards(dy), shards(mask)
+    assert_same(joined(*replicas(*args)), want)
+    if mapping == "pmap":
+        moved = collectives(replicas.lower(*args).compile())
+        assert len(moved) <= 3
+        assert max(moved) <= 3 * scale.size
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("checked", [False, True])
+def test_shard_map(checked, masked):
+    x, scale, bias, dy, mask = data(masked)
+    want = jax.jit(step)(x, scale, bias, dy, mask)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    rows = P("data")
+    # With the checks on, gradients of replicated parameters arrive summed.
+    params = P() if checked else rows
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda *args: step(*args, axis_name="data"),
+            mesh=mesh,
+            in_specs=(rows, P(), P(), rows, rows if masked else P()),
+            out_specs=(rows, P(), (rows, params, params)),
+            check_vma=checked,
+        )
+    )
+    args = x, scale, bias, dy, mask
+    y, stats, (dx, dscale, dbias) = sharded(*args)
+    if not checked:
+        dscale, dbias = (a.reshape(DEVICES, -1).sum(0) for a in (dscale, dbias))
+    assert_same((y, stats, (dx, dscale, dbias)), want)
+    moved = collectives(sharded.lower(*args).compile())
+    assert len(moved) <= 3
+    assert max(moved) <= 3 * scale.size
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_bytes_do_not_grow_with_devices(devices):
+    x, scale, bias, dy, mask = data(masked=True)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    rows = P("data")
+    sharded = jax.shard_map(
+        lambda *args: step(*args, axis_name="data"),
+        mesh=mesh,
+        in_specs=(rows, P(), P(), rows, rows),
+        out_specs=(rows, P(), (rows, P(), P())),
+    )
+    compiled = jax.jit(sharded).lower(x, scale, bias, dy, mask).compile()
+    assert collectives(compiled) == [2 * 4, 3 * 4, 2 * 4]
+
+
+SPECS = {
+    "rows": P("data"),
+    "rows over both axes": P(("data", "model")),
+    "rows and channels": P("data", None, None, "model"),
+    "channels": P(None, None, None, "model"),
+    "rows and height": P("data", "model"),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", SPECS)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_jit_with_sharded_arrays(axis_type, layout, masked):
+    x, scale, bias, dy, mask = data(masked)
+    x, dy = (np.repeat(a, 2, axis=1)[:, :4] for a in (x, dy))
+    want = jax.jit(step)(x, scale, bias, dy, mask)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
+    spec = SPECS[layout]
+    channels = P(spec[3]) if len(spec) > 3 else P()
+
+    def put(array, spec):
+        return None if array is None else jax.device_put(array, NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        args = (
+            put(x, spec),
+            put(scale, channels),
+            put(bias, channels),
+            put(dy, spec),
+            put(mask, P(spec[0])),
+        )
+        assert_same(jax.jit(step)(*args), want)
+        both = collectives(jax.jit(step).lower(*args).compile())
+        x, scale, bias, _, mask = args
+        ahead = collectives(jax.jit(forward).lower(x, scale, bias, mask).compile())
+    if layout != "rows and height":
+        # XLA joins sums over differently sharded dimensions one mesh axis at a time.
+        assert len(ahead) <= 2
+        assert len(both) <= 3
+    assert sum(both) <= 16 * scale.size
+
+
+def test_replicated_parameters_with_sharded_channels():
+    x, scale, bias, dy, mask = data(masked=True)
+    want = jax.jit(step)(x, scale, bias, dy, mask)
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    with jax.set_mesh(mesh):
+        spec = P("data", None, None, "model")
+        x, dy = (jax.device_put(a, NamedSharding(mesh, spec)) for a in (x, dy))
+        mask = jax.device_put(mask, NamedSharding(mesh, P("data")))
+        assert_same(jax.jit(step)(x, scale, bias, dy, mask), want)
+
+
+@pytest.mark.parametrize("hidden", [None, "one shard", "first of each", "all"])
+def test_large_means_and_hidden_shards(hidden):
+    rng = np.random.default_rng(4)
+    x = np.float32(rng.normal(size=(32, 5, 5, 3)) + 1e6)
+    x[8:12] += 3
+    mask = np.ones((32, 1, 1, 1), bool)
+    if hidden == "one shard":
+        mask[4:8] = False
+    elif hidden == "first of each":
+        mask[::4] = False
+    elif hidden == "all":
+        mask[:] = False
+    x[~mask[:, 0, 0, 0]] = np.nan
+    replicas = jax.pmap(
+        lambda x, mask: bnjax.batch_norm(
+            x,
+            jnp.ones(3),
+            jnp.zeros(3),
+            bnjax.BatchStats.init(3),
+            mask=mask,
+            axis_name="data",
+            momentum=0.0,
+            unbiased=False,
+        ),
+        axis_name="data",
+    )
+    y, stats = replicas(shards(x), shards(mask))
+    assert np.isfinite(np.asarray(y)).all()
+    if hidden == "all":
+        np.testing.assert_array_equal(stats.mean, np.zeros((8, 3)))
+        np.testing.assert_array_equal(stats.var, np.ones((8, 3)))
+        return
+    live = x[mask[:, 0, 0, 0]].astype(np.float64)
+    mean, var = live.mean((0, 1, 2)), live.var((0, 1, 2))
+    for device in range(DEVICES):
+        np.testing.assert_allclose(stats.var[device], var, rtol=1e-5)
+        np.testing.assert_allclose(stats.mean[device], mean, rtol=1e-7)
+    wanted = (live - mean) / np.sqrt(var + 1e-5)
+    got = np.asarray(y).reshape(x.shape)[mask[:, 0, 0, 0]]
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_an_outlier_on_one_device():
+    rng = np.random.default_rng(5)
+    x = np.float32(rng.normal(size=(256, 3)) + 1e3)
+    x[32] += 1e4
+    found = jax.pmap(
+        lambda x: bnjax.moments(x, axis_name="data"), axis_name="data"
+    )(shards(x))
+    np.testing.assert_allclose(found.var[0], x.astype(np.float64).var(0), rtol=1e-2)
+
+
+def test_unbiased_counts_the_values_of_all_devices():
+    x, scale, bias, _, _ = data(masked=False)
+    stats = jax.pmap(
+        lambda x: bnjax.batch_norm(
+            x,
+            scale,
+            bias,
+            bnjax.BatchStats.init(4),
+            axis_name="data",
+            momentum=0.0,
+            unbiased=True,
+        )[1],
+        axis_name="data",
+    )(shards(x))
+    wanted = x.astype(np.float64).var((0, 1, 2), ddof=1)
+    np.testing.assert_allclose(stats.var[0], wanted, rtol=1e-5)
+
+
+def test_groups_of_devices():
+    x, scale, bias, dy, _ = data(masked=False)
+    groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    replicas = jax.pmap(
+        lambda x, dy: step(x, scale, bias, dy, None, "data", groups), axis_name="data"
+    )
+    y, stats, (dx, dscale, dbias) = replicas(shards(x), shards(dy))
+    for half in (slice(0, 4), slice(4, 8)):
+        rows = slice(half.start * 2, half.stop * 2)
+        want = jax.jit(step)(x[rows], scale, bias, dy[rows], None)
+        got = (
+            np.asarray(y)[half].reshape(8, 3, 3, 4),
+            jax.tree.map(lambda a, first=half.start: a[first], stats),
+            (
+                np.asarray(dx)[half].reshape(8, 3, 3, 4),
+                dscale[half].sum(0),
+                dbias[half].sum(0),
+            ),
+        )
+        assert_same(got, want)
+
+
+def test_several_axis_names():
+    x, scale, bias, dy, _ = data(masked=False)
+    want = jax.jit(step)(x, scale, bias, dy, None)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    rows = P(("a", "b"))
+    sharded = jax.shard_map(
+        lambda x, dy: step(x, scale, bias, dy, None, ("a", "b")),
+        mesh=mesh,
+        in_specs=(rows, rows),
+        out_specs=(rows, P(), (rows, P(), P())),
+    )
+    assert_same(jax.jit(sharded)(x, dy), want)
+
+
+def test_shared_statistics_are_a_scan_carry_and_leave_replicated():
+    x, scale, bias, _, _ = data(masked=False)
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+
+    def run(x, stats):
+        def body(stats, _):
+            y, stats = bnjax.batch_norm(x, scale, bias, stats, axis_name="data")
+            return stats, jnp.sum(y)
+
+        return jax.lax.scan(body, stats, length=3)[0]
+
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    got = jax.jit(sharded)(x, bnjax.BatchStats.init(4))
+    stats = bnjax.BatchStats.init(4)
+    for _ in range(3):
+        _, stats = bnjax.batch_norm(x, scale, bias, stats)
+    assert_same(got, stats)
+
+
+def test_per_device_statistics_without_an_axis_name():
+    x, scale, bias, dy, _ = data(masked=False)
+    y, _, _ = jax.pmap(lambda x, dy: step(x, scale, bias, dy, None))(
+        shards(x), shards(dy)
+    )
+    want, _, _ = jax.jit(step)(x[:2], scale, bias, dy[:2], None)
+    np.testing.assert_allclose(y[0], want, atol=1e-6)
+
+
+def test_one_example_on_each_device():
+    x = np.float32(np.random.default_rng(6).normal(size=(8, 3)))
+    y, _ = jax.pmap(
+        lambda x: bnjax.batch_norm(
+            x, None, None, bnjax.BatchStats.init(3), axis_name="data"
+        ),
+        axis_name="data",
+    )(shards(x))
+    want = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+    np.testing.assert_allclose(np.asarray(y)[:, 0], want, atol=1e-5)

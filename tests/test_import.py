@@ -1,0 +1,45 @@
+"""What `import bnjax` costs and what it brings along."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("flax", "optax", "orbax", "grain", "tensorflow", "tensorflow_datasets", "tyro")
+
+
+def modules_after(statement):
+    code = f"import sys; {statement}; print(' '.join(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    return {name.partition(".")[0] for name in done.stdout.split()}
+
+
+def test_the_core_needs_jax_alone():
+    assert modules_after("import bnjax").isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("adapter", ["linen", "nnx"])
+def test_the_layers_need_no_training_libraries(adapter):
+    # Flax itself imports optax, orbax and their like.
+    flax = modules_after(f"import jax, flax.{adapter}")
+    assert modules_after(f"import bnjax.{adapter}") - flax == {"bnjax"}
+
+
+def test_import_time_beyond_jax():
+    code = (
+        "import time, jax\n"
+        "start = time.perf_counter()\n"
+        "import bnjax\n"
+        "print(time.perf_counter() - start)"
+    )
+    times = [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for _ in range(3)
+    ]
+    assert min(times) < 0.05

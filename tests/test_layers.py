@@ -1,0 +1,287 @@
+"""What the linen and nnx layers have in common: they are Flax's, and each other's."""
+
+import inspect
+import pickle
+
+import flax.linen
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import serialization
+
+import bnjax
+import bnjax.linen
+import bnjax.nnx
+from tests import cases, oracle
+
+DTYPES = [jnp.float16, jnp.bfloat16, jnp.float32]
+NAMES = ["float16", "bfloat16", "float32"]
+
+
+def data(case, dtype=jnp.float32):
+    x, scale, bias, dy, mask = case.arrays()
+    return jnp.asarray(x, dtype), {"scale": scale, "bias": bias}, dy, mask
+
+
+def run_linen(kind, x, params, dy, mask=None, training=True, **options):
+    """Output, statistics and gradients of a linen layer, jitted."""
+    layer = kind(use_running_average=not training, **options)
+    stats = jax.tree.map(jnp.asarray, layer.init(jax.random.key(0), x)["batch_stats"])
+
+    @jax.jit
+    def run(x, params):
+        def output(x, params):
+            variables = {"params": params, "batch_stats": stats}
+            mutable = ["batch_stats"] if training else []
+            y, new = layer.apply(variables, x, mask=mask, mutable=mutable)
+            return y, new.get("batch_stats", stats)
+
+        y, vjp, new = jax.vjp(output, x, params, has_aux=True)
+        return y, new, vjp(dy.astype(y.dtype))
+
+    return run(x, params)
+
+
+def run_nnx(kind, x, params, dy, mask=None, training=True, **options):
+    """Output, statistics and gradients of an nnx layer, jitted."""
+    axis = options.get("axis", -1)
+    layer = kind(
+        x.shape[axis], use_running_average=not training, rngs=flax.nnx.Rngs(0), **options
+    )
+    graph, _, stats = flax.nnx.split(layer, flax.nnx.Param, flax.nnx.BatchStat)
+    param = flax.nnx.state(layer, flax.nnx.Param)
+    flax.nnx.replace_by_pure_dict(param, params)
+
+    @jax.jit
+    def run(x, param):
+        def output(x, param):
+            model = flax.nnx.merge(graph, param, stats, copy=True)
+            y = model(x, mask=mask)
+            new = flax.nnx.state(model, flax.nnx.BatchStat)
+            return y, flax.nnx.to_pure_dict(new)
+
+        y, vjp, new = jax.vjp(output, x, param, has_aux=True)
+        dx, dparam = vjp(dy.astype(y.dtype))
+        return y, new, (dx, flax.nnx.to_pure_dict(dparam))
+
+    return run(x, param)
+
+
+def run_functional(x, params, dy, mask=None, training=True, **options):
+    @jax.jit
+    def run(x, params):
+        def output(x, params):
+            y, new = bnjax.batch_norm(
+                x,
+                params["scale"],
+                params["bias"],
+                bnjax.BatchStats.init(params["scale"].shape),
+                mask=mask,
+                unbiased=False,
+                use_running_average=not training,
+                **options,
+            )
+            return y, {"mean": new.mean, "var": new.var}
+
+        y, vjp, new = jax.vjp(output, x, params, has_aux=True)
+        return y, new, vjp(dy.astype(y.dtype))
+
+    return run(x, params)
+
+
+RUNNERS = {
+    "linen": (run_linen, bnjax.linen.BatchNorm, flax.linen.BatchNorm),
+    "nnx": (run_nnx, bnjax.nnx.BatchNorm, flax.nnx.BatchNorm),
+}
+COMMON = [
+    cases.Case("rows", (16, 5)),
+    cases.Case("images", (8, 6, 6, 4)),
+    cases.Case("channels first", (4, 6, 3), axis=1),
+    cases.Case("masked", (8, 5, 4), mask="examples"),
+]
+
+
+def assert_close(got, want, **tolerance):
+    got, want = jax.tree.leaves_with_path(got), jax.tree.leaves_with_path(want)
+    assert [path for path, _ in got] == [path for path, _ in want]
+    for (path, a), (_, b) in zip(got, want, strict=True):
+        name = jax.tree_util.keystr(path)
+        assert a.dtype == b.dtype, name
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        np.testing.assert_allclose(a, b, err_msg=name, **tolerance)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@cases.parametrize(COMMON)
+def test_equal_one_another_exactly(case, dtype, training):
+    x, params, dy, mask = data(case, dtype)
+    options = {"axis": case.axis, "mask": mask, "training": training}
+    linen = run_linen(bnjax.linen.BatchNorm, x, params, dy, **options)
+    nnx = run_nnx(bnjax.nnx.BatchNorm, x, params, dy, **options)
+    # The dtype that Flax's promotion gives for float32 parameters.
+    functional = run_functional(x, params, dy, **options, dtype=jnp.float32)
+    assert_close(linen, functional, rtol=0, atol=0)
+    assert_close(nnx, functional, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("api", RUNNERS)
+@pytest.mark.parametrize("param_dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@cases.parametrize(COMMON)
+def test_equal_flax(case, dtype, param_dtype, api, training):
+    x, params, dy, mask = data(case, dtype)
+    params = jax.tree.map(lambda p: jnp.asarray(p, param_dtype), params)
+    options = {"axis": case.axis, "mask": mask, "training": training}
+    run, ours, theirs = RUNNERS[api]
+    got = run(ours, x, params, dy, **options, param_dtype=param_dtype)
+    want = run(theirs, x, params, dy, **options, param_dtype=param_dtype)
+    # What leaves in half precision may round to the other neighbour.
+    rounding = float(jnp.finfo(got[0].dtype).eps) if got[0].dtype.itemsize == 2 else 0
+    assert_close(got[0], want[0], rtol=1e-5 + rounding, atol=1e-5)
+    assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
+    ulp = float(max(jnp.finfo(d).eps for d in (dtype, param_dtype)))
+    assert_close(got[2], want[2], rtol=max(ulp, 1e-4), atol=1e-4 + ulp)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("api", RUNNERS)
+@pytest.mark.parametrize("asked", DTYPES, ids=NAMES)
+def test_dtype_asked_for(asked, api, training):
+    """As near to the exact result as Flax's layer, or nearer."""
+    case = COMMON[1]
+    x, params, dy, _ = data(case)
+    run, ours, theirs = RUNNERS[api]
+    options = {"training": training, "dtype": asked}
+    got = run(ours, x, params, dy, **options)
+    want = run(theirs, x, params, dy, **options)
+    seen, scale, bias = x, params["scale"], params["bias"]
+    if api == "nnx":
+        # There the inputs themselves are cast to `dtype` first.
+        seen, scale, bias = (jnp.asarray(a, asked) for a in (x, scale, bias))
+        seen, scale, bias = (np.asarray(a, np.float64) for a in (seen, scale, bias))
+    if training:
+        exact = oracle.forward(seen, scale, bias)
+    else:
+        exact = np.asarray(seen, np.float64) / np.sqrt(1 + 1e-5) * scale + bias
+    assert got[0].dtype == want[0].dtype
+    errors = [np.abs(np.asarray(y, np.float64) - exact).max() for y in (got[0], want[0])]
+    assert errors[0] <= errors[1] * 1.01 + 1e-5
+    assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("api", RUNNERS)
+def test_float64(api):
+    case = COMMON[1]
+    x, params, dy, _ = data(case, jnp.float64)
+    run, ours, theirs = RUNNERS[api]
+    options = {"param_dtype": jnp.float64}
+    got = run(ours, x, params, dy, **options)
+    exact = oracle.forward(x, params["scale"], params["bias"])
+    np.testing.assert_allclose(got[0], exact, atol=1e-12)
+    if api == "linen":
+        assert_close(got, run(theirs, x, params, dy, **options), rtol=1e-5, atol=1e-5)
+    assert got[1]["mean"].dtype == {"linen": jnp.float64, "nnx": jnp.float32}[api]
+
+
+@pytest.mark.parametrize("api", RUNNERS)
+def test_constructors_accept_every_keyword_of_flax(api):
+    _, ours, theirs = RUNNERS[api]
+    known = inspect.signature(theirs.__init__).parameters
+    known = {name: known[name] for name in known if name not in ("self", "parent", "name")}
+    added = {"unbiased", "activation"}
+    if api == "linen":
+        mine = inspect.signature(ours.__init__).parameters
+        assert list(mine)[1 : len(known) + 1] == list(known)
+        assert set(mine) == set(known) | added | {"self", "parent", "name"}
+        assert all(mine[name].default == known[name].default for name in known)
+    layers = [
+        kind(**({"num_features": 3, "rngs": flax.nnx.Rngs(0)} if api == "nnx" else {}))
+        for kind in (ours, theirs)
+    ]
+    skipped = {"rngs", "bias_init", "scale_init", "bias_metadata", "scale_metadata"}
+    for name in set(known) - skipped:
+        assert getattr(layers[0], name) == getattr(layers[1], name), name
+    # A keyword that Flax adds one day must be thought about here, not ignored.
+    assert set(known) - {"num_features", "rngs"} == {
+        "use_running_average",
+        "axis",
+        "momentum",
+        "epsilon",
+        "dtype",
+        "param_dtype",
+        "use_bias",
+        "use_scale",
+        "bias_init",
+        "scale_init",
+        "axis_name",
+        "axis_index_groups",
+        "use_fast_variance",
+        *(
+            {"force_float32_reductions"}
+            if api == "linen"
+            else {"promote_dtype", "bias_metadata", "scale_metadata"}
+        ),
+    }
+
+
+def test_checkpoints_load_into_each_other():
+    x = jnp.ones((4, 3))
+    ours, theirs = (
+        kind(use_running_average=False).init(jax.random.key(0), x)
+        for kind in (bnjax.linen.BatchNorm, flax.linen.BatchNorm)
+    )
+    for source, target in ((ours, theirs), (theirs, ours)):
+        blob = serialization.to_bytes(jax.tree.map(lambda leaf: leaf + 0.5, source))
+        restored = serialization.from_bytes(target, blob)
+        assert_close(restored, jax.tree.map(lambda leaf: leaf + 0.5, target), atol=0)
+    mine, other = (
+        flax.nnx.state(kind(3, rngs=flax.nnx.Rngs(0)))
+        for kind in (bnjax.nnx.BatchNorm, flax.nnx.BatchNorm)
+    )
+    mine, other = (flax.nnx.to_pure_dict(state) for state in (mine, other))
+    assert_close(mine, other, atol=0)
+    assert pickle.loads(pickle.dumps(jax.tree.map(np.asarray, mine))).keys() == set(
+        other
+    )
+
+
+@pytest.mark.parametrize("api", RUNNERS)
+@pytest.mark.parametrize("activation", ["relu", jnp.tanh])
+def test_fused_activation_and_residual(api, activation):
+    case = COMMON[1]
+    x, params, dy, _ = data(case)
+    _, ours, _ = RUNNERS[api]
+    if api == "linen":
+        layer = ours(use_running_average=False, activation=activation)
+        variables = layer.init(jax.random.key(0), x)
+        variables = {**variables, "params": params}
+        y, _ = layer.apply(variables, x, residual=dy, mutable=["batch_stats"])
+    else:
+        layer = ours(4, activation=activation, rngs=flax.nnx.Rngs(0))
+        layer.scale[...], layer.bias[...] = params["scale"], params["bias"]
+        y = layer(x, residual=dy)
+    z = oracle.forward(x, params["scale"], params["bias"]) + dy
+    want = np.maximum(z, 0) if activation == "relu" else np.tanh(z)
+    np.testing.assert_allclose(y, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("api", RUNNERS)
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_unbiased(api, unbiased):
+    case = cases.Case("few", (4, 3))
+    x, params, dy, _ = data(case)
+    run, ours, _ = RUNNERS[api]
+    _, stats, _ = run(ours, x, params, dy, unbiased=unbiased, momentum=0.5)
+    _, var = oracle.running(bnjax.BatchStats.init(3), x, -1, 0.5, unbiased)
+    np.testing.assert_allclose(stats["var"], var, rtol=1e-5)
+
+
+def test_mutation_of_the_input_dtype_is_refused():
+    layer = bnjax.linen.BatchNorm(use_running_average=False)
+    with pytest.raises(TypeError, match=r"BatchNorm layer \(top level\): x has dtype"):
+        layer.init(jax.random.key(0), jnp.ones((4, 3), jnp.int32))

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 

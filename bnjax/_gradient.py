@@ -20,7 +20,7 @@ are kept, and they are `x` itself and per-channel vectors.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Transform:
     dtype: jnp.dtype
     compute_dtype: jnp.dtype
 
-    def cast(self, value):
+    def cast(self, value: Any) -> Any:
         """`value` in the dtype of the computation; None stays None."""
         return None if value is None else value.astype(self.compute_dtype)
 
@@ -151,7 +151,7 @@ def _tangents(transform, operands, origin, moments, doperands):
     return dz.astype(transform.dtype), dmean, dvar
 
 
-def _distance(transform, operands, *centres):
+def _distance(transform, operands, *centres) -> tuple[jax.Array, Any]:
     """`x` less the centres, 0 where a mask hides what is not finite, and where it does.
 
     Each centre is subtracted by itself: their sum would round where the mean is large.

@@ -253,4 +253,5 @@ def _first(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         return cut(x)
     # An explicitly sharded dimension refuses to be cut to a length of one.
     kept = [None if axis in axes else name for axis, name in enumerate(spec)]
-    return auto_axes(cut, out_sharding=PartitionSpec(*kept))(x)
+    cut_anywhere: Callable = auto_axes(cut, out_sharding=PartitionSpec(*kept))
+    return cut_anywhere(x)

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from bnjax import _checks
+from bnjax._arguments import check_count, prepare
 from bnjax._checks import Activation, Axes
-from bnjax._gradient import Operands, Transform, normalize_by, normalize_by_batch
+from bnjax._gradient import normalize_by, normalize_by_batch
 from bnjax._statistics import (
     CHECKPOINT_NAME,
     AxisName,
     BatchStats,
     Moments,
-    Reduction,
     moments_about_origin,
     named,
 )
@@ -79,9 +79,9 @@ def batch_norm(
             share statistics. Not for jit with sharded arrays, where the statistics are
             those of the global batch without it.
         axis_index_groups: groups of indices of that axis that share statistics.
-        activation: a name of jax.nn, such as "relu", or an elementwise function, applied
-            in float32 (float64 for float64 input); its derivative is computed again
-            from `x`.
+        activation: a name of jax.nn, such as "relu", or an elementwise function. It is
+            applied in float32 (float64 for float64 input), and its derivative computed
+            again from `x`.
         residual: added before the activation; shape of `x`.
         dtype: of the output; that of `x` if None. Sums are float32 or float64 always.
 
@@ -136,7 +136,7 @@ def batch_norm(
             dtype=dtype,
         )
         return y, batch_stats
-    transform, operands = _prepare(
+    transform, operands = prepare(
         x,
         scale,
         bias,
@@ -151,7 +151,7 @@ def batch_norm(
         residual=residual,
         dtype=dtype,
     )
-    _check_count(operands.x, transform.reduction)
+    check_count(operands.x, transform.reduction)
     y, origin, centred = normalize_by_batch(transform, operands)
     if not update_stats:
         return y, batch_stats
@@ -197,7 +197,7 @@ def moments(
     References:
         Ioffe & Szegedy (2015), Algorithm 1; Chan, Golub & LeVeque (1983).
     """
-    transform, operands = _prepare(
+    transform, operands = prepare(
         x,
         axis=axis,
         mask=mask,
@@ -260,7 +260,7 @@ def normalize(
     References:
         Ioffe & Szegedy (2015), Algorithm 2, line 11.
     """
-    transform, operands = _prepare(
+    transform, operands = prepare(
         x,
         scale,
         bias,
@@ -304,7 +304,9 @@ def update_batch_stats(
     Examples:
         >>> import jax.numpy as jnp, bnjax
         >>> batch = bnjax.moments(jnp.array([[1.0], [3.0]]))
-        >>> new = bnjax.update_batch_stats(bnjax.BatchStats.init(1), batch, momentum=0.5)
+        >>> new = bnjax.update_batch_stats(
+        ...     bnjax.BatchStats.init(1), batch, momentum=0.5
+        ... )
         >>> print(new.mean, new.var)
         [1.] [1.5]
 
@@ -332,61 +334,3 @@ def update_batch_stats(
         return keep * old.astype(dtype) + take * new
 
     return BatchStats(moved(batch_stats.mean, batch.mean), moved(batch_stats.var, var))
-
-
-def _prepare(
-    x,
-    scale=None,
-    bias=None,
-    mean=None,
-    var=None,
-    *,
-    axis,
-    epsilon=1e-5,
-    mask=None,
-    axis_name=None,
-    axis_index_groups=None,
-    activation=None,
-    residual=None,
-    dtype=None,
-) -> tuple[Transform, Operands]:
-    """Check every argument and sort them into static ones and arrays."""
-    x = _checks.as_input(x)
-    dtype = _checks.as_dtype(dtype, x.dtype)
-    features, reduction_axes = _checks.split_axes(x.shape, axis)
-    feature_shape = tuple(x.shape[axis] for axis in features)
-    _checks.check_epsilon(epsilon)
-    arrays = {"scale": scale, "bias": bias, "mean": mean, "var": var}
-    for name, value in arrays.items():
-        _checks.check_features(value, name, feature_shape, x.shape)
-    compute_dtype = _checks.promoted(x.dtype, jnp.float32, dtype)
-    if axis_index_groups is not None:
-        axis_index_groups = tuple(tuple(group) for group in axis_index_groups)
-    if isinstance(axis_name, list):
-        axis_name = tuple(axis_name)
-    transform = Transform(
-        Reduction(reduction_axes, axis_name, axis_index_groups),
-        _checks.as_activation(activation),
-        dtype,
-        compute_dtype,
-    )
-    operands = Operands(
-        x=x,
-        epsilon=jnp.asarray(epsilon, compute_dtype),
-        mask=_checks.as_mask(mask, x.shape),
-        scale=None if scale is None else _checks.as_input(scale, "scale"),
-        bias=None if bias is None else _checks.as_input(bias, "bias"),
-        residual=_checks.check_residual(residual, x.shape),
-    )
-    return transform, operands
-
-
-def _check_count(x: jax.Array, reduction: Reduction) -> None:
-    count = reduction.local_count(x.shape) * reduction.devices()
-    if count < 2:
-        raise ValueError(
-            f"batch_norm: one value per channel in training: x has shape {x.shape} and "
-            f"the statistics are over axes {reduction.axes}. Its output would be the "
-            "bias whatever the input. Use a larger batch, share statistics with "
-            "axis_name, or pass use_running_average=True."
-        )

@@ -112,6 +112,9 @@ class BatchNorm(nnx.BatchNorm):
                 dtype=self.dtype,
             )
         if not use_running_average:
-            for kept, new in ((self.mean, batch_stats.mean), (self.var, batch_stats.var)):
+            for kept, new in (
+                (self.mean, batch_stats.mean),
+                (self.var, batch_stats.var),
+            ):
                 kept[...] = lax.stop_gradient(new).astype(kept.dtype)
         return y

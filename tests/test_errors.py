@@ -103,7 +103,7 @@ def test_groups_where_jax_has_none(mapping):
         mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
         run = jax.shard_map(run, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
         x = np.concatenate([X] * 4)
-    with pytest.raises(NotImplementedError, match="axis_index_groups.*not supported"):
+    with pytest.raises(NotImplementedError, match=r"axis_index_groups.*not supported"):
         run(x)
 
 

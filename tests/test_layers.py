@@ -48,7 +48,10 @@ def run_nnx(kind, x, params, dy, mask=None, training=True, **options):
     """Output, statistics and gradients of an nnx layer, jitted."""
     axis = options.get("axis", -1)
     layer = kind(
-        x.shape[axis], use_running_average=not training, rngs=flax.nnx.Rngs(0), **options
+        x.shape[axis],
+        use_running_average=not training,
+        rngs=flax.nnx.Rngs(0),
+        **options,
     )
     graph, _, stats = flax.nnx.split(layer, flax.nnx.Param, flax.nnx.BatchStat)
     param = flax.nnx.state(layer, flax.nnx.Param)
@@ -109,8 +112,8 @@ def assert_close(got, want, **tolerance):
     for (path, a), (_, b) in zip(got, want, strict=True):
         name = jax.tree_util.keystr(path)
         assert a.dtype == b.dtype, name
-        a, b = (np.asarray(v, np.float64) for v in (a, b))
-        np.testing.assert_allclose(a, b, err_msg=name, **tolerance)
+        wide = [np.asarray(value, np.float64) for value in (a, b)]
+        np.testing.assert_allclose(*wide, err_msg=name, **tolerance)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
@@ -168,7 +171,9 @@ def test_dtype_asked_for(asked, api, training):
     else:
         exact = np.asarray(seen, np.float64) / np.sqrt(1 + 1e-5) * scale + bias
     assert got[0].dtype == want[0].dtype
-    errors = [np.abs(np.asarray(y, np.float64) - exact).max() for y in (got[0], want[0])]
+    errors = [
+        np.abs(np.asarray(y, np.float64) - exact).max() for y in (got[0], want[0])
+    ]
     assert errors[0] <= errors[1] * 1.01 + 1e-5
     assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
 
@@ -192,7 +197,9 @@ def test_float64(api):
 def test_constructors_accept_every_keyword_of_flax(api):
     _, ours, theirs = RUNNERS[api]
     known = inspect.signature(theirs.__init__).parameters
-    known = {name: known[name] for name in known if name not in ("self", "parent", "name")}
+    known = {
+        name: known[name] for name in known if name not in ("self", "parent", "name")
+    }
     added = {"unbiased", "activation"}
     if api == "linen":
         mine = inspect.signature(ours.__init__).parameters

@@ -1,96 +1,22 @@
 """Statistics shared between devices: values, types, and what they cost."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-
-DEVICES = 8
-COLLECTIVE = re.compile(
-    r"= (.*?) (?:all-reduce|all-gather|all-to-all|reduce-scatter|"
-    r"collective-permute|collective-broadcast)(?:-start)?\("
+from tests.integration.shared import (
+    DEVICES,
+    assert_same,
+    collectives,
+    data,
+    joined,
+    shards,
+    step,
 )
-
-
-def collectives(compiled):
-    """Element counts of the arrays that each collective moves."""
-    found = []
-    for line in compiled.as_text().splitlines():
-        if match := COLLECTIVE.search(line):
-            shapes = re.findall(r"\[([\d,]*)\]", match[1])
-            found.append(sum(int(np.prod([*map(int, s.split(","))])) for s in shapes))
-    return found
-
-
-def data(masked, features=4, mean=0.0):
-    """Shards of different means, with different numbers of live examples."""
-    rng = np.random.default_rng(3)
-    x = rng.normal(size=(16, 3, 3, features)) * 2 + mean
-    x += np.repeat(np.arange(DEVICES), 2)[:, None, None, None]
-    scale, bias, dy = (
-        rng.normal(size=shape) for shape in ((features,), (features,), x.shape)
-    )
-    mask = None
-    if masked:
-        mask = rng.random((16, 1, 1, 1)) < 0.7
-        mask[:5] = [[[[False]]], [[[True]]], [[[False]]], [[[False]]], [[[True]]]]
-        x[0] = np.nan
-        dy[0] = 0
-    x, scale, bias, dy = (np.float32(a) for a in (x, scale, bias, dy))
-    return x, scale, bias, dy, mask
-
-
-def step(x, scale, bias, dy, mask, axis_name=None, groups=None):
-    """Output, running statistics and gradients of a layer with an activation."""
-    stats = bnjax.BatchStats.init(scale.shape)
-
-    def loss(x, scale, bias):
-        y, new = bnjax.batch_norm(
-            x,
-            scale,
-            bias,
-            stats,
-            mask=mask,
-            axis_name=axis_name,
-            axis_index_groups=groups,
-            activation="sigmoid",
-        )
-        return jnp.sum(y * dy), (y, new)
-
-    (_, (y, new)), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
-        x, scale, bias
-    )
-    return y, new, gradients
-
-
-def forward(x, scale, bias, mask):
-    stats = bnjax.BatchStats.init(scale.shape)
-    return bnjax.batch_norm(x, scale, bias, stats, mask=mask)
-
-
-def shards(array):
-    return None if array is None else array.reshape(DEVICES, -1, *array.shape[1:])
-
-
-def assert_same(got, want, atol=2e-5):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
-
-
-def joined(y, stats, gradients):
-    """What eight replicas give, as one device would give it."""
-    dx, dscale, dbias = gradients
-    for leaf in jax.tree.leaves(stats):
-        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
-    first = jax.tree.map(lambda a: a[0], stats)
-    flat = [np.asarray(a).reshape(16, 3, 3, -1) for a in (y, dx)]
-    return flat[0], first, (flat[1], dscale.sum(0), dbias.sum(0))
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -154,59 +80,6 @@ def test_bytes_do_not_grow_with_devices(devices):
     assert collectives(compiled) == [2 * 4, 3 * 4, 2 * 4]
 
 
-SPECS = {
-    "rows": P("data"),
-    "rows over both axes": P(("data", "model")),
-    "rows and channels": P("data", None, None, "model"),
-    "channels": P(None, None, None, "model"),
-    "rows and height": P("data", "model"),
-}
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("layout", SPECS)
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_jit_with_sharded_arrays(axis_type, layout, masked):
-    x, scale, bias, dy, mask = data(masked)
-    x, dy = (np.repeat(a, 2, axis=1)[:, :4] for a in (x, dy))
-    want = jax.jit(step)(x, scale, bias, dy, mask)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
-    spec = SPECS[layout]
-    channels = P(spec[3]) if len(spec) > 3 else P()
-
-    def put(array, spec):
-        return None if array is None else jax.device_put(array, NamedSharding(mesh, spec))
-
-    with jax.set_mesh(mesh):
-        args = (
-            put(x, spec),
-            put(scale, channels),
-            put(bias, channels),
-            put(dy, spec),
-            put(mask, P(spec[0])),
-        )
-        assert_same(jax.jit(step)(*args), want)
-        both = collectives(jax.jit(step).lower(*args).compile())
-        x, scale, bias, _, mask = args
-        ahead = collectives(jax.jit(forward).lower(x, scale, bias, mask).compile())
-    if layout != "rows and height":
-        # XLA joins sums over differently sharded dimensions one mesh axis at a time.
-        assert len(ahead) <= 2
-        assert len(both) <= 3
-    assert sum(both) <= 16 * scale.size
-
-
-def test_replicated_parameters_with_sharded_channels():
-    x, scale, bias, dy, mask = data(masked=True)
-    want = jax.jit(step)(x, scale, bias, dy, mask)
-    mesh = jax.make_mesh((4, 2), ("data", "model"))
-    with jax.set_mesh(mesh):
-        spec = P("data", None, None, "model")
-        x, dy = (jax.device_put(a, NamedSharding(mesh, spec)) for a in (x, dy))
-        mask = jax.device_put(mask, NamedSharding(mesh, P("data")))
-        assert_same(jax.jit(step)(x, scale, bias, dy, mask), want)
-
-
 @pytest.mark.parametrize("hidden", [None, "one shard", "first of each", "all"])
 def test_large_means_and_hidden_shards(hidden):
     rng = np.random.default_rng(4)
@@ -253,9 +126,9 @@ def test_an_outlier_on_one_device():
     rng = np.random.default_rng(5)
     x = np.float32(rng.normal(size=(256, 3)) + 1e3)
     x[32] += 1e4
-    found = jax.pmap(
-        lambda x: bnjax.moments(x, axis_name="data"), axis_name="data"
-    )(shards(x))
+    found = jax.pmap(lambda x: bnjax.moments(x, axis_name="data"), axis_name="data")(
+        shards(x)
+    )
     np.testing.assert_allclose(found.var[0], x.astype(np.float64).var(0), rtol=1e-2)
 
 

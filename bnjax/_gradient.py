@@ -75,7 +75,7 @@ def normalize_by_batch(
     Returns:
         The output, and the origin and Moments of `moments_about_origin`.
     """
-    return _by_batch(*_hoist(transform, operands))
+    return _by_batch_jit(*_hoist(transform, operands))
 
 
 def normalize_by(
@@ -102,6 +102,10 @@ def _by_batch(transform, operands):
     distance, _ = _distance(transform, operands, origin, moments.mean)
     inverse = lax.rsqrt(moments.var + operands.epsilon)
     return _output(transform, operands, distance, inverse), origin, moments
+
+
+# One trace serves every layer of the same shapes.
+_by_batch_jit = jax.jit(_by_batch, static_argnums=0)
 
 
 @_by_batch.defjvp
@@ -219,5 +223,7 @@ def _hoist(transform, operands):
             "function that keeps shape and dtype."
         )
     activation, consts = jax.closure_convert(transform.activation, example)
+    if not consts:
+        return transform, operands
     transform = dataclasses.replace(transform, activation=activation)
     return transform, operands._replace(consts=tuple(consts))

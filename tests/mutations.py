@@ -1,0 +1,214 @@
+"""Break the code on purpose, one line at a time, and see the tests notice.
+
+    python -m tests.mutations
+
+Each mutation is made in a copy of the repository and must make the named tests fail.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One line of one file, what it becomes, and the tests that should fail."""
+
+    name: str
+    file: str
+    line: str
+    becomes: str
+    tests: str
+
+
+TRANSFORM = "tests/test_transform.py"
+DERIVATIVES = "tests/test_derivatives.py"
+SHARED = "tests/integration/test_shared_statistics.py"
+LAYERS = "tests/test_layers.py"
+
+MUTATIONS = [
+    Mutation(
+        "swapped momentum",
+        "bnjax/functional.py",
+        "return keep * old.astype(dtype) + take * new",
+        "return take * old.astype(dtype) + keep * new",
+        TRANSFORM,
+    ),
+    Mutation(
+        "m / (m - 1) upside down",
+        "bnjax/functional.py",
+        "var = var * (batch.count / jnp.maximum(batch.count - 1, 1))",
+        "var = var * (jnp.maximum(batch.count - 1, 1) / batch.count)",
+        TRANSFORM,
+    ),
+    Mutation(
+        "no guard for one value",
+        "bnjax/functional.py",
+        "enough = batch.count > 1",
+        "enough = batch.count > 0",
+        TRANSFORM,
+    ),
+    Mutation(
+        "batch mean without its origin",
+        "bnjax/functional.py",
+        "batch = Moments(origin + centred.mean, centred.var, centred.count)",
+        "batch = Moments(centred.mean, centred.var, centred.count)",
+        TRANSFORM,
+    ),
+    Mutation(
+        "origin of zero",
+        "bnjax/_statistics.py",
+        "origin = lax.squeeze(_first(x, reduction.axes), reduction.axes)",
+        "origin = 0 * lax.squeeze(_first(x, reduction.axes), reduction.axes)",
+        TRANSFORM,
+    ),
+    Mutation(
+        "hidden values in the sums",
+        "bnjax/_statistics.py",
+        "distance = jnp.where(seen, x - reduction.expand(origin), 0)",
+        "distance = x - reduction.expand(origin)",
+        TRANSFORM,
+    ),
+    Mutation(
+        "count of the mask, not of what it covers",
+        "bnjax/_statistics.py",
+        "repeats = count / reduction.local_count(mask.shape)",
+        "repeats = 1.0",
+        TRANSFORM,
+    ),
+    Mutation(
+        "mean of means in joining",
+        "bnjax/_statistics.py",
+        "return _from_sums(*total(jnp.stack([parts.count, first, second])))",
+        "return _from_sums(*total(jnp.stack([parts.count, first, second]) / parts.count))",
+        SHARED,
+    ),
+    Mutation(
+        "spread between the parts forgotten",
+        "bnjax/_statistics.py",
+        "second = parts.count * (parts.var + jnp.square(parts.mean))",
+        "second = parts.count * parts.var",
+        SHARED,
+    ),
+    Mutation(
+        "no sum over devices forward",
+        "bnjax/_statistics.py",
+        "return shared, merge_about_zero(about_shared, reduction.total)",
+        "return shared, merge_about_zero(about_shared, lambda sums: sums)",
+        SHARED,
+    ),
+    Mutation(
+        "no sum over devices backward",
+        "bnjax/_gradient.py",
+        "means = reduction.total(jnp.stack(sums)) / count[None]",
+        "means = jnp.stack(sums) / count[None]",
+        SHARED,
+    ),
+    Mutation(
+        "gradient of scale summed twice",
+        "bnjax/_gradient.py",
+        "dparams = jnp.stack([transform.cast(dbias), transform.cast(dscale)])",
+        "dparams = reduction.total(jnp.stack([dbias, dscale]))",
+        SHARED,
+    ),
+    Mutation(
+        "no gradient through the variance",
+        "bnjax/_gradient.py",
+        "dgain = change[1] - 0.5 * a * inverse * doperands.epsilon",
+        "dgain = transform.cast(dscale) - 0.5 * a * inverse * doperands.epsilon",
+        TRANSFORM,
+    ),
+    Mutation(
+        "no gradient through the mean",
+        "bnjax/_gradient.py",
+        "dz = expand(a) * dx + xhat * expand(dgain) + expand(change[0])",
+        "dz = expand(a) * dx + xhat * expand(dgain) + expand(transform.cast(dbias))",
+        TRANSFORM,
+    ),
+    Mutation(
+        "gradient of epsilon of the wrong sign",
+        "bnjax/_gradient.py",
+        "dgain = change[1] - 0.5 * a * inverse * doperands.epsilon",
+        "dgain = change[1] + 0.5 * a * inverse * doperands.epsilon",
+        DERIVATIVES,
+    ),
+    Mutation(
+        "everything kept for the backward pass",
+        "bnjax/_gradient.py",
+        "dy, dmean, dvar = _remat(functools.partial(_tangents, transform))(",
+        "dy, dmean, dvar = functools.partial(_tangents, transform)(",
+        DERIVATIVES,
+    ),
+    Mutation(
+        "linen: statistics move at init",
+        "bnjax/linen.py",
+        "updating = not (use_running_average or initializing)",
+        "updating = not use_running_average",
+        "tests/test_linen.py",
+    ),
+    Mutation(
+        "linen: axis_name lost",
+        "bnjax/linen.py",
+        "axis_name=None if initializing else self.axis_name,",
+        "axis_name=None,",
+        "tests/test_linen.py",
+    ),
+    Mutation(
+        "linen: mean and variance exchanged",
+        "bnjax/linen.py",
+        "functional.BatchStats(mean.value, var.value),",
+        "functional.BatchStats(var.value, mean.value),",
+        LAYERS,
+    ),
+    Mutation(
+        "nnx: statistics of the promoted dtype",
+        "bnjax/nnx.py",
+        "mean, var = self.mean[...], self.var[...]",
+        "pass",
+        LAYERS,
+    ),
+]
+
+
+def survives(mutation: Mutation, folder: pathlib.Path) -> bool:
+    """Whether the tests pass although the line is broken."""
+    path = folder / mutation.file
+    source = path.read_text()
+    if source.count(mutation.line) != 1:
+        raise SystemExit(
+            f"{mutation.name}: {mutation.file} holds the line {mutation.line!r} "
+            f"{source.count(mutation.line)} times; expected once. Update MUTATIONS."
+        )
+    path.write_text(source.replace(mutation.line, mutation.becomes))
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, mutation.tests], cwd=folder, capture_output=True, check=False
+    )
+    path.write_text(source)
+    if done.returncode not in (0, 1):
+        raise SystemExit(done.stdout.decode() + done.stderr.decode())
+    return done.returncode == 0
+
+
+def main() -> int:
+    """Try every mutation; the exit status is the number that no test noticed."""
+    survivors = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name) / "bnjax"
+        ignored = shutil.ignore_patterns(".git", "runs", "__pycache__", ".*_cache")
+        shutil.copytree(ROOT, folder, ignore=ignored)
+        for mutation in MUTATIONS:
+            survived = survives(mutation, folder)
+            survivors += survived
+            verdict = "SURVIVED" if survived else "caught"
+            print(f"{verdict:9}{mutation.file}: {mutation.name}", flush=True)
+    return survivors
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

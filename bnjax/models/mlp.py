@@ -1,0 +1,80 @@
+"""The fully connected network of the paper's MNIST experiment."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bnjax.models.normalization import Normalization
+
+
+class MLP(nn.Module):
+    r"""Hidden layers of sigmoids, each normalized before its nonlinearity.
+
+    .. math:: z_l = \sigma(\mathrm{BN}(W_l z_{l-1})), \quad
+              \mathrm{logits} = W z_L + b
+
+    The bias of a normalized layer is dropped, since the shift of BN takes its place;
+    without normalization it returns.
+
+    Args:
+        hidden: width of each hidden layer.
+        classes: number of logits.
+        weight_std: standard deviation of the Gaussian the weights start from.
+        normalization: what stands before each nonlinearity.
+        activation: a name of `jax.nn`.
+        dtype: of the computation; that of inputs and parameters if None.
+        param_dtype: of the parameters.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnjax.models import MLP
+        >>> variables = MLP().init(jax.random.key(0), jnp.zeros((1, 8, 8)), train=False)
+        >>> sorted(variables["batch_stats"])
+        ['bn_0', 'bn_1', 'bn_2']
+        >>> variables["params"]["dense_0"]["kernel"].shape
+        (64, 100)
+
+    References:
+        Ioffe and Szegedy 2015, section 4.1 (its std is not stated).
+    """
+
+    hidden: Sequence[int] = (100, 100, 100)
+    classes: int = 10
+    weight_std: float = 0.01
+    normalization: Normalization = Normalization()
+    activation: str = "sigmoid"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Return logits of shape (batch, classes).
+
+        Args:
+            images: shape (batch, ...), floating; flattened here.
+            train: normalize by the batch and update the running statistics.
+
+        Returns:
+            Logits, shape (batch, classes).
+        """
+        options: dict[str, Any] = {
+            "kernel_init": nn.initializers.normal(self.weight_std),
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+        }
+        use_bias = self.normalization.needs_bias
+        z = images.reshape(images.shape[0], -1)
+        for i, width in enumerate(self.hidden):
+            z = nn.Dense(width, use_bias=use_bias, name=f"dense_{i}", **options)(z)
+            z = self.normalization(
+                z,
+                train=train,
+                activation=self.activation,
+                name=f"bn_{i}",
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+            )
+        return nn.Dense(self.classes, name="logits", **options)(z)

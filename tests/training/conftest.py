@@ -1,0 +1,33 @@
+import dataclasses
+
+import pytest
+
+from bnjax.data.sources import open_source
+from bnjax.training.build import build
+from bnjax.training.config import ModelConfig
+from bnjax.training.presets import digits
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    """A run of a few steps on digits."""
+    return dataclasses.replace(
+        digits(),
+        steps=60,
+        batch_size=50,
+        log_every=10,
+        eval_every=30,
+        checkpoint_every=30,
+        model=ModelConfig(hidden=(12, 9), weight_std=0.1),
+    )
+
+
+@pytest.fixture(scope="session")
+def program(small_config):
+    return build(small_config, open_source("digits"))
+
+
+@pytest.fixture(scope="session")
+def initial_state(program):
+    """The state before the first step, which no test may donate."""
+    return program.initial_state()

@@ -1,0 +1,204 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from bnjax.training.config import Config, validate
+from bnjax.training.errors import UserError
+from bnjax.training.presets import PRESETS, parse
+from bnjax.training.record import from_json, to_json
+
+
+def flags_of(cls, prefix=""):
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            yield from flags_of(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"--{prefix}{field.name}".replace("_", "-")
+
+
+class TestParse:
+    def test_digits_is_the_default(self):
+        assert parse([]) == ("digits", PRESETS["digits"]())
+        name, config = parse(["--steps", "7"])
+        assert name == "digits"
+        assert config == dataclasses.replace(PRESETS["digits"](), steps=7)
+
+    def test_mnist_is_section_4_1(self):
+        _, config = parse(["mnist"])
+        assert (config.steps, config.batch_size) == (50_000, 60)
+        assert (config.optim.name, config.learning_rate) == ("sgd", 0.5)
+        assert config.optim.schedule == "constant"
+        assert config.model.hidden == (100, 100, 100)
+        assert config.model.weight_std == 0.01
+        assert config.data.name == "mnist"
+        assert config.data.binarize
+        assert config.batch_norm
+        assert config.bn.unbiased
+        assert 10_000 % config.eval_every == 0
+        validate(config)
+
+    def test_flags_override_the_preset(self):
+        _, config = parse(
+            [
+                "mnist",
+                "--steps",
+                "5",
+                "--seed",
+                "3",
+                "--batch-size",
+                "8",
+                "--learning-rate",
+                "0.25",
+                "--workdir",
+                "there",
+                "--no-batch-norm",
+                "--bn.momentum",
+                "0.9",
+                "--bn.epsilon",
+                "1e-3",
+                "--bn.no-unbiased",
+                "--model.hidden",
+                "4",
+                "5",
+                "--data-dir",
+                "data",
+            ]
+        )
+        assert (config.steps, config.seed, config.batch_size) == (5, 3, 8)
+        assert config.learning_rate == 0.25
+        assert config.workdir == Path("there")
+        assert config.data_dir == Path("data")
+        assert not config.batch_norm
+        assert (config.bn.momentum, config.bn.epsilon) == (0.9, 1e-3)
+        assert not config.bn.unbiased
+        assert config.model.hidden == (4, 5)
+
+    @pytest.mark.parametrize("argv", [["--help"], ["mnist", "--help"]])
+    def test_help_describes_every_flag(self, argv, capsys):
+        with pytest.raises(SystemExit) as caught:
+            parse(argv)
+        assert caught.value.code == 0
+        text = " ".join(capsys.readouterr().out.split())
+        assert not [flag for flag in flags_of(Config) if flag not in text]
+        assert "python train.py mnist" in text
+        assert "Test accuracy about" in text
+        assert ("scikit-learn" in text) == (argv[0] != "mnist")
+
+    def test_an_unknown_preset_suggests_the_right_one(self):
+        with pytest.raises(UserError, match=r"'mnits'.*Did you mean 'mnist'") as caught:
+            parse(["mnits"])
+        assert caught.value.status == 2
+
+    def test_a_preset_after_a_flag(self):
+        with pytest.raises(UserError, match="the preset goes first") as caught:
+            parse(["--steps", "5", "mnist"])
+        assert caught.value.status == 2
+
+    @pytest.mark.parametrize(
+        ("typo", "right"),
+        [
+            ("--stpes", "--steps"),
+            ("--lerning-rate", "--learning-rate"),
+            ("--bn.momentun", "--bn.momentum"),
+            ("--no-batchnorm", "--no-batch-norm"),
+        ],
+    )
+    def test_a_typo_in_a_flag_suggests_the_right_one(self, typo, right, capsys):
+        with pytest.raises(SystemExit) as caught:
+            parse([typo, "1"])
+        assert caught.value.code == 2
+        assert right in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--steps 0", "--steps 0: expected a whole number of 1 or more"),
+        ("--steps -5", "--steps -5"),
+        ("--batch-size 0", "--batch-size 0"),
+        ("--eval-every 0", "--eval-every 0"),
+        ("--log-every -1", "--log-every -1"),
+        ("--checkpoint-every 0", "--checkpoint-every 0"),
+        ("--eval-batch-size 0", "--eval-batch-size 0"),
+        ("--seed -1", "--seed -1: expected a whole number from 0"),
+        ("--seed 4294967296", "--seed 4294967296"),
+        ("--learning-rate -0.5", "--learning-rate -0.5: expected a positive number"),
+        ("--learning-rate nan", "--learning-rate nan"),
+        ("--learning-rate inf", "--learning-rate inf"),
+        ("--bn.momentum 1.01", r"--bn.momentum 1.01: expected a number in \[0, 1\]"),
+        ("--bn.momentum -0.1", "--bn.momentum -0.1"),
+        ("--bn.momentum nan", "--bn.momentum nan"),
+        ("--bn.epsilon 0", "--bn.epsilon 0.0: expected a positive number"),
+        ("--bn.epsilon -1e-5", "--bn.epsilon -1e-05"),
+        ("--model.weight-std -1", "--model.weight-std -1.0"),
+        ("--model.hidden 5 0", "--model.hidden"),
+        ("--model.name mpl", "--model.name mpl: .* Did you mean 'mlp'"),
+        ("--optim.momentum 1", r"--optim.momentum 1.0: expected a number in \[0, 1\)"),
+        ("--optim.decay-rate 0", "--optim.decay-rate 0.0"),
+        ("--optim.decay-steps 0", "--optim.decay-steps 0"),
+        ("--batch-size 1", "needs at least 2 examples"),
+        ("--bn.implementation flax", "add --bn.no-unbiased"),
+    ],
+)
+def test_values_no_run_can_use(flags, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        parse(flags.split())
+    assert caught.value.status == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--bn.momentum 0 --bn.epsilon 1e-12",
+        "--bn.momentum 1",
+        "--batch-size 1 --no-batch-norm",
+        "--bn.implementation flax --bn.no-unbiased",
+        "--seed 4294967295",
+    ],
+)
+def test_values_at_the_edge(flags):
+    parse(flags.split())
+
+
+class TestRecord:
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_it_comes_back_as_it_was(self, preset):
+        _, config = parse([preset, "--workdir", "a/b", "--learning-rate", "2"])
+        text = json.dumps(to_json(config))
+        assert from_json(json.loads(text), "here") == config
+
+    @pytest.mark.parametrize(
+        ("path", "value"),
+        [
+            ("steps", "many"),
+            ("steps", 1.5),
+            ("steps", True),
+            ("steps", -1),
+            ("batch_norm", 1),
+            ("workdir", 3),
+            ("model.hidden", 100),
+            ("model.hidden", ["a"]),
+            ("bn.momentum", "0.9"),
+            ("bn.momentum", 7),
+            ("bn.implementation", "other"),
+            ("bn", None),
+            ("unheard", 1),
+        ],
+    )
+    def test_damage_is_named(self, path, value):
+        record = to_json(PRESETS["digits"]())
+        *parents, name = path.split(".")
+        place = record
+        for parent in parents:
+            place = place[parent]
+        place[name] = value
+        with pytest.raises(UserError, match=r"config.json is damaged"):
+            from_json(record, "config.json")
+
+    def test_a_missing_field(self):
+        record = to_json(PRESETS["digits"]())
+        del record["bn"]["epsilon"]
+        with pytest.raises(UserError, match=r"damaged.*bn has"):
+            from_json(record, "config.json")

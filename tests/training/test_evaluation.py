@@ -1,0 +1,46 @@
+import jax
+import numpy as np
+import pytest
+
+from bnjax.data.sources import open_source
+from bnjax.training.evaluation import Evaluator
+from tests.training import numpy_network
+
+
+@pytest.fixture
+def state(initial_state):
+    # Weights that get some right and some wrong.
+    state = initial_state
+    rng = np.random.default_rng(0)
+    noise = jax.tree.map(
+        lambda leaf: leaf + rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype),
+        state.params,
+    )
+    return type(state)(
+        **{name: getattr(state, name) for name in ("step", "opt_state", "rng")},
+        params=noise,
+        batch_stats=jax.tree.map(lambda leaf: leaf * 0.8 + 0.1, state.batch_stats),
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 355, 1000])
+def test_it_equals_a_plain_numpy_loop(program, state, batch_size):
+    arrays = open_source("digits").load("test", print)
+    params, stats = (
+        jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+        for tree in (state.params, state.batch_stats)
+    )
+    correct, losses = 0, []
+    for image, label in zip(arrays.images, arrays.labels, strict=True):
+        logits, _, _ = numpy_network.forward(
+            params, stats, image[None] / 16, train=False
+        )
+        correct += int(logits[0].argmax() == label)
+        losses.append(-numpy_network.log_softmax(logits)[0, label])
+
+    found = Evaluator(program, arrays, batch_size)(state)
+
+    assert (found.correct, found.examples) == (correct, 355)
+    assert found.accuracy == correct / 355
+    assert found.loss == pytest.approx(np.mean(losses), rel=1e-6)
+    assert 0.05 < found.accuracy < 0.95

@@ -1,0 +1,73 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bnjax.models import MLP
+from bnjax.training.state import (
+    Stream,
+    create_state,
+    state_sha256,
+    stream_key,
+    tree_sha256,
+)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return create_state(MLP((5,), 3), optax.adam(0.1), 7, jnp.zeros((1, 4)))
+
+
+def key_of(*args):
+    return tuple(np.asarray(jax.random.key_data(stream_key(jax.random.key(0), *args))))
+
+
+def test_each_draw_has_a_key_of_its_own():
+    draws = [(stream, index) for stream in Stream for index in range(5)]
+    assert len({key_of(*draw) for draw in draws}) == len(draws)
+    assert key_of(Stream.ORDER, 3) == key_of(Stream.ORDER, 3)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"a": {"b": jnp.zeros((2, 3)).at[1, 2].set(1e-45)}},
+        {"a": {"b": jnp.zeros((3, 2))}},
+        {"a": {"c": jnp.zeros((2, 3))}},
+        {"a": jnp.zeros((2, 3))},
+        {"a": {"b": jnp.zeros((2, 3), jnp.int32)}},
+        {"a": {"b": jnp.zeros((2, 3)), "c": jnp.zeros(0)}},
+    ],
+    ids=["value", "shape", "name", "path", "dtype", "leaf"],
+)
+def test_the_digest_sees(changed):
+    tree = {"a": {"b": jnp.zeros((2, 3))}}
+    assert tree_sha256(tree) == tree_sha256(jax.tree.map(np.asarray, tree))
+    assert tree_sha256(tree) != tree_sha256(changed)
+
+
+def test_the_states_digest_covers_parameters_statistics_and_optimizer(state):
+    digest = state_sha256(state)
+    for name in ("params", "batch_stats", "opt_state"):
+        moved = jax.tree.map(lambda leaf: leaf + 1, getattr(state, name))
+        assert state_sha256(dataclasses.replace(state, **{name: moved})) != digest
+    assert state_sha256(dataclasses.replace(state, step=state.step + 1)) == digest
+
+
+def test_seeds_give_other_weights(state):
+    def create(seed):
+        return create_state(MLP((5,), 3), optax.adam(0.1), seed, jnp.zeros((1, 4)))
+
+    assert state_sha256(create(7)) == state_sha256(state)
+    assert state_sha256(create(8)) != state_sha256(state)
+
+
+def test_every_leaf_can_be_donated(state):
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.params)]
+    buffers += [
+        leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.opt_state)
+    ]
+    assert len(set(buffers)) == len(buffers)

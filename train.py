@@ -1,0 +1,33 @@
+"""Train a network with batch normalization.
+
+python train.py                        the paper's network on embedded digits, seconds
+python train.py mnist                  section 4.1 of the paper
+python train.py mnist --no-batch-norm  the same without normalization
+python train.py --help                 every flag
+
+docs/training.md says what a run writes.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from bnjax.training.errors import run_reporting
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the command line says; return the exit status."""
+
+    def run() -> None:
+        from bnjax.training.presets import parse
+
+        preset, config = parse(sys.argv[1:] if argv is None else argv)
+
+        from bnjax.training.loop import train
+
+        train(preset, config)
+
+    return run_reporting(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

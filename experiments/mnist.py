@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from benchmarks.report import ROOT, write_result
 from bnjax.training.errors import run_reporting
@@ -53,10 +53,8 @@ def run_once(*, batch_norm: bool, seed: int, data_dir: Path | None) -> dict[str,
 
 def draw(networks: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw the median over seeds, and the range as a band."""
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for (name, runs), color in zip(networks.items(), ("C0", "C3"), strict=True):
         steps = np.asarray(runs[0]["steps"]) / 1000
         accuracy = 100 * np.asarray([run["test_accuracy"] for run in runs])

@@ -85,7 +85,7 @@ MUTATIONS = [
         "mean of means in joining",
         "bnjax/_statistics.py",
         "return _from_sums(*total(jnp.stack([parts.count, first, second])))",
-        "return _from_sums(*total(jnp.stack([parts.count, first, second]) / parts.count))",
+        "return _from_sums(*total(jnp.stack([0 * first + 1, parts.mean, second])))",
         SHARED,
     ),
     Mutation(

@@ -12,7 +12,15 @@ from typing import Any
 import jax
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "numpy",
+    "grain",
+    "opencv-python-headless",
+)
 
 
 def write_result(path: Path, command: str, seeds: list[int], result: Any) -> None:

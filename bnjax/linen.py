@@ -1,5 +1,7 @@
 """Batch normalization as a layer of flax.linen."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import errors
@@ -113,7 +115,7 @@ class BatchNorm(nn.BatchNorm):
         if updating and not self.is_mutable_collection("batch_stats"):
             raise ImmutableBatchStatsError(layer)
         with _checks.naming(layer):
-            y, batch_stats = functional.batch_norm(
+            y, batch_stats = self._transform(
                 x,
                 scale,
                 bias,
@@ -139,3 +141,14 @@ class BatchNorm(nn.BatchNorm):
                 kept = _checks.promoted(variable.value.dtype, batch_dtype)
                 variable.value = new.astype(kept)
         return y
+
+    def _transform(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        batch_stats: functional.BatchStats,
+        **options: Any,
+    ) -> tuple[jax.Array, functional.BatchStats]:
+        """Apply `bnjax.batch_norm`; a variant of the layer has another."""
+        return functional.batch_norm(x, scale, bias, batch_stats, **options)

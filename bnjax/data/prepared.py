@@ -3,62 +3,106 @@
 import dataclasses
 import functools
 import hashlib
-import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bnjax.data.cache import cached
-from bnjax.data.resident import Arrays
+from bnjax.data.records import Example, decode_image
 from bnjax.training.errors import UserError, did_you_mean, first_line
 
-CHUNK = 500
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A prepared data set, not yet read."""
+    """A prepared data set, not yet read.
+
+    Args:
+        name: with its version.
+        folder: where its files are.
+        sizes: examples in each split.
+        classes: how many labels there are.
+        image_shape: height and width, None where they vary, and channels.
+    """
 
     name: str
     folder: Path
     sizes: dict[str, int]
     classes: int
-    image_shape: tuple[int, ...]
-    builder: Any
+    image_shape: tuple[int | None, ...]
 
-    def load(self, split: str, report: Callable[[int, int], None]) -> Arrays:
-        """Read one split, from the cache where it was decoded before."""
-        key = f"{self.name.replace('/', '-')}-{split}-{_fingerprint(self.folder)}"
-        return cached(key, functools.partial(self._decode, split, report))
+    def records(self, split: str) -> "PreparedRecords":
+        """Return the examples of one split, one by one."""
+        return PreparedRecords(self, split)
 
-    def _decode(self, split: str, report: Callable[[int, int], None]) -> Arrays:
-        examples = self.sizes[split]
-        images = np.empty((examples, *self.image_shape), np.uint8)
-        labels = np.empty(examples, np.int32)
-        # absl would advise OpenCV, which matters for large images only.
-        logging.getLogger("absl").addFilter(_no_opencv_advice)
+    def fingerprint(self) -> str:
+        """Digest what the files are: their names, sizes, times and descriptions."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.iterdir()):
+            status = path.stat()
+            line = f"{path.name} {status.st_size} {status.st_mtime_ns}\n"
+            digest.update(line.encode())
+            if path.suffix == ".json":
+                digest.update(path.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+class PreparedRecords:
+    """The examples of one split, read by tfds and decoded by OpenCV.
+
+    Args:
+        prepared: the data set.
+        split: of it.
+    """
+
+    def __init__(self, prepared: Prepared, split: str) -> None:
+        self._prepared = prepared
+        self.split = split
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return self._prepared.sizes[self.split]
+
+    def read(self, rows: Sequence[int]) -> list[Example]:
+        """Read and decode some examples.
+
+        Raises:
+            UserError: the files are damaged or missing.
+        """
+        prepared = self._prepared
+        channels = prepared.image_shape[-1] or 1
         try:
-            source = self.builder.as_data_source(split=split)
-            for start in range(0, examples, CHUNK):
-                stop = min(start + CHUNK, examples)
-                for place, example in enumerate(
-                    source.__getitems__(range(start, stop)), start
-                ):
-                    images[place] = example["image"]
-                    labels[place] = example["label"]
-                report(stop, examples)
+            found = self._source.__getitems__(list(rows))
+            return [
+                Example(decode_image(one["image"], channels), int(one["label"]))
+                for one in found
+            ]
         except Exception as error:
             raise UserError(
-                f"data set {self.name!r} in {self.folder} could not be read: "
+                f"data set {prepared.name!r} in {prepared.folder} could not be read: "
                 f"{first_line(error)}. Its files are damaged or missing: delete "
-                f"the folder and prepare it again. {_how_to_prepare(self.name)}"
+                f"the folder and prepare it again. {_how_to_prepare(prepared.name)}"
             ) from error
-        return Arrays(images, labels)
+
+    def where(self, row: int) -> str:
+        """Name the record."""
+        prepared = self._prepared
+        return f"record {row} of {self.split} of {prepared.name} in {prepared.folder}"
+
+    @functools.cached_property
+    def _source(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self._prepared.folder)
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        source: Any = builder.as_data_source
+        return source(split=self.split, decoders=decoders)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files out."""
+        return {"_prepared": self._prepared, "split": self.split}
 
 
 def find_data_dir(data_dir: Path | None = None) -> Path:
@@ -77,10 +121,22 @@ def open_prepared(name: str, data_dir: Path | None = None) -> Prepared:
         data_dir: see `find_data_dir`.
 
     Raises:
-        UserError: it is not there, or is no set of images of one size with labels.
+        UserError: it is not there, or is no set of images with labels.
     """
-    root = find_data_dir(data_dir)
-    folder = _find_folder(name, root)
+    return open_directory(_find_folder(name, find_data_dir(data_dir)), name)
+
+
+def open_directory(folder: Path, name: str | None = None) -> Prepared:
+    """Open the prepared data set whose dataset_info.json lies in `folder`.
+
+    Args:
+        folder: of one version of a data set.
+        name: for messages; the folder's path if None.
+
+    Raises:
+        UserError: it is damaged, or is no set of images with labels.
+    """
+    name = name or str(folder)
     import tensorflow_datasets as tfds
 
     try:
@@ -92,11 +148,11 @@ def open_prepared(name: str, data_dir: Path | None = None) -> Prepared:
             f"{first_line(error)}. Its description is damaged: delete the folder and "
             f"prepare it again. {_how_to_prepare(name)}"
         ) from error
-    return _check(name, folder, builder, info)
+    return _check(name, folder, info)
 
 
-def _check(name: str, folder: Path, builder: Any, info: Any) -> Prepared:
-    """Refuse a data set that does not hold images of one size, with labels."""
+def _check(name: str, folder: Path, info: Any) -> Prepared:
+    """Refuse a data set that does not hold encoded images with labels."""
     where = f"data set {name!r} in {folder}"
     if info.file_format is None or info.file_format.value != "array_record":
         raise UserError(
@@ -104,19 +160,15 @@ def _check(name: str, folder: Path, builder: Any, info: Any) -> Prepared:
             f"TensorFlow needs. {_how_to_prepare(name)}"
         )
     sizes = {split: info.splits[split].num_examples for split in info.splits}
-    if not {"train", "test"} <= set(sizes):
-        raise UserError(
-            f"{where} has the splits {', '.join(sizes)}; expected train and test."
-        )
     features = dict(info.features)
-    shape: Any = getattr(features.get("image"), "shape", (None,))
+    shape: Any = getattr(features.get("image"), "shape", ())
     classes = getattr(features.get("label"), "num_classes", None)
-    if None in shape or classes is None:
+    if len(shape) != 3 or shape[-1] not in (1, 3) or classes is None:
         raise UserError(
-            f"{where} has the features {info.features}; expected an image of a fixed "
-            "size and a class label."
+            f"{where} has the features {info.features}; expected an image of 1 or 3 "
+            "channels and a class label."
         )
-    return Prepared(info.full_name, folder, sizes, classes, tuple(shape), builder)
+    return Prepared(info.full_name, folder, sizes, classes, tuple(shape))
 
 
 def _find_folder(name: str, root: Path) -> Path:
@@ -151,18 +203,3 @@ def _how_to_prepare(name: str, root: Path | None = None) -> str:
         f"tfds.builder({base!r}, file_format='array_record'{where})"
         '.download_and_prepare()"'
     )
-
-
-def _fingerprint(folder: Path) -> str:
-    """Digest what the files are: their names, sizes, times and descriptions."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        status = path.stat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-        if path.suffix == ".json":
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def _no_opencv_advice(record: logging.LogRecord) -> bool:
-    return "OpenCV is not installed" not in record.getMessage()

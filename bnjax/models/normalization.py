@@ -5,8 +5,12 @@ from typing import Any, Literal, get_args
 
 import jax
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bnjax import functional
+from bnjax.functional import BatchStats
 from bnjax.linen import BatchNorm
+from bnjax.variants.ghost import GhostBatchNorm
 
 Kind = Literal["batch", "flax", "none"]
 
@@ -23,10 +27,17 @@ class Normalization:
         momentum: weight of the old running value (PyTorch's 0.1 is 0.9 here).
         epsilon: added to the variance.
         unbiased: give the running variance the m/(m-1) of Algorithm 2.
+        virtual_batch_size: in training, statistics of so many examples at a time; see
+            `bnjax.variants.ghost`. None for those of the batch.
+        axis_name: in training, share statistics with the devices of this axis.
+        axis_index_groups: groups of that axis, each with statistics of its own.
+        deferred: in training, leave the running statistics as they are and write the
+            moments of the batch to the collection "batch_moments", where that is
+            mutable: `updated_stats` takes them up.
 
     Raises:
-        ValueError: the kind is unknown, or Flax's layer is asked for an unbiased
-            variance, which it does not have.
+        ValueError: the kind is unknown, or Flax's layer is asked for what it does not
+            have: an unbiased variance, virtual batches, deferred statistics.
 
     References:
         Ioffe and Szegedy 2015, sections 3.1 and 3.2.
@@ -36,6 +47,10 @@ class Normalization:
     momentum: float = 0.99
     epsilon: float = 1e-5
     unbiased: bool = True
+    virtual_batch_size: int | None = None
+    axis_name: str | None = None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+    deferred: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -47,6 +62,12 @@ class Normalization:
             raise ValueError(
                 "Normalization: flax.linen.BatchNorm keeps the biased variance only; "
                 "pass unbiased=False to compare with it."
+            )
+        if self.kind == "flax" and (self.virtual_batch_size or self.deferred):
+            raise ValueError(
+                "Normalization: flax.linen.BatchNorm has the statistics of a whole "
+                "batch only; pass virtual_batch_size=None and deferred=False to "
+                "compare with it."
             )
 
     @property
@@ -86,10 +107,38 @@ class Normalization:
             "epsilon": self.epsilon,
             "dtype": dtype,
             "name": name,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
         }
         if param_dtype is not None:
             options["param_dtype"] = param_dtype
         if self.kind == "flax":
             return activate(nn.BatchNorm(**options)(x))
-        layer = BatchNorm(unbiased=self.unbiased, activation=activation, **options)
-        return layer(x)
+        options |= {"unbiased": self.unbiased, "activation": activation}
+        if self.virtual_batch_size is None and not self.deferred:
+            return BatchNorm(**options)(x)
+        return GhostBatchNorm(virtual_batch_size=self.virtual_batch_size, **options)(x)
+
+    def updated_stats(self, batch_stats: Any, batch_moments: Any) -> Any:
+        """Move the running statistics of every layer once.
+
+        Args:
+            batch_stats: the collection of that name, before.
+            batch_moments: likewise, the Moments of each layer over all that the
+                statistics are to learn from.
+
+        Returns:
+            The new collection "batch_stats".
+        """
+        stats: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_stats))
+        found: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_moments))
+        for (*layer, _), moments in found.items():
+            mean, var = (*layer, "mean"), (*layer, "var")
+            new = functional.update_batch_stats(
+                BatchStats(stats[mean], stats[var]),
+                moments,
+                momentum=self.momentum,
+                unbiased=self.unbiased,
+            )
+            stats |= {mean: new.mean, var: new.var}
+        return unflatten_dict(stats)

@@ -8,12 +8,15 @@ import optax
 from flax import linen as nn
 
 from bnjax import models
+from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.resident import make_gather
 from bnjax.data.sources import Source
 from bnjax.training.config import Config
+from bnjax.training.layouts import Spmd
 from bnjax.training.optimizer import make_optimizer
-from bnjax.training.parallel import Gather
+from bnjax.training.sharing import Sharing
 from bnjax.training.state import TrainState, create_state
+from bnjax.training.step import Gather, TrainStep, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,43 +24,70 @@ class Program:
     """What a configuration says, ready to run.
 
     Args:
-        model: gives logits.
+        model: gives logits; as it is initialized and evaluated.
         optimizer: of the parameters.
         gather: the batch of some rows of the resident arrays.
         initial_state: gives the state before the first step.
+        train_step: gives the step for a layout on devices.
     """
 
     model: nn.Module
     optimizer: optax.GradientTransformation
     gather: Gather
     initial_state: Callable[[], TrainState]
+    train_step: Callable[[Spmd], TrainStep]
 
 
 def build(config: Config, source: Source) -> Program:
     """Build the model, the optimizer and the input function of a run."""
-    model = models.create(
-        config.model.name,
-        hidden=config.model.hidden,
-        classes=source.classes,
-        weight_std=config.model.weight_std,
-        normalization=make_normalization(config),
-    )
+    model = _make_model(config, source, Sharing())
     optimizer = make_optimizer(config)
-    gather = make_gather(source.max_value, binarize=config.data.binarize)
+    gather = make_gather(make_to_inputs(config.data, source.max_value))
 
     def initial_state() -> TrainState:
         images = jnp.zeros((1, *source.image_shape), jnp.float32)
         return create_state(model, optimizer, config.seed, images)
 
-    return Program(model, optimizer, gather, initial_state)
+    def train_step(parallel: Spmd) -> TrainStep:
+        sharing = parallel.sharing(config)
+        normalization = make_normalization(config, sharing)
+        return make_train_step(
+            _make_model(config, source, sharing),
+            optimizer,
+            axis_name=parallel.axis_name,
+            accumulate=config.accumulate,
+            updated_stats=normalization.updated_stats if sharing.deferred else None,
+        )
+
+    return Program(model, optimizer, gather, initial_state, train_step)
 
 
-def make_normalization(config: Config) -> models.Normalization:
-    """Return what stands before each nonlinearity."""
+def _make_model(config: Config, source: Source, sharing: Sharing) -> nn.Module:
+    return models.create(
+        config.model.name,
+        hidden=config.model.hidden,
+        classes=source.classes,
+        weight_std=config.model.weight_std,
+        normalization=make_normalization(config, sharing),
+        # float32 is what inputs and parameters have.
+        dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
+    )
+
+
+def make_normalization(
+    config: Config, sharing: Sharing | None = None
+) -> models.Normalization:
+    """Return what stands before each nonlinearity.
+
+    Args:
+        config: of the run.
+        sharing: how its layers share statistics in training; not at all if None.
+    """
     kind = "flax" if config.bn.implementation == "flax" else "batch"
     return models.Normalization(
         kind=kind if config.batch_norm else "none",
         momentum=config.bn.momentum,
         epsilon=config.bn.epsilon,
         unbiased=config.bn.unbiased,
+        **dataclasses.asdict(sharing or Sharing()),
     )

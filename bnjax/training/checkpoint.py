@@ -1,34 +1,56 @@
-"""Checkpoints of a run: orbax writes each whole or not at all, and reads it back."""
+"""Checkpoints of a run: each whole or not there, written while training goes on."""
 
+import concurrent.futures
 import contextlib
-import hashlib
+import dataclasses
 import logging
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from bnjax.training.config import Config
+from bnjax.training.digests import digests, first_change
 from bnjax.training.errors import UserError, first_line
-from bnjax.training.record import to_json
+from bnjax.training.record import result_config
 from bnjax.training.state import TrainState
-from bnjax.training.workdir import CHECKPOINTS, read_json, write_json
+from bnjax.training.workdir import CHECKPOINTS, read_json, sync_folder, write_json
 
-KEEP = 2
 ROOM = 2**18
 MANIFEST = "manifest.json"
+STATE = "state"
+PARTIAL = ".partial"
+DAMAGED = ".damaged"
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """What a checkpoint holds beside the state.
+
+    Args:
+        test_accuracy: of this very step, None if it was not evaluated.
+        feed: where the input stands, as `Feed.state()` gave it.
+        seconds: time spent in steps so far.
+    """
+
+    test_accuracy: float | None = None
+    feed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `KEEP` kept.
+    """The checkpoints of one run: the newest `config.keep` and the best are kept.
 
-    Beside what orbax writes, a checkpoint has a manifest: the configuration it was
-    made with and the digest of every file. It is written last, so that a checkpoint
-    without one is not whole, and it is read first, so that no damaged file is opened.
+    A checkpoint is a folder named by its step. orbax writes the state into a folder
+    with another name; the manifest follows, with the configuration and the digest of
+    every file; then the folder gets its name. Whenever the process is killed, a folder
+    named by a step is whole, and no damaged file is opened.
 
     Args:
         workdir: the folder of the run.
@@ -39,80 +61,175 @@ class Checkpoints:
     def __init__(
         self, workdir: Path, config: Config, *, read_only: bool = False
     ) -> None:
+        self.workdir = workdir
         self.folder = workdir / CHECKPOINTS
-        self._config = _result_config(config)
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else KEEP,
-            create=not read_only,
-            read_only=read_only,
+        self._config = result_config(config)
+        self._keep = config.keep
+        self._read_only = read_only
+        # One host writes, and each reads for itself: nobody waits for another.
+        host = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=host, active_processes={host}
         )
-        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        self._checkpointer = ocp.Checkpointer(
+            ocp.StandardCheckpointHandler(multiprocessing_options=options),
+            multiprocessing_options=options,
+        )
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: concurrent.futures.Future[None] | None = None
+        if not read_only:
+            self.folder.mkdir(exist_ok=True)
+            for path in self.folder.glob(f"*{PARTIAL}*"):
+                shutil.rmtree(path)
 
     def close(self) -> None:
-        """Let go of what orbax holds open."""
-        self._manager.close()
+        """Wait for the checkpoint being written, and let go of what is open."""
+        self._thread.shutdown()
+        self._checkpointer.close()
 
-    def save(self, state: TrainState) -> None:
-        """Write a checkpoint, returning once it is there.
+    def save(self, state: TrainState, notes: Notes | None = None) -> None:
+        """Start to write a checkpoint, and return as soon as the state is copied.
+
+        Args:
+            state: what to write; its buffers may be donated afterwards.
+            notes: what to write beside it.
 
         Raises:
-            UserError: the state is not finite, or the disk does not take it. The
-                checkpoint before is kept.
+            UserError: the state is not finite, or the disk does not take it, or did
+                not take the one before. The last good checkpoint is kept.
         """
-        step = int(state.step)
+        self.wait()
+        step = int(np.asarray(state.step).ravel()[0])
+        where = self.folder / str(step)
+        state = jax.tree.map(_copy, state)
         if not _is_finite(state):
             raise UserError(
                 f"the state after step {step} is not finite. {self.last_good()} "
                 "Try a lower --learning-rate."
             )
-        where = self.folder / str(step)
         self._check_room(where, state)
-        try:
-            self._manager.save(step, args=ocp.args.StandardSave(state))
-            self._manager.wait_until_finished()
-            manifest = {"config": self._config, "files": _digests(where)}
-            write_json(where / MANIFEST, manifest)
-        except Exception as error:
-            raise UserError(
-                f"checkpoint {where} could not be written: {first_line(error)}. "
-                f"{self.last_good()} Is the disk full?"
-            ) from error
+        self._saving = self._thread.submit(self._write, where, state, notes or Notes())
 
-    def restore(self, target: TrainState) -> TrainState:
-        """Read the newest whole checkpoint.
+    def check(self) -> None:
+        """Raise what went wrong with the checkpoint being written, if it is over."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return once the checkpoint being written is there.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def restore(self, target: TrainState) -> tuple[TrainState, Notes]:
+        """Read the newest checkpoint that is whole.
+
+        A damaged one is named on standard error, put aside unless the run is only
+        read, and the one before it is read.
 
         Args:
             target: a state of the shapes and the devices to restore to.
 
         Raises:
-            UserError: there is none, it is damaged, or it was made with another
+            UserError: there is none, all are damaged, or it was made with another
                 configuration.
         """
-        step = self._newest()
-        if step is None:
-            raise UserError(
-                f"{self.folder} holds no whole checkpoint: the run ended before its "
-                "first, or its files are damaged. Train again in a new --workdir."
-            )
-        where = self.folder / str(step)
-        try:
-            manifest = read_json(where / MANIFEST)
-            self._check(where, manifest)
-            state: Any = self._manager.restore(
-                step, args=ocp.args.StandardRestore(target)
-            )
-        except UserError:
-            raise
-        except Exception as error:
-            raise _damaged(where, first_line(error)) from error
-        return state
+        damaged: list[DamageError] = []
+        for step in reversed(self.steps()):
+            try:
+                found = self._read(self.folder / str(step), target)
+            except DamageError as error:
+                damaged.append(error)
+                continue
+            for error in damaged:
+                print(f"warning: {error} Going back to {step}.", file=sys.stderr)
+                if not self._read_only:
+                    _put_aside(error.where)
+            return found
+        if damaged:
+            raise UserError(f"{damaged[0]} There is no other. Train again.")
+        raise UserError(
+            f"{self.folder} holds no whole checkpoint: the run ended before its "
+            "first, or its files are damaged. Train again in a new --workdir."
+        )
+
+    def steps(self) -> list[int]:
+        """Return the steps that have a checkpoint, in order."""
+        names = [path.name for path in self.folder.iterdir() if path.is_dir()]
+        steps = [int(name) for name in names if name.isdecimal()]
+        return sorted(s for s in steps if (self.folder / str(s) / MANIFEST).exists())
 
     def last_good(self) -> str:
         """Say where the newest whole checkpoint is."""
-        step = self._newest()
-        if step is None:
+        steps = self.steps()
+        if not steps:
             return "No checkpoint had been written yet."
-        return f"The last good checkpoint is {self.folder / str(step)}."
+        return f"The last good checkpoint is {self.folder / str(steps[-1])}."
+
+    def _write(self, where: Path, state: TrainState, notes: Notes) -> None:
+        partial = where.with_name(where.name + PARTIAL)
+        try:
+            path = (partial / STATE).absolute()
+            self._checkpointer.save(path, args=ocp.args.StandardSave(state))
+            manifest = {
+                "config": self._config,
+                **dataclasses.asdict(notes),
+                "files": digests(partial, leave_out=MANIFEST),
+            }
+            write_json(partial / MANIFEST, manifest)
+            if where.exists():
+                shutil.rmtree(where)
+            partial.rename(where)
+            sync_folder(self.folder)
+            self._prune()
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"checkpoint {where} could not be written: {first_line(error)}. "
+                f"{self.last_good()} Is the disk full?"
+            ) from error
+
+    def _prune(self) -> None:
+        """Delete all but the newest and the best."""
+        steps = self.steps()
+        scores = {step: self._score(step) for step in steps}
+        scored = [step for step in steps if scores[step] is not None]
+        best = max(scored, key=lambda step: (scores[step], step), default=None)
+        for step in steps[: -self._keep]:
+            if step != best:
+                shutil.rmtree(self.folder / str(step))
+
+    def _score(self, step: int) -> float | None:
+        return read_json(self.folder / str(step) / MANIFEST)["test_accuracy"]
+
+    def _read(self, where: Path, target: TrainState) -> tuple[TrainState, Notes]:
+        try:
+            manifest = read_json(where / MANIFEST)
+            config, files = manifest["config"], manifest["files"]
+            names = [field.name for field in dataclasses.fields(Notes)]
+            notes = Notes(**{name: manifest[name] for name in names})
+            change = first_change(where, files)
+            if change is not None:
+                raise DamageError(where, change)
+            if config == self._config:
+                state: Any = self._checkpointer.restore(
+                    (where / STATE).absolute(),
+                    args=ocp.args.StandardRestore(jax.tree.map(_copy, target)),
+                )
+                return jax.tree.map(_like, state, target), notes
+        except DamageError:
+            raise
+        except Exception as error:
+            raise DamageError(where, first_line(error)) from error
+        raise UserError(
+            f"config.json is not the configuration that checkpoint {where} was "
+            "made with: one of the two was edited or damaged since. Restore the "
+            "file, or train again."
+        )
 
     def _check_room(self, where: Path, state: TrainState) -> None:
         # orbax finds out half-way, and says so in many tracebacks.
@@ -125,24 +242,13 @@ class Checkpoints:
                 "or give a --workdir on another disk."
             )
 
-    def _newest(self) -> int | None:
-        steps = self._manager.all_steps()
-        whole = [s for s in steps if (self.folder / str(s) / MANIFEST).exists()]
-        return max(whole, default=None)
 
-    def _check(self, where: Path, manifest: Any) -> None:
-        """Refuse a checkpoint whose files or configuration are not as written."""
-        if manifest["config"] != self._config:
-            raise UserError(
-                f"config.json is not the configuration that checkpoint {where} was "
-                "made with: one of the two was edited or damaged since. Restore the "
-                "file, or train again."
-            )
-        found = _digests(where)
-        for name, digest in manifest["files"].items():
-            if found.get(name) != digest:
-                reason = "is not what was written" if name in found else "is missing"
-                raise _damaged(where, f"{name} {reason}")
+class DamageError(UserError):
+    """A checkpoint that is not what was written."""
+
+    def __init__(self, where: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {where} is damaged: {reason}.")
+        self.where = where
 
 
 @contextlib.contextmanager
@@ -162,32 +268,28 @@ def open_checkpoints(
         logger.setLevel(level)
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file but the manifest, by relative path."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(
-            path.read_bytes()
-        ).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
+def _put_aside(where: Path) -> None:
+    aside = where.with_name(where.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    where.rename(aside)
 
 
-def _damaged(where: Path, reason: str) -> UserError:
-    return UserError(
-        f"checkpoint {where} is damaged: {reason}. Delete that folder to go back to "
-        "the one before, or train again."
-    )
+def _copy(leaf: jax.Array) -> Any:
+    """Return a leaf that no donation can overwrite, and that each host can write."""
+    return np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
-def _result_config(config: Config) -> dict[str, Any]:
-    """Return the part of the configuration that results depend on."""
-    value = to_json(config)
-    for name in ("workdir", "data_dir"):
-        del value[name]
-    return value
+def _like(leaf: Any, target: jax.Array) -> jax.Array:
+    """Return what `_copy` made of a leaf of the kind of `target`, as it was."""
+    if _is_key(target):
+        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(target))
+    return jnp.asarray(leaf, target.dtype)
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _is_finite(state: TrainState) -> bool:
     leaves = jax.tree.leaves((state.params, state.batch_stats))
-    return all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves)
+    return all(np.isfinite(leaf).all() for leaf in leaves)

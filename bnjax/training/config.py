@@ -6,21 +6,13 @@ tyro reads these classes for the command line; the sentence under each field is 
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Literal
 
+from bnjax.data.config import DataConfig, validate_data
 from bnjax.models import MODELS
 from bnjax.training.errors import USAGE, UserError, did_you_mean
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What to train on."""
-
-    name: str = "digits"
-    """The embedded "digits", or a prepared tfds set: "mnist", "mnist:3.0.1"."""
-    binarize: bool = False
-    """Pixels above half of their range become 1, others 0; else scaled to [0, 1]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +39,76 @@ class BatchNormConfig:
     """Running variance with Algorithm 2's m/(m-1), as PyTorch; Flax: without."""
     implementation: Literal["bnjax", "flax"] = "bnjax"
     """Whose layer: bnjax.linen.BatchNorm, or to compare, flax.linen.BatchNorm."""
+    sync: str = "global"
+    """Whose examples are normalized together: those of all devices ("global"), of K
+    neighbours ("group:K"), or of each by itself ("per-device")."""
+    virtual_batch_size: int | None = None
+    """Normalize so many examples at a time, in training (the paper's replicas: 32).
+    None: all that --bn.sync puts together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer and its learning rate over time."""
 
-    name: Literal["sgd", "momentum", "adam"] = "sgd"
-    """Plain SGD, SGD with momentum, or Adam."""
+    name: Literal[
+        "sgd",
+        "momentum",
+        "nesterov",
+        "adagrad",
+        "rmsprop",
+        "adam",
+        "adamw",
+        "lamb",
+        "lars",
+    ] = "sgd"
+    """The rule: plain SGD, SGD with (Nesterov's) momentum, or one of Optax's others."""
     momentum: float = 0.9
-    """Of "momentum": the weight of the old direction."""
-    schedule: Literal["constant", "exponential", "cosine"] = "constant"
-    """Constant, times decay-rate every decay-steps, or half a cosine down to 0."""
+    """Of momentum, nesterov and lars: the weight of the old direction."""
+    beta1: float = 0.9
+    """Of adam, adamw and lamb: the weight of the old mean of gradients."""
+    beta2: float = 0.999
+    """Of adam, adamw and lamb: the weight of the old mean of squared gradients."""
+    rms_decay: float = 0.9
+    """Of rmsprop: the weight of the old mean of squared gradients."""
+    epsilon: float = 1e-8
+    """Of adagrad, rmsprop, adam, adamw and lamb: added to the denominator."""
+    weight_decay: float = 0.0
+    """L2 on weights, never on biases or BN's scale: its gradient, weight-decay times
+    the weight, is added to the loss's; in adamw and lamb to the step instead."""
+    clip_norm: float | None = None
+    """Gradients of a larger global norm are scaled down to this. None: as they are."""
+    schedule: Literal["constant", "exponential", "cosine", "step", "linear"] = (
+        "constant"
+    )
+    """Constant; times decay-rate every decay-steps; half a cosine down to 0 at the
+    last step; times decay-rate at each of --optim.boundaries; a line down to 0."""
     decay_rate: float = 0.96
-    """Of "exponential": the factor."""
+    """Of exponential and step: the factor."""
     decay_steps: int = 1000
-    """Of "exponential": how many steps apart."""
+    """Of exponential: how many steps apart."""
+    staircase: bool = True
+    """Of exponential: all of a decay at once; else a little of it every step."""
+    boundaries: tuple[int, ...] = ()
+    """Of step: the steps at which the rate drops, such as 30000 60000."""
+    warmup_steps: int = 0
+    """The rate rises to --learning-rate on a line over so many steps, and the schedule
+    starts after them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """Several hosts that train together: the same command on each but for the index."""
+
+    coordinator: str | None = None
+    """ADDRESS:PORT of host 0, free there and reached by all; or "auto" under Slurm,
+    Open MPI and on Cloud TPU. None: one host."""
+    count: int = 1
+    """How many hosts there are."""
+    index: int = 0
+    """Which of them this is, counted from 0; host 0 writes the run's folder."""
+    timeout: int = 120
+    """Seconds to wait for the others to come."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +125,21 @@ class Config:
     """All randomness follows from it: first weights and the order of the data."""
     batch_norm: bool = True
     """Normalize each hidden layer; else the same network with its biases back."""
+    accumulate: int = 1
+    """Micro-batches that a step's batch is cut into, to save memory. Each is normalized
+    by itself; the running statistics see them joined."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations. Parameters, statistics and losses stay in float32."""
+    parallel: Literal["auto", "single", "pmap", "spmd"] = "auto"
+    """How devices share a step: "pmap" (a part of the batch each), "spmd" (one program,
+    sharded arrays), "single" (one device works). auto: pmap if there are several."""
+    devices: int | None = None
+    """Use the first so many devices. None: all."""
     workdir: Path | None = None
     """Where the run writes, a folder without a run. None: runs/<preset>-<time>."""
+    resume: bool = False
+    """Continue the run in --workdir from its newest checkpoint, bit for bit; start it
+    if there is none."""
     data_dir: Path | None = None
     """Where tfds sets are. None: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     log_every: int = 100
@@ -89,12 +148,42 @@ class Config:
     """Steps between two evaluations on the test set."""
     checkpoint_every: int = 5000
     """Steps between two checkpoints; the last step always makes one."""
+    keep: int = 2
+    """How many of the newest checkpoints stay; the best by test accuracy stays too."""
     eval_batch_size: int = 1000
     """Examples in a batch of the evaluation; results stay the same."""
+    tensorboard: bool = False
+    """Write what metrics.jsonl has to <workdir>/tensorboard too, for TensorBoard."""
+    histograms: bool = False
+    """With each evaluation, histograms of every BN layer's scale, bias, mean and var
+    for TensorBoard."""
+    profile: bool = False
+    """Trace the second dispatch with jax.profiler, to <workdir>/profile."""
+    compilation_cache: Path | None = None
+    """A folder where compiled programs are kept for the next run. None: not kept."""
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimizerConfig = OptimizerConfig()
     bn: BatchNormConfig = BatchNormConfig()
+    hosts: HostsConfig = HostsConfig()
+
+
+INCIDENTAL = frozenset(
+    {
+        "parallel",
+        "devices",
+        "hosts",
+        "workdir",
+        "resume",
+        "data_dir",
+        "keep",
+        "tensorboard",
+        "histograms",
+        "profile",
+        "compilation_cache",
+    }
+)
+"""Fields of `Config` that no result depends on: a resumed run may change them."""
 
 
 def validate(config: Config) -> None:
@@ -105,6 +194,12 @@ def validate(config: Config) -> None:
     """
     _integers(config)
     _numbers(config)
+    _optimizer(config)
+    validate_data(config.data)
+    if config.resume and config.workdir is None:
+        raise UserError(
+            "--resume needs the folder of the run to continue: add --workdir.", USAGE
+        )
     if config.model.name not in MODELS:
         hint = did_you_mean(config.model.name, MODELS)
         _refuse("model.name", config.model.name, f"one of {', '.join(MODELS)}", hint)
@@ -120,16 +215,56 @@ def validate(config: Config) -> None:
             "add --bn.no-unbiased.",
             USAGE,
         )
+    _statistics(config)
+    _hosts(config.hosts)
+
+
+def _hosts(hosts: HostsConfig) -> None:
+    if hosts.count < 1:
+        _refuse("hosts.count", hosts.count, "1 or more")
+    if not 0 <= hosts.index < hosts.count:
+        _refuse(
+            "hosts.index", hosts.index, f"from 0 to --hosts.count {hosts.count} - 1"
+        )
+    if hosts.timeout < 1:
+        _refuse("hosts.timeout", hosts.timeout, "1 or more seconds")
+    if hosts.coordinator is None and hosts.count > 1:
+        _refuse("hosts.coordinator", None, "ADDRESS:PORT of host 0 for several hosts")
+    if hosts.coordinator not in (None, "auto") and not re.fullmatch(
+        r".+:\d{1,5}", hosts.coordinator or ""
+    ):
+        _refuse("hosts.coordinator", hosts.coordinator, 'ADDRESS:PORT, or "auto"')
+
+
+def _statistics(config: Config) -> None:
+    sync, virtual = config.bn.sync, config.bn.virtual_batch_size
+    if not re.fullmatch(r"global|per-device|group:[1-9]\d*", sync):
+        _refuse("bn.sync", sync, "global, per-device, or group:K, such as group:2")
+    if virtual is not None and virtual < 2:
+        _refuse("bn.virtual_batch_size", virtual, "2 or more")
+    if config.devices is not None and config.devices < 1:
+        _refuse("devices", config.devices, "1 or more")
+    if config.batch_size % config.accumulate:
+        _refuse("accumulate", config.accumulate, f"a divisor of {config.batch_size}")
+    plain = sync == "global" and virtual is None and config.accumulate == 1
+    if config.batch_norm and config.bn.implementation == "flax" and not plain:
+        raise UserError(
+            "--bn.implementation flax has the statistics of a whole batch only: leave "
+            "out --bn.sync, --bn.virtual-batch-size and --accumulate.",
+            USAGE,
+        )
 
 
 def _integers(config: Config) -> None:
     for name in (
         "steps",
         "batch_size",
+        "accumulate",
         "log_every",
         "eval_every",
         "checkpoint_every",
         "eval_batch_size",
+        "keep",
     ):
         value = getattr(config, name)
         if value <= 0:
@@ -138,15 +273,12 @@ def _integers(config: Config) -> None:
         _refuse("seed", config.seed, "a whole number from 0 to 2**32 - 1")
     if not config.model.hidden or min(config.model.hidden) <= 0:
         _refuse("model.hidden", config.model.hidden, "one or more positive widths")
-    if config.optim.decay_steps <= 0:
-        _refuse("optim.decay_steps", config.optim.decay_steps, "1 or more")
 
 
 def _numbers(config: Config) -> None:
     positive = {
         "learning_rate": config.learning_rate,
         "bn.epsilon": config.bn.epsilon,
-        "optim.decay_rate": config.optim.decay_rate,
     }
     for name, value in positive.items():
         if not 0 < value < math.inf:
@@ -159,8 +291,29 @@ def _numbers(config: Config) -> None:
             "here)"
         )
         _refuse("bn.momentum", config.bn.momentum, expected)
-    if not 0 <= config.optim.momentum < 1:
-        _refuse("optim.momentum", config.optim.momentum, "a number in [0, 1)")
+
+
+def _optimizer(config: Config) -> None:
+    optim = config.optim
+    for name in ("momentum", "beta1", "beta2", "rms_decay"):
+        value = getattr(optim, name)
+        if not 0 <= value < 1:
+            _refuse(f"optim.{name}", value, "a number in [0, 1)")
+    for name in ("epsilon", "decay_rate", "clip_norm"):
+        value = getattr(optim, name)
+        if value is not None and not 0 < value < math.inf:
+            _refuse(f"optim.{name}", value, "a positive number")
+    if not 0 <= optim.weight_decay < math.inf:
+        _refuse("optim.weight_decay", optim.weight_decay, "a number of 0 or more")
+    if optim.decay_steps <= 0:
+        _refuse("optim.decay_steps", optim.decay_steps, "1 or more")
+    if not 0 <= optim.warmup_steps < config.steps:
+        expected = f"0 or more, and fewer than the {config.steps} --steps"
+        _refuse("optim.warmup_steps", optim.warmup_steps, expected)
+    rising = sorted({step for step in optim.boundaries if step > 0})
+    if list(optim.boundaries) != rising or (optim.schedule == "step") != bool(rising):
+        expected = "rising steps with --optim.schedule step, none with another"
+        _refuse("optim.boundaries", optim.boundaries, expected)
 
 
 def _refuse(field: str, value: object, expected: str, hint: str = "") -> None:

@@ -25,6 +25,19 @@ class UserError(Exception):
         self.status = status
 
 
+class Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """A signal stopped the run, which has been saved.
+
+    Args:
+        message: what to print.
+        status: the exit status, 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 def did_you_mean(given: str, choices: Iterable[str]) -> str:
     """Return a sentence naming the choice closest to `given`, or nothing.
 
@@ -54,10 +67,13 @@ def run_reporting(main: Callable[[], None]) -> int:
     """Run `main` and turn what a person can put right into one line on stderr.
 
     Returns:
-        The exit status: 0, that of the `UserError`, or 130 after Ctrl-C.
+        The exit status: 0, that of the `UserError` or of the signal.
     """
     try:
         main()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

@@ -8,19 +8,20 @@ from typing import Any
 import jax
 import numpy as np
 
+from bnjax.data.blocks import Block, SplitBlocks, load_test
 from bnjax.data.resident import Arrays, padded_rows
-from bnjax.data.sources import open_source
+from bnjax.data.sources import open_data
 from bnjax.training.build import Program, build
 from bnjax.training.checkpoint import open_checkpoints
+from bnjax.training.description import read_config
 from bnjax.training.errors import UserError
-from bnjax.training.parallel import make_eval_steps
+from bnjax.training.layouts import Spmd
+from bnjax.training.parallel import evaluation_parallel
 from bnjax.training.progress import Loading
-from bnjax.training.record import from_json
 from bnjax.training.state import TrainState
 from bnjax.training.step import make_eval_step
 from bnjax.training.workdir import (
     CHECKPOINTS,
-    CONFIG,
     EVALUATION,
     SUMMARY,
     read_json,
@@ -59,24 +60,48 @@ class Evaluator:
 
     Args:
         program: the model and its inputs.
-        arrays: the split.
-        batch_size: examples at a time; the last batch is padded and masked.
+        test: the split, whole or in blocks.
+        batch_size: examples at a time; rounded up to a multiple of the devices, and
+            the last batch is padded and masked.
+        parallel: lays the work out on devices; one device if None.
     """
 
-    def __init__(self, program: Program, arrays: Arrays, batch_size: int) -> None:
-        examples = len(arrays.labels)
-        rows, mask = padded_rows(examples, min(batch_size, examples))
-        self._arrays = jax.device_put(arrays)
-        self._rows = jax.device_put(rows)
-        self._mask = mask
-        self._steps = make_eval_steps(make_eval_step(program.model), program.gather)
+    def __init__(
+        self,
+        program: Program,
+        test: Arrays | SplitBlocks,
+        batch_size: int,
+        parallel: Spmd | None = None,
+    ) -> None:
+        parallel = (parallel or Spmd(jax.local_devices()[:1])).for_evaluation()
+        if isinstance(test, SplitBlocks):
+            self._blocks, examples = test, test.size
+        else:
+            examples = len(test.labels)
+            self._blocks = [Block(parallel.place(test), np.ones(examples, bool))]
+        devices = len(parallel.devices)
+        size = -(-min(batch_size, examples) // devices) * devices
+        rows, self._mask = padded_rows(examples, size)
+        self._parallel = parallel
+        self._rows = parallel.place_rows(rows)
+        self._steps = parallel.eval_steps(
+            make_eval_step(program.model),
+            lambda arrays, rows, _: program.gather(arrays, rows),
+        )
 
     def __call__(self, state: TrainState) -> Evaluation:
-        """Score one state."""
-        scores = self._steps(state.params, state.batch_stats, self._arrays, self._rows)
-        losses = np.asarray(scores["loss"], np.float64)[self._mask]
-        correct = np.asarray(scores["correct"])[self._mask]
-        return Evaluation(float(losses.mean()), int(correct.sum()), losses.size)
+        """Score one state, as `Spmd.host_state` gives it."""
+        params, batch_stats = self._parallel.place((state.params, state.batch_stats))
+        losses, correct = [], []
+        for arrays, kept in self._blocks:
+            # Arrays that are on the devices already stay as they are.
+            placed = self._parallel.place(arrays)
+            scores = self._steps(params, batch_stats, placed, self._rows)
+            loss = np.asarray(scores["loss"], np.float64)
+            losses.append(loss[self._mask][kept])
+            correct.append(np.asarray(scores["correct"])[self._mask][kept])
+        loss, right = np.concatenate(losses), np.concatenate(correct)
+        return Evaluation(float(loss.mean()), int(right.sum()), loss.size)
 
 
 def evaluate_run(workdir: Path, data_dir: Path | None = None) -> dict[str, Any]:
@@ -92,18 +117,19 @@ def evaluate_run(workdir: Path, data_dir: Path | None = None) -> dict[str, Any]:
     Raises:
         UserError: the folder is no run, or something in it is damaged.
     """
-    config = from_json(_read_config(workdir), str(workdir / CONFIG))
+    config = read_config(workdir)
     if not (workdir / CHECKPOINTS).is_dir():
         raise UserError(
             f"{workdir} has no {CHECKPOINTS}: the run ended before its first one. "
             "Train again in a new --workdir."
         )
-    source = open_source(config.data.name, data_dir or config.data_dir)
+    source = open_data(config.data, data_dir or config.data_dir)
     program = build(config, source)
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
-        state = checkpoints.restore(program.initial_state())
-    arrays = source.load("test", Loading(source.name))
-    evaluation = Evaluator(program, arrays, config.eval_batch_size)(state)
+        state, _ = checkpoints.restore(program.initial_state())
+    test = load_test(config.data, source, Loading(source.name))
+    parallel = evaluation_parallel(config)
+    evaluation = Evaluator(program, test, config.eval_batch_size, parallel)(state)
     result = {
         "test_accuracy": evaluation.accuracy,
         "test_loss": evaluation.loss,
@@ -129,13 +155,3 @@ def _compare_with_summary(workdir: Path, step: int) -> None:
             f"step {steps}.",
             file=sys.stderr,
         )
-
-
-def _read_config(workdir: Path) -> Any:
-    record = read_json(workdir / CONFIG)
-    if not isinstance(record, dict) or "config" not in record:
-        raise UserError(
-            f"{workdir / CONFIG} is damaged: it has no 'config'. Restore the file, or "
-            "train again."
-        )
-    return record["config"]

@@ -1,34 +1,46 @@
 """Training from a configuration to a summary: read it from top to bottom."""
 
-import platform
+import contextlib
+import sys
 import time
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 
-import bnjax
-from bnjax.data.resident import EpochOrder
-from bnjax.data.sources import Source, open_source
+from bnjax.data.blocks import load_test
+from bnjax.data.pipeline import make_feed
+from bnjax.data.sources import Source, open_data
 from bnjax.training.build import build
-from bnjax.training.checkpoint import Checkpoints, open_checkpoints
+from bnjax.training.checkpoint import Checkpoints, Notes, open_checkpoints
 from bnjax.training.config import Config
-from bnjax.training.errors import INTERRUPTED, USAGE, UserError
+from bnjax.training.description import check_same, describe
+from bnjax.training.errors import USAGE, Stopped, UserError
 from bnjax.training.evaluation import Evaluation, Evaluator
-from bnjax.training.metrics import MetricsWriter, TestRecord, TrainRecord
-from bnjax.training.optimizer import make_schedule
-from bnjax.training.parallel import make_train_steps
-from bnjax.training.progress import Loading, Progress, make_progress
-from bnjax.training.record import to_json
-from bnjax.training.state import (
-    Stream,
-    count_parameters,
-    state_sha256,
-    stream_key,
+from bnjax.training.hosts import host_folder, join_hosts
+from bnjax.training.layouts import Spmd
+from bnjax.training.metrics import (
+    MetricsWriter,
+    Record,
+    TestRecord,
+    TrainRecord,
+    read_metrics,
 )
-from bnjax.training.step import make_train_step
-from bnjax.training.workdir import CONFIG, SUMMARY, claim, default_workdir, write_json
+from bnjax.training.optimizer import make_schedule
+from bnjax.training.parallel import make_parallel
+from bnjax.training.progress import Loading, Progress, make_progress
+from bnjax.training.signals import StopSignals
+from bnjax.training.state import Stream, TrainState, stream_key
+from bnjax.training.summary import final_table, summarize
+from bnjax.training.tensorboard import TensorBoard
+from bnjax.training.tracing import SecondCall, keep_compiled
+from bnjax.training.workdir import (
+    CONFIG,
+    SUMMARY,
+    claim,
+    default_workdir,
+    write_json,
+)
 
 
 def train(preset: str, config: Config) -> dict[str, Any]:
@@ -43,82 +55,166 @@ def train(preset: str, config: Config) -> dict[str, Any]:
 
     Raises:
         UserError: something the person who asked for the run can put right.
+        Stopped: a signal came; the run was saved.
     """
-    source = open_source(config.data.name, config.data_dir)
+    join_hosts(config.hosts)
+    with host_folder(config) as own:
+        return _train(preset, own)
+
+
+def _train(preset: str, config: Config) -> dict[str, Any]:
+    """Train on this host, connected with the others if there are any."""
+    if config.compilation_cache is not None:
+        keep_compiled(config.compilation_cache)
+    source = open_data(config.data, config.data_dir)
     check_batch_size(config, source)
+    parallel = make_parallel(config)
     workdir = config.workdir or default_workdir(preset)
-    claim(workdir)
-    run = Run(config, source)
-    write_json(workdir / CONFIG, describe(preset, config))
-    progress = make_progress(config.steps)
-    with (
-        open_checkpoints(workdir, config) as checkpoints,
-        MetricsWriter(workdir) as metrics,
-    ):
-        try:
-            evaluation = run.to_the_end(checkpoints, metrics, progress)
-        except KeyboardInterrupt:
-            raise UserError(
-                f"interrupted in step {run.step:,}. {checkpoints.last_good()}",
-                INTERRUPTED,
-            ) from None
-        finally:
-            progress.close()
-    summary = summarize(run, evaluation)
+    resuming = claim(workdir, resume=config.resume)
+    if resuming:
+        check_same(workdir, preset, config)
+    run = Run(config, source, parallel)
+    if not resuming:
+        write_json(workdir / CONFIG, describe(preset, config))
+    with contextlib.ExitStack() as stack:
+        stack.callback(run.close)
+        checkpoints = stack.enter_context(open_checkpoints(workdir, config))
+        if config.resume:
+            run.resume(checkpoints)
+        metrics = stack.enter_context(MetricsWriter(workdir, run.step))
+        board = None
+        if config.tensorboard or config.histograms:
+            board = stack.enter_context(TensorBoard(workdir, run.step))
+        progress = make_progress(config.steps, first=run.step)
+        stack.callback(progress.close)
+        stop = stack.enter_context(StopSignals())
+        evaluation = run.to_the_end(checkpoints, metrics, board, progress, stop)
+    summary = summarize(
+        run.state,
+        evaluation,
+        read_metrics(workdir),
+        seconds=run.seconds,
+        compile_seconds=run.compile_seconds,
+        seed=config.seed,
+    )
     write_json(workdir / SUMMARY, {"preset": preset, **summary})
-    print(f"{evaluation}\n{workdir} holds the run: python eval.py {workdir}")
+    print(f"{evaluation}\n{final_table(summary)}")
+    print(f"{workdir} holds the run: python eval.py {workdir}")
     return summary
 
 
 class Run:
     """A run in memory: its data, its functions, and the state it has come to."""
 
-    def __init__(self, config: Config, source: Source) -> None:
+    def __init__(
+        self, config: Config, source: Source, parallel: Spmd | None = None
+    ) -> None:
         self.config = config
+        self._parallel = parallel = parallel or make_parallel(config)
         program = build(config, source)
         report = Loading(source.name)
-        self.state = program.initial_state()
+        self._state = parallel.place_state(program.initial_state())
         self.step = 0
         self.seconds = 0.0
         self.compile_seconds = 0.0
-        self._arrays = jax.device_put(source.load("train", report))
         self._evaluate = Evaluator(
-            program, source.load("test", report), config.eval_batch_size
+            program,
+            load_test(config.data, source, report),
+            config.eval_batch_size,
+            parallel,
         )
-        self._order = EpochOrder(
-            lambda epoch: stream_key(self.state.rng, Stream.ORDER, epoch),
-            source.sizes["train"],
-            config.batch_size,
+        rng = jax.random.key(config.seed)
+        self._feed = make_feed(
+            config,
+            source,
+            lambda epoch: stream_key(rng, Stream.ORDER, epoch),
+            shards=jax.process_count(),
+            shard=jax.process_index(),
+            report=report,
         )
+        self._constants = parallel.place(self._feed.constants)
         self._schedule = make_schedule(config)
-        self._train_steps = make_train_steps(
-            make_train_step(program.model, program.optimizer), program.gather
+        self._train_steps = parallel.train_steps(
+            program.train_step(parallel), self._feed.batch
         )
         self._compiled = {}
 
+    @property
+    def state(self) -> TrainState:
+        """One copy of the state, as a checkpoint holds it."""
+        return self._parallel.host_state(self._state)
+
+    def resume(self, checkpoints: Checkpoints) -> None:
+        """Go on from the newest checkpoint, or from the start where there is none."""
+        if not checkpoints.steps():
+            print("no checkpoint to resume from: starting at step 0", file=sys.stderr)
+            return
+        state, notes = checkpoints.restore(self.state)
+        self._state = self._parallel.place_state(state)
+        self.step = int(state.step)
+        self.seconds = notes.seconds
+        self._feed.restore(notes.feed)
+        print(f"resuming at step {self.step:,}", file=sys.stderr)
+
+    def close(self) -> None:
+        """End what reads the data."""
+        self._feed.close()
+
     def to_the_end(
-        self, checkpoints: Checkpoints, metrics: MetricsWriter, progress: Progress
+        self,
+        checkpoints: Checkpoints,
+        metrics: MetricsWriter,
+        board: TensorBoard | None,
+        progress: Progress,
+        stop: StopSignals,
     ) -> Evaluation:
-        """Take every step; return the evaluation after the last."""
+        """Take every step that is left; return the evaluation after the last.
+
+        Raises:
+            UserError: the loss is not finite, or the disk is full.
+            Stopped: a signal came; the run was saved.
+        """
         config = self.config
         every = (config.log_every, config.eval_every, config.checkpoint_every)
-        while True:
-            stop = min(config.steps, *(next_multiple(self.step, n) for n in every))
-            record, losses = self.dispatch(stop - self.step)
+        tracing = SecondCall(checkpoints.workdir if config.profile else None)
+        evaluation = None
+        while self.step < config.steps:
+            until = min(config.steps, *(next_multiple(self.step, n) for n in every))
+            with tracing():
+                record, losses = self.dispatch(until - self.step)
             self._check_finite(losses, checkpoints)
-            metrics.write(record)
+            records: list[Record] = [record]
             evaluation = None
             done = self.step == config.steps
             if done or self.step % config.eval_every == 0:
                 evaluation = self._evaluate(self.state)
                 test = TestRecord(self.step, evaluation.loss, evaluation.accuracy)
-                metrics.write(test)
+                records.append(test)
                 progress.test(test)
+                if board is not None and config.histograms:
+                    board.histograms(self.step, self.state)
+            for each in records:
+                metrics.write(each)
+                if board is not None:
+                    board.write(each)
             progress.train(record)
-            if done or self.step % config.checkpoint_every == 0:
-                checkpoints.save(self.state)
-            if done and evaluation is not None:
-                return evaluation
+            checkpoints.check()
+            signal = None if done else stop.requested()
+            if done or signal or self.step % config.checkpoint_every == 0:
+                metrics.sync()
+                accuracy = evaluation.accuracy if evaluation else None
+                notes = Notes(accuracy, self._feed.state(), self.seconds)
+                checkpoints.save(self.state, notes)
+            if signal:
+                checkpoints.wait()
+                raise Stopped(
+                    f"stopped by {signal.name} after step {self.step:,}. "
+                    f"{checkpoints.last_good()} The same command with --workdir "
+                    f"{checkpoints.workdir} --resume continues it.",
+                    128 + signal,
+                )
+        checkpoints.wait()
+        return evaluation or self._evaluate(self.state)
 
     def dispatch(self, steps: int) -> tuple[TrainRecord, np.ndarray]:
         """Take some steps in one call to the device.
@@ -132,13 +228,25 @@ class Run:
         Returns:
             What they amount to, and the loss of each, shape (steps,).
         """
-        self._compile(steps)
+        limit = self._feed.chunk_steps
+        parts = [min(limit, steps - done) for done in range(0, steps, limit)]
+        for part in set(parts):
+            self._compile(part)
         started = time.perf_counter()
-        rows = self._order.rows(self.step, steps)
-        self.state, scores = self._compiled[steps](self.state, self._arrays, rows)
-        losses, accuracies = np.asarray(scores["loss"]), np.asarray(scores["accuracy"])
+        scores = []
+        # The device takes one part while the host draws the next.
+        for part in parts:
+            chunk = self._parallel.place_chunk(self._feed.chunk(self.step, part))
+            self._state, taken = self._compiled[part](
+                self._state, self._constants, chunk
+            )
+            scores.append(taken)
+            self.step += part
+        losses, accuracies = (
+            np.concatenate([np.asarray(taken[name]) for taken in scores])
+            for name in ("loss", "accuracy")
+        )
         seconds = time.perf_counter() - started
-        self.step += steps
         self.seconds += seconds
         record = TrainRecord(
             step=self.step,
@@ -153,6 +261,7 @@ class Run:
         """Stop at the first loss that is no number to learn from."""
         bad = np.flatnonzero(~np.isfinite(losses))
         if bad.size:
+            checkpoints.wait()
             step = self.step - losses.size + int(bad[0]) + 1
             raise UserError(
                 f"the loss became {losses[bad[0]]} in step {step:,}. "
@@ -164,10 +273,10 @@ class Run:
         if steps in self._compiled:
             return
         started = time.perf_counter()
-        self._order.rows(self.step, 1)
-        rows = jax.ShapeDtypeStruct((steps, self.config.batch_size), np.int32)
-        lowered = self._train_steps.lower(self.state, self._arrays, rows)
-        self._compiled[steps] = lowered.compile()
+        chunk = self._parallel.chunk_spec(self._feed.spec(steps))
+        self._compiled[steps] = self._parallel.compile(
+            self._train_steps, self._state, self._constants, chunk
+        )
         self.compile_seconds += time.perf_counter() - started
 
 
@@ -190,35 +299,3 @@ def check_batch_size(config: Config, source: Source) -> None:
             f"examples; expected at most that many.",
             USAGE,
         )
-
-
-def describe(preset: str, config: Config) -> dict[str, Any]:
-    """Return what config.json holds: all that the run is a function of."""
-    return {
-        "preset": preset,
-        "config": to_json(config),
-        "versions": {
-            "bnjax": bnjax.__version__,
-            "flax": flax.__version__,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-def summarize(run: Run, evaluation: Evaluation) -> dict[str, Any]:
-    """Return what summary.json holds, beside the preset."""
-    return {
-        "test_accuracy": evaluation.accuracy,
-        "test_loss": evaluation.loss,
-        "test_correct": evaluation.correct,
-        "test_examples": evaluation.examples,
-        "steps": run.step,
-        "steps_per_second": run.step / run.seconds,
-        "train_seconds": run.seconds,
-        "compile_seconds": run.compile_seconds,
-        "parameters": count_parameters(run.state.params),
-        "state_sha256": state_sha256(run.state),
-        "seed": run.config.seed,
-    }

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bnjax.training.workdir import METRICS, writing
+from bnjax.training.workdir import METRICS, replacing, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +44,18 @@ Record = TrainRecord | TestRecord
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl, each on the disk before the next.
+    """Appends records to metrics.jsonl, each in the file before the next.
 
     Args:
         workdir: the folder of the run.
+        step: of the state that training goes on from: what was written after it is
+            cut off, and will be written again.
     """
 
-    def __init__(self, workdir: Path) -> None:
+    def __init__(self, workdir: Path, step: int = 0) -> None:
         self._path = workdir / METRICS
         with writing(self._path):
+            _cut(self._path, step)
             self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
@@ -64,6 +68,11 @@ class MetricsWriter:
             self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
             self._file.flush()
 
+    def sync(self) -> None:
+        """Return once everything written is on the disk."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
     def __enter__(self) -> Self:
         return self
 
@@ -75,6 +84,19 @@ class MetricsWriter:
     ) -> None:
         with writing(self._path):
             self._file.close()
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the records of later steps, and a last line that is not whole."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n") or json.loads(line)["step"] > step:
+            break
+        kept.append(line)
+    with replacing(path) as file:
+        file.writelines(kept)
 
 
 def read_metrics(workdir: Path) -> list[dict]:

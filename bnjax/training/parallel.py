@@ -1,55 +1,93 @@
-"""How steps are laid out on devices: today many in one dispatch, on one device."""
+"""How a run is laid out on devices: the one place that chooses."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
+import sys
 
 import jax
 
-from bnjax.data.resident import Arrays
-from bnjax.training.state import TrainState
-from bnjax.training.step import Batch, EvalStep, Metrics, TrainStep
-
-Gather = Callable[[Arrays, jax.Array], Batch]
+from bnjax.training.config import Config
+from bnjax.training.errors import USAGE, UserError
+from bnjax.training.layouts import Devices, Pmap, Spmd
 
 
-def make_train_steps(train_step: TrainStep, gather: Gather) -> jax.stages.Wrapped:
-    """Return a jitted function that takes one step for each row of indices.
+def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
+    """Lay a run out as its configuration says.
 
     Args:
-        train_step: one step.
-        gather: the batch of some rows of the resident arrays.
+        config: of the run.
+        devices: those to use; all that JAX finds, or `config.devices` of them, if None.
 
-    Returns:
-        `train_steps(state, arrays, indices) -> (state, metrics)`. The state given is
-        donated: its buffers are those of the state returned. Indices have shape
-        (steps, batch), each metric (steps,).
+    Raises:
+        UserError: the batch does not divide by the devices, there are too few, or
+            statistics are asked for that they cannot have.
+
+    Example:
+        >>> from bnjax.training.presets import digits
+        >>> parallel = make_parallel(digits(), jax.devices()[:1])
+        >>> type(parallel).__name__, len(parallel.devices)
+        ('Spmd', 1)
     """
+    devices = _chosen(config) if devices is None else tuple(devices)
+    hosts = len({device.process_index for device in devices})
+    if hosts > 1 and (config.parallel == "single" or config.devices is not None):
+        raise UserError(
+            f"--parallel single and --devices are for one host, and there are {hosts}: "
+            "leave them out.",
+            USAGE,
+        )
+    if config.parallel == "single":
+        devices = devices[:1]
+    if config.parallel == "auto" and config.bn.sync == "global" and hosts == 1:
+        devices = _dividing(devices, config)
+    parts = len(devices) * config.accumulate
+    if config.batch_size % parts:
+        raise UserError(
+            f"--batch-size {config.batch_size}: {len(devices)} device(s) and "
+            f"--accumulate {config.accumulate} need a multiple of {parts}. Give one, "
+            "or fewer --devices, or --parallel single.",
+            USAGE,
+        )
+    strategy = config.parallel
+    if strategy == "auto":
+        strategy = "pmap" if len(devices) > 1 else "single"
+    kind = Pmap if strategy == "pmap" else Spmd
+    parallel = kind(devices, config.accumulate)
+    parallel.sharing(config)
+    return parallel
 
-    def train_steps(
-        state: TrainState, arrays: Arrays, indices: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        def body(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
-            return train_step(state, gather(arrays, rows))
 
-        return jax.lax.scan(body, state, indices)
+def evaluation_parallel(config: Config) -> Spmd:
+    """Return the layout of the run itself, or one device where that is not to be had.
 
-    return jax.jit(train_steps, donate_argnums=0)
-
-
-def make_eval_steps(eval_step: EvalStep, gather: Gather) -> jax.stages.Wrapped:
-    """Return a jitted function that evaluates each row of indices.
-
-    Returns:
-        `eval_steps(params, batch_stats, arrays, indices) -> metrics`, each metric of
-        the shape of the indices.
+    A matrix product of other shapes may round otherwise: on the machine that trained,
+    the loss is then the same to the last digit.
     """
+    try:
+        return make_parallel(config)
+    except UserError:
+        return Spmd(jax.local_devices()[:1])
 
-    @jax.jit
-    def eval_steps(
-        params: Any, batch_stats: Any, arrays: Arrays, indices: jax.Array
-    ) -> Metrics:
-        step = functools.partial(eval_step, params, batch_stats)
-        return jax.lax.map(lambda rows: step(gather(arrays, rows)), indices)
 
-    return eval_steps
+def _chosen(config: Config) -> Devices:
+    found = jax.devices()
+    if config.devices is None:
+        return tuple(found)
+    if config.devices > len(found):
+        raise UserError(
+            f"--devices {config.devices}: JAX finds {len(found)} of kind "
+            f"{found[0].device_kind!r}; expected at most that many.",
+            USAGE,
+        )
+    return tuple(found[: config.devices])
+
+
+def _dividing(devices: Devices, config: Config) -> Devices:
+    """Return as many of the devices as divide the batch; the results are the same."""
+    examples = config.batch_size // config.accumulate
+    used = max(n for n in range(1, len(devices) + 1) if examples % n == 0)
+    if used < len(devices):
+        print(
+            f"note: {used} of {len(devices)} devices are used: --batch-size "
+            f"{config.batch_size} does not divide by more.",
+            file=sys.stderr,
+        )
+    return devices[:used]

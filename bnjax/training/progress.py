@@ -28,23 +28,32 @@ class Progress(Protocol):
         ...
 
 
-def make_progress(steps: int, stream: TextIO | None = None) -> Progress:
+def make_progress(
+    steps: int, stream: TextIO | None = None, *, first: int = 0
+) -> Progress:
     """Return a bar where `stream` is a terminal, and lines elsewhere.
 
     Args:
         steps: of the run.
         stream: where to show it; standard error if None.
+        first: steps taken before, by a run that is resumed.
     """
     stream = stream or sys.stderr
     at_terminal = stream is not None and stream.isatty()
-    return Bar(steps, stream) if at_terminal else Lines(steps, stream)
+    return Bar(steps, stream, first) if at_terminal else Lines(steps, stream)
 
 
 class Bar:
     """A bar of steps, with time left, loss, accuracy, learning rate and steps/s."""
 
-    def __init__(self, steps: int, stream: TextIO | None) -> None:
-        self._bar = tqdm(total=steps, file=stream, bar_format=BAR, dynamic_ncols=True)
+    def __init__(self, steps: int, stream: TextIO | None, first: int = 0) -> None:
+        self._bar = tqdm(
+            total=steps,
+            initial=first,
+            file=stream,
+            bar_format=BAR,
+            dynamic_ncols=True,
+        )
         self._test = ""
 
     def train(self, record: TrainRecord) -> None:

@@ -6,7 +6,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from bnjax.training.config import Config, validate
+from bnjax.data import config as data_config
+from bnjax.training.config import INCIDENTAL, Config, validate
 from bnjax.training.errors import UserError
 
 
@@ -48,6 +49,39 @@ def from_json(value: Any, where: str) -> Config:
             "Restore the file, or train again."
         ) from error
     return config
+
+
+def result_config(config: Config) -> dict[str, Any]:
+    """Return the part of the configuration that results depend on, as JSON."""
+    value = to_json(config)
+    data = value["data"]
+    value["data"] = {n: data[n] for n in data if n not in data_config.INCIDENTAL}
+    return {name: value[name] for name in value if name not in INCIDENTAL}
+
+
+def differences(recorded: Config, given: Config) -> list[str]:
+    """Name each flag by which two runs would have different results.
+
+    Example:
+        >>> from bnjax.training.presets import digits
+        >>> import dataclasses
+        >>> differences(digits(), dataclasses.replace(digits(), seed=1, keep=9))
+        ['--seed: the run has 0, 1 was given']
+    """
+    before, now = (_flatten(result_config(config)) for config in (recorded, given))
+    return [
+        f"--{name.replace('_', '-')}: the run has {before[name]}, {now[name]} was given"
+        for name in before
+        if before[name] != now[name]
+    ]
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, item in value.items():
+        path = f"{prefix}{name}"
+        flat |= _flatten(item, f"{path}.") if isinstance(item, dict) else {path: item}
+    return flat
 
 
 def _read(kind: Any, value: Any, path: str) -> Any:

@@ -38,6 +38,7 @@ class Stream(enum.IntEnum):
     INIT = 0
     ORDER = 1
     NOISE = 2
+    AUGMENT = 3
 
 
 def stream_key(rng: jax.Array, stream: Stream, index: jax.Array | int = 0) -> jax.Array:
@@ -58,10 +59,13 @@ def create_state(
     """Return the state before the first step.
 
     Args:
-        model: called as `model(images, train=False)`.
+        model: called as `model(images, train=False)`; shares no statistics.
         optimizer: gives the optimizer's state.
         seed: of the run's key.
         images: an example batch, shape (batch, ...); its values are not used.
+
+    The running statistics start in the dtype that a step gives them: Flax makes them
+    float32, and a step on float64 makes them float64, which no scan could carry.
 
     Returns:
         A state whose every leaf is an array of its own.
@@ -74,12 +78,36 @@ def create_state(
 
     variables = init(rng, images)
     params = variables["params"]
+    batch_stats = variables.get("batch_stats", {})
+    if batch_stats:
+        batch_stats = _as_after_a_step(model, variables, images)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        batch_stats=variables.get("batch_stats", {}),
+        batch_stats=batch_stats,
         opt_state=optimizer.init(params),
         rng=rng,
+    )
+
+
+def _as_after_a_step(model: nn.Module, variables: Any, images: jax.Array) -> Any:
+    """Return the running statistics in the dtypes that training gives them."""
+
+    def step(variables: Any, images: jax.Array) -> Any:
+        key = jax.random.key(0)
+        return model.apply(
+            variables,
+            images,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )[1]
+
+    # Two examples: one value per channel is none to train on.
+    two = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
+    after = jax.eval_shape(step, variables, two)["batch_stats"]
+    return jax.tree.map(
+        lambda leaf, new: leaf.astype(new.dtype), variables["batch_stats"], after
     )
 
 

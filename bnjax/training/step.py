@@ -8,11 +8,16 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from bnjax.data.resident import Arrays
+from bnjax.functional import Moments
 from bnjax.training.state import Stream, TrainState, stream_key
+from bnjax.variants.ghost import MOMENTS, merge_stacked
 
 Batch = dict[str, jax.Array]
+Gather = Callable[[Arrays, jax.Array], Batch]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+UpdatedStats = Callable[[Any, Any], Any]
 EvalStep = Callable[[Any, Any, Batch], Metrics]
 
 
@@ -23,7 +28,12 @@ def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def make_train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: str | None = None,
+    accumulate: int = 1,
+    updated_stats: UpdatedStats | None = None,
 ) -> TrainStep:
     r"""Return `train_step(state, batch) -> (state, metrics)`.
 
@@ -36,6 +46,13 @@ def make_train_step(
     Args:
         model: gives logits; its `batch_stats` collection is updated where it has one.
         optimizer: of the parameters.
+        axis_name: of the enclosing pmap, whose devices have a part of the batch each.
+        accumulate: micro-batches that the batch is cut into. Gradients are their mean;
+            each is normalized by its own statistics.
+        updated_stats: gives the new `batch_stats` from the old and from each layer's
+            Moments over the micro-batches and devices, for a model that writes them to
+            the collection "batch_moments". None for one that updates its statistics
+            itself.
 
     Returns:
         A pure function of a `TrainState` and a batch of "image", shape (batch, ...)
@@ -45,34 +62,83 @@ def make_train_step(
     References:
         Ioffe and Szegedy 2015, Algorithm 2, lines 1 to 6.
     """
+    mutable = ["batch_stats"] if updated_stats is None else ["batch_stats", MOMENTS]
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        noise = stream_key(state.rng, Stream.NOISE, state.step)
+    def differentiate(
+        state: TrainState, batch: Batch, noise: jax.Array
+    ) -> tuple[Any, Metrics, Any]:
+        """Return the gradients, the metrics, and the collections of the model."""
 
         def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             logits, updated = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 batch["image"],
                 train=True,
-                mutable=["batch_stats"],
+                mutable=mutable,
                 rngs={"dropout": noise},
             )
             return _cross_entropy(logits, batch["label"]).mean(), (logits, updated)
 
         gradient_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (logits, updated)), gradients = gradient_fn(state.params)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         correct = jnp.argmax(logits, axis=-1) == batch["label"]
+        metrics = {"loss": loss, "accuracy": correct.mean(dtype=loss.dtype)}
+        return gradients, metrics, updated
+
+    def differentiate_parts(
+        state: TrainState, batch: Batch, noise: jax.Array
+    ) -> tuple[Any, Metrics, Any]:
+        """Return the means over the micro-batches, and their joined moments."""
+
+        def body(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
+            index, micro_batch = part
+            key = jax.random.fold_in(noise, index)
+            gradients, *rest = differentiate(state, micro_batch, key)
+            return jax.tree.map(jnp.add, total, gradients), rest
+
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(accumulate, -1, *leaf.shape[1:]), batch
+        )
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        total, (metrics, updated) = jax.lax.scan(
+            body, zeros, (jnp.arange(accumulate), parts)
+        )
+        gradients = jax.tree.map(lambda leaf: leaf / accumulate, total)
+        metrics = jax.tree.map(lambda leaf: leaf.mean(0), metrics)
+        return gradients, metrics, {MOMENTS: _merged(updated.get(MOMENTS, {}))}
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        noise = stream_key(state.rng, Stream.NOISE, state.step)
+        if axis_name is not None:
+            noise = jax.random.fold_in(noise, jax.lax.axis_index(axis_name))
+        take = differentiate if accumulate == 1 else differentiate_parts
+        gradients, metrics, updated = take(state, batch, noise)
+        if axis_name is not None:
+            gradients, metrics = jax.lax.pmean((gradients, metrics), axis_name)
+        batch_stats = updated.get("batch_stats", {})
+        if updated_stats is not None:
+            moments = updated.get(MOMENTS, {})
+            if axis_name is not None:
+                moments = _merged(jax.lax.all_gather(moments, axis_name))
+            batch_stats = updated_stats(state.batch_stats, moments)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         new_state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
-            batch_stats=updated.get("batch_stats", {}),
+            batch_stats=batch_stats,
             opt_state=opt_state,
             rng=state.rng,
         )
-        return new_state, {"loss": loss, "accuracy": correct.mean(dtype=loss.dtype)}
+        return new_state, metrics
 
     return train_step
+
+
+def _merged(moments: Any) -> Any:
+    """Join each layer's Moments along the leading axis."""
+    return jax.tree.map(
+        merge_stacked, moments, is_leaf=lambda node: isinstance(node, Moments)
+    )
 
 
 def make_eval_step(model: nn.Module) -> EvalStep:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bnjax.training.errors import UserError
 
@@ -16,6 +16,8 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 EVALUATION = "eval.json"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+PROFILE = "profile"
 
 
 def default_workdir(preset: str) -> Path:
@@ -29,8 +31,15 @@ def default_workdir(preset: str) -> Path:
     return path
 
 
-def claim(workdir: Path) -> None:
+def claim(workdir: Path, *, resume: bool = False) -> bool:
     """Make the folder, or refuse it: it holds a run, or cannot be written to.
+
+    Args:
+        workdir: the folder.
+        resume: take a folder that holds a run.
+
+    Returns:
+        Whether it holds a run to resume.
 
     Raises:
         UserError: saying which, and what to do. Nothing in it has been changed.
@@ -38,14 +47,19 @@ def claim(workdir: Path) -> None:
     ours = (CONFIG, METRICS, SUMMARY, EVALUATION, CHECKPOINTS)
     with writing(workdir):
         held = [name for name in ours if (workdir / name).exists()]
-        if held:
+        if held and not (resume and CONFIG in held):
+            advice = "" if resume else "add --resume to continue it, or "
             raise UserError(
                 f"workdir {workdir} holds a run already ({', '.join(held)}). Nothing "
-                "was overwritten: give another --workdir, or delete this one."
+                f"was overwritten: {advice}give another --workdir."
             )
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
+        for name in ours:
+            for unfinished in workdir.glob(f".{name}.*"):
+                unfinished.unlink()
+    return bool(held)
 
 
 @contextlib.contextmanager
@@ -68,19 +82,34 @@ def write_json(path: Path, value: Any) -> None:
         UserError: the disk is full, or the folder cannot be written to.
     """
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    with writing(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(name).unlink()
-            raise
+    with writing(path), replacing(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Open a file to write, which takes the place of `path` when it is complete."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(name).unlink()
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_json(path: Path) -> Any:

@@ -5,9 +5,10 @@ import pytest
 from bnjax.data.resident import (
     Arrays,
     EpochOrder,
+    ToInputs,
     make_gather,
     padded_rows,
-    to_inputs,
+    permutation,
 )
 
 
@@ -68,16 +69,26 @@ def test_padded_rows_meet_every_example_once(examples, batch):
 
 def test_inputs_equal_numpys():
     pixels = np.arange(256, dtype=np.uint8).reshape(2, 8, 16)
-    scaled = to_inputs(pixels, 255, binarize=False)
+    scaled = ToInputs(255)(pixels)
     assert scaled.dtype == np.float32
     np.testing.assert_allclose(scaled, pixels / 255.0, rtol=1e-6)
-    binary = to_inputs(pixels, 255, binarize=True)
+    binary = ToInputs(255, binarize=True)(pixels)
     np.testing.assert_array_equal(binary, (pixels / 255.0 > 0.5).astype(np.float32))
 
 
 def test_gather_takes_rows_of_both():
     images = np.arange(12, dtype=np.uint8).reshape(4, 3)
     arrays = Arrays(images, np.array([5, 6, 7, 8], np.int32))
-    batch = make_gather(16, binarize=False)(arrays, np.array([2, 0, 2]))
+    batch = make_gather(ToInputs(16))(arrays, np.array([2, 0, 2]))
     np.testing.assert_allclose(batch["image"], images[[2, 0, 2]] / 16)
     assert batch["label"].tolist() == [7, 5, 7]
+
+
+@pytest.mark.parametrize("examples", [1, 2, 7, 1442, 60_000])
+def test_the_permutation_is_jaxs(examples):
+    for seed in range(3):
+        key = jax.random.key(seed)
+        expected = np.asarray(jax.random.permutation(key, examples))
+        found = permutation(key, examples)
+        assert found.dtype == np.int32
+        np.testing.assert_array_equal(found, expected)

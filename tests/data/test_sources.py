@@ -116,6 +116,24 @@ class TestPrepared:
         assert find_data_dir(tmp_path) == tmp_path
 
 
+@pytest.mark.skipif(
+    not (find_data_dir() / "cifar10_jpeg").is_dir(),
+    reason="cifar10_jpeg is not prepared in TFDS_DATA_DIR (see docs/data.md)",
+)
+def test_colour_images_are_those_that_tfds_decodes():
+    import tensorflow_datasets as tfds
+
+    source = open_source("cifar10_jpeg")
+    assert source.sizes == {"train": 50_000, "test": 10_000}
+    assert (source.classes, source.image_shape) == (10, (32, 32, 3))
+    builder = tfds.builder_from_directory(find_data_dir() / "cifar10_jpeg" / "1.0.0")
+    theirs = builder.as_data_source(split="test")
+    rows = range(0, 10_000, 997)
+    for row, example in zip(rows, source.splits["test"].read(rows), strict=True):
+        assert example.label == theirs[row]["label"]
+        np.testing.assert_array_equal(example.image, theirs[row]["image"])
+
+
 class TestRefusals:
     def test_not_prepared_is_found_out_at_once(self, tmp_path, no_network):
         started = time.monotonic()
@@ -166,7 +184,7 @@ class TestRefusals:
         folder = prepared_set.write(tmp_path)
         text = (folder / "features.json").read_text()
         (folder / "features.json").write_text(text.replace('"6"', '"-1"'))
-        with pytest.raises(UserError, match="expected an image of a fixed size"):
+        with pytest.raises(UserError, match=r"many sizes: say with --data\.image-size"):
             open_source("tiny", tmp_path)
 
     @pytest.mark.parametrize("damage", ["truncated", "missing"])

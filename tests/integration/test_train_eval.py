@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def digits_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "digits"
-    assert train_program.main(["--workdir", str(workdir)]) == 0
+    assert train_program.main(["--parallel", "single", "--workdir", str(workdir)]) == 0
     return workdir
 
 

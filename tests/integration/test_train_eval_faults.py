@@ -1,8 +1,6 @@
 """A person's mistakes: one message on stderr, an exit status, no traceback."""
 
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,8 @@ from bnjax.training.checkpoint import MANIFEST
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
+    "--parallel",
+    "single",
     "--steps",
     "20",
     "--eval-every",
@@ -144,30 +144,6 @@ def test_eval_of_a_damaged_checkpoint(fails, run, damage):
 def test_eval_of_a_run_without_a_checkpoint(fails, run):
     shutil.rmtree(run / "checkpoints")
     assert "has no checkpoints" in fails(eval_program, run)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_ctrl_c_ends_with_one_line_and_130(tmp_path):
-    workdir = tmp_path / "run"
-    argv = ["--steps", "100000000", "--checkpoint-every", "100", "--workdir", workdir]
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, argv)],
-        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            assert process.stderr is not None
-            first = process.stderr.readline()
-            process.send_signal(signal.SIGINT)
-            rest = process.stderr.read()
-            status = process.wait(timeout=60)
-        finally:
-            process.kill()
-    assert first.startswith("step ")
-    assert status == 130
-    assert rest.splitlines()[-1].startswith("error: interrupted in step ")
-    assert "Traceback" not in rest
 
 
 def test_a_typo_on_the_command_line_of_a_new_process(tmp_path):

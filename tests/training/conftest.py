@@ -1,11 +1,21 @@
 import dataclasses
 
+import jax
 import pytest
 
 from bnjax.data.sources import open_source
 from bnjax.training.build import build
 from bnjax.training.config import ModelConfig
 from bnjax.training.presets import digits
+from bnjax.training.tracing import keep_compiled
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Keep compiled programs: every run of a configuration compiles the same."""
+    keep_compiled(tmp_path_factory.mktemp("compiled"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +24,7 @@ def small_config():
     return dataclasses.replace(
         digits(),
         steps=60,
+        parallel="single",
         batch_size=50,
         log_every=10,
         eval_every=30,

@@ -4,6 +4,7 @@ import pytest
 
 from bnjax.data.sources import open_source
 from bnjax.training.evaluation import Evaluator
+from bnjax.training.layouts import Pmap, Spmd
 from tests.training import numpy_network
 
 
@@ -23,8 +24,9 @@ def state(initial_state):
     )
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64, 355, 1000])
-def test_it_equals_a_plain_numpy_loop(program, state, batch_size):
+@pytest.fixture
+def plain_loop(state):
+    """The count of right answers and the losses, an example at a time in NumPy."""
     arrays = open_source("digits").load("test", print)
     params, stats = (
         jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
@@ -37,10 +39,26 @@ def test_it_equals_a_plain_numpy_loop(program, state, batch_size):
         )
         correct += int(logits[0].argmax() == label)
         losses.append(-numpy_network.log_softmax(logits)[0, label])
+    return correct, losses
 
-    found = Evaluator(program, arrays, batch_size)(state)
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 355, 1000])
+def test_it_equals_a_plain_numpy_loop(program, state, plain_loop, batch_size, devices):
+    arrays = open_source("digits").load("test", print)
+    parallel = Spmd(jax.devices()[:devices])
+    found = Evaluator(program, arrays, batch_size, parallel)(state)
+    correct, losses = plain_loop
 
     assert (found.correct, found.examples) == (correct, 355)
     assert found.accuracy == correct / 355
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-6)
     assert 0.05 < found.accuracy < 0.95
+
+
+def test_a_pmapped_state_is_evaluated_as_it_was(program, state):
+    arrays = open_source("digits").load("test", print)
+    parallel = Pmap(jax.devices()[:3])
+    placed = parallel.place_state(state)
+    found = Evaluator(program, arrays, 50, parallel)(parallel.host_state(placed))
+    assert found == Evaluator(program, arrays, 50)(state)

@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import signal
 
 import jax
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 from bnjax.data.sources import open_source
 from bnjax.training import loop
 from bnjax.training.build import build
-from bnjax.training.errors import UserError
+from bnjax.training.config import OptimizerConfig
+from bnjax.training.errors import Stopped, UserError
 from bnjax.training.evaluation import evaluate_run
 from bnjax.training.loop import Run, train
 from bnjax.training.metrics import read_metrics
@@ -154,18 +156,146 @@ def test_the_last_good_checkpoint_is_named(run_small, tmp_path, monkeypatch):
     assert evaluate_run(tmp_path / "run1")["step"] == 30
 
 
-def test_ctrl_c_names_the_step_and_the_checkpoint(run_small, tmp_path, monkeypatch):
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Do something as soon as a step has been reached, once."""
     dispatch = Run.dispatch
 
-    def interrupt(self, steps):
-        if self.step == 50:
-            raise KeyboardInterrupt
-        return dispatch(self, steps)
+    def at(step, action):
+        def stopping(self, steps):
+            found = dispatch(self, steps)
+            if self.step == step:
+                monkeypatch.setattr(Run, "dispatch", dispatch)
+                action()
+            return found
 
-    monkeypatch.setattr(Run, "dispatch", interrupt)
-    with pytest.raises(UserError, match=r"interrupted in step 50\..*/30\.") as caught:
+        monkeypatch.setattr(Run, "dispatch", stopping)
+
+    return at
+
+
+class CrashError(Exception):
+    pass
+
+
+def crash():
+    raise CrashError
+
+
+def without_rates(workdir):
+    records = read_metrics(workdir)
+    for record in records:
+        record.pop("steps_per_second", None)
+    return records
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_signal_finishes_the_dispatch_and_saves(
+    run_small, stop_at, tmp_path, number, status
+):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    stop_at(40, lambda: signal.raise_signal(number))
+    with pytest.raises(Stopped) as caught:
         run_small()
-    assert caught.value.status == 130
+    assert caught.value.status == status
+    saved = tmp_path / "run1" / "checkpoints" / "40"
+    message = str(caught.value)
+    assert message.startswith(f"stopped by {number.name} after step 40. ")
+    assert f"The last good checkpoint is {saved}." in message
+    assert f"--workdir {tmp_path / 'run1'} --resume" in message
+    assert evaluate_run(tmp_path / "run1")["step"] == 40
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_signal_in_the_last_dispatch_changes_nothing(run_small, stop_at):
+    stop_at(60, lambda: signal.raise_signal(signal.SIGTERM))
+    assert run_small()[1]["steps"] == 60
+
+
+# Before the first checkpoint, between two, and after the last.
+@pytest.mark.parametrize(("step", "resumed"), [(20, 0), (50, 40), (60, 40)])
+def test_a_resumed_run_is_the_run_never_stopped(
+    run_small, small_config, stop_at, tmp_path, step, resumed, capsys
+):
+    optim = OptimizerConfig(name="adam", schedule="cosine", warmup_steps=5)
+    changes = {"optim": optim, "checkpoint_every": 20, "learning_rate": 0.01}
+    whole, expected = run_small(**changes)
+    stop_at(step, crash)
+    with pytest.raises(CrashError):
+        run_small(**changes)
+    workdir = tmp_path / "run2"
+    assert resumed == 0 or (workdir / "checkpoints" / str(resumed)).exists()
+    config = dataclasses.replace(
+        small_config, workdir=workdir, resume=True, keep=5, **changes
+    )
+    capsys.readouterr()
+    found = train("digits", config)
+    assert f"step {resumed}" in capsys.readouterr().err
+    assert found["state_sha256"] == expected["state_sha256"]
+    assert found["test_loss"] == expected["test_loss"]
+    assert without_rates(workdir) == without_rates(whole)
+
+
+def test_a_run_at_its_end_is_summed_up_again(run_small, small_config):
+    workdir, expected = run_small()
+    before = (workdir / "metrics.jsonl").read_bytes()
+    (workdir / "summary.json").unlink()
+    config = dataclasses.replace(small_config, workdir=workdir, resume=True)
+    found = train("digits", config)
+    del expected["compile_seconds"], found["compile_seconds"]
+    assert found == expected
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_what_is_written_on_request(run_small):
+    plain, expected = run_small()
+    workdir, found = run_small(tensorboard=True, histograms=True, profile=True)
+    assert found["state_sha256"] == expected["state_sha256"]
+    assert list((workdir / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    names = {path.name for path in workdir.iterdir()}
+    assert names - {path.name for path in plain.iterdir()} == {"tensorboard", "profile"}
+
+
+def test_the_best_test_is_in_the_summary(run_small):
+    workdir, summary = run_small(eval_every=10)
+    tests = [r for r in read_metrics(workdir) if r["split"] == "test"]
+    assert len(tests) == 6
+    assert summary["best_test_accuracy"] == max(test["accuracy"] for test in tests)
+    (best,) = [test for test in tests if test["step"] == summary["best_step"]]
+    assert best["accuracy"] == summary["best_test_accuracy"]
+
+
+def test_a_folder_without_a_run_is_started(run_small):
+    assert run_small(resume=True)[1]["steps"] == 60
+
+
+def test_a_run_of_another_configuration_is_not_resumed(run_small, small_config):
+    workdir, _ = run_small()
+    config = dataclasses.replace(
+        small_config,
+        workdir=workdir,
+        resume=True,
+        seed=7,
+        bn=dataclasses.replace(small_config.bn, momentum=0.5),
+    )
+    with pytest.raises(UserError) as caught:
+        train("digits", config)
+    assert caught.value.status == 2
+    assert "--seed: the run has 0, 7 was given" in str(caught.value)
+    assert "--bn.momentum: the run has 0.9, 0.5 was given" in str(caught.value)
+    assert "--keep" not in str(caught.value)
+
+
+def test_other_versions_are_named(run_small, small_config, capsys):
+    workdir, _ = run_small()
+    record = json.loads((workdir / "config.json").read_text())
+    record["versions"]["jax"] = "0.0.1"
+    (workdir / "config.json").write_text(json.dumps(record))
+    train("digits", dataclasses.replace(small_config, workdir=workdir, resume=True))
+    assert "'jax': '0.0.1'" in capsys.readouterr().err
 
 
 def test_a_workdir_that_holds_a_run_is_refused(run_small, small_config):
@@ -179,7 +309,7 @@ def test_a_workdir_that_holds_a_run_is_refused(run_small, small_config):
         }
 
     before = digest()
-    with pytest.raises(UserError, match="Nothing was overwritten"):
+    with pytest.raises(UserError, match=r"overwritten: add --resume to continue"):
         train("digits", dataclasses.replace(small_config, workdir=workdir))
     assert digest() == before
 

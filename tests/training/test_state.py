@@ -6,7 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from bnjax.data.sources import open_source
 from bnjax.models import MLP
+from bnjax.training.build import build
+from bnjax.training.parallel import make_parallel
 from bnjax.training.state import (
     Stream,
     create_state,
@@ -14,6 +17,7 @@ from bnjax.training.state import (
     stream_key,
     tree_sha256,
 )
+from bnjax.training.step import make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +75,47 @@ def test_every_leaf_can_be_donated(state):
         leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.opt_state)
     ]
     assert len(set(buffers)) == len(buffers)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_statistics_start_in_the_dtype_that_training_gives_them(dtype, x64):
+    model, optimizer = MLP((5,), 3, param_dtype=dtype), optax.sgd(0.1)
+    state = create_state(model, optimizer, 0, jnp.zeros((1, 4), dtype))
+    train_step = make_train_step(model, optimizer)
+    batch = {"image": jnp.ones((4, 4), dtype), "label": jnp.zeros(4, jnp.int32)}
+    after, _ = jax.lax.scan(lambda s, _: train_step(s, batch), state, length=2)
+    for leaf in jax.tree.leaves((state.batch_stats, after.batch_stats)):
+        assert leaf.dtype == dtype
+
+
+def test_half_precision_leaves_parameters_statistics_and_losses_in_float32(
+    small_config,
+):
+    config = dataclasses.replace(small_config, dtype="bfloat16")
+    program = build(config, open_source("digits"))
+    state = program.initial_state()
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": jnp.asarray(rng.random((50, 8, 8)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, 10, 50)),
+    }
+    logits = program.model.apply(
+        {"params": state.params, "batch_stats": state.batch_stats},
+        batch["image"],
+        train=False,
+    )
+    assert logits.dtype == jnp.bfloat16
+    train_step = program.train_step(make_parallel(config))
+    after, metrics = jax.jit(train_step)(state, batch)
+    floating = (after.params, after.batch_stats, metrics)
+    assert {leaf.dtype for leaf in jax.tree.leaves(floating)} == {jnp.dtype("float32")}
+    full = build(small_config, open_source("digits")).train_step(
+        make_parallel(small_config)
+    )
+    expected, _ = jax.jit(full)(state, batch)
+    found, wanted = (
+        after.batch_stats["bn_0"]["mean"],
+        expected.batch_stats["bn_0"]["mean"],
+    )
+    np.testing.assert_allclose(found, wanted, rtol=0.02, atol=1e-3)
+    assert np.any(np.asarray(found) != np.asarray(wanted))

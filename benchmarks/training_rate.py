@@ -1,0 +1,236 @@
+"""Steps per second of train.py's resident path, beside a plain Flax and PyTorch loop.
+
+    python -m benchmarks.training_rate --torch-python PATH
+
+All train the network of the mnist preset on MNIST with batches of 60, in turn, round
+after round, the order rotating, so that whatever else the machine does falls on all of
+them. Compiling is left out. The Flax loop calls one jitted step for each batch, taken
+from a NumPy array; so does the PyTorch loop, in a process of its own that waits while
+the others work. train.py is asked to make at least 1.2 times the steps of the Flax loop
+and 3.5 times those of the PyTorch loop. The result is
+benchmarks/results/training_rate.json. It needs MNIST prepared (see docs/training.md).
+"""
+
+import dataclasses
+import functools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import linen as nn
+from flax.training.train_state import TrainState
+
+from benchmarks.report import ROOT, write_result
+from bnjax.data.sources import Source, open_source
+from bnjax.training.config import Config
+from bnjax.training.errors import UserError, run_reporting
+from bnjax.training.loop import Run
+from bnjax.training.presets import mnist
+
+RESULT = ROOT / "benchmarks" / "results" / "training_rate.json"
+ASKED = {"flax loop": 1.2, "torch loop": 3.5}
+TakeSteps = Callable[[int], float]
+
+
+class Network(nn.Module):
+    """The network as the examples of Flax write one."""
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        """Return logits."""
+        init = nn.initializers.normal(0.01)
+        z = z.reshape(len(z), -1)
+        for _ in range(3):
+            z = nn.Dense(100, use_bias=False, kernel_init=init)(z)
+            z = nn.sigmoid(nn.BatchNorm(use_running_average=False)(z))
+        return nn.Dense(10, kernel_init=init)(z)
+
+
+class State(TrainState):
+    """Flax's, and running statistics."""
+
+    batch_stats: Any
+
+
+def bnjax_loop(source: Source, config: Config) -> TakeSteps:
+    run = Run(config, source)
+
+    def take(steps: int) -> float:
+        before = run.seconds
+        for _ in range(steps // config.log_every):
+            run.dispatch(config.log_every)
+        return run.seconds - before
+
+    return take
+
+
+def flax_loop(images: np.ndarray, labels: np.ndarray, config: Config) -> TakeSteps:
+    model, batch = Network(), config.batch_size
+    variables = model.init(jax.random.key(config.seed), images[:batch])
+    state = State.create(
+        apply_fn=model.apply, tx=optax.sgd(config.learning_rate), **variables
+    )
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: State, x: jax.Array, y: jax.Array) -> tuple[State, jax.Array]:
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            logits, updated = state.apply_fn(
+                {"params": params, "batch_stats": state.batch_stats},
+                x,
+                mutable=["batch_stats"],
+            )
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            return loss, updated
+
+        (loss, updated), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        state = state.apply_gradients(
+            grads=gradients, batch_stats=updated["batch_stats"]
+        )
+        return state, loss
+
+    random = np.random.default_rng(config.seed)
+    rows: list[np.ndarray] = []
+
+    def take(steps: int) -> float:
+        nonlocal state, rows
+        started = time.perf_counter()
+        loss = jnp.zeros(())
+        for _ in range(steps):
+            if not rows:
+                whole = len(labels) // batch * batch
+                rows = list(random.permutation(len(labels))[:whole].reshape(-1, batch))
+            chosen = rows.pop()
+            state, loss = step(state, images[chosen], labels[chosen])
+        loss.block_until_ready()
+        return time.perf_counter() - started
+
+    return take
+
+
+def torch_loop(
+    python: Path, folder: Path, images: np.ndarray, labels: np.ndarray, config: Config
+) -> tuple[TakeSteps, subprocess.Popen[str]]:
+    data = folder / "mnist.npz"
+    np.savez(data, images=images, labels=labels)
+    script = ROOT / "benchmarks" / "torch_loop.py"
+    numbers = (config.seed, config.batch_size, config.learning_rate)
+    child = subprocess.Popen(  # noqa: S603 (the person running this names it)
+        [str(word) for word in (python, script, data, *numbers)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def take(steps: int) -> float:
+        if child.stdin is None or child.stdout is None:
+            raise ValueError("the pipes are there")
+        child.stdin.write(f"{steps}\n")
+        child.stdin.flush()
+        answer = child.stdout.readline()
+        if not answer:
+            raise UserError(f"{python} ended: expected a Python that has torch.")
+        return float(answer)
+
+    return take, child
+
+
+def compare(
+    torch_python: Path | None = None,
+    rounds: int = 21,
+    steps: int = 1000,
+    seed: int = 0,
+    data_dir: Path | None = None,
+) -> None:
+    """Measure, print and write the rates.
+
+    Args:
+        torch_python: A Python that has torch. None: without PyTorch.
+        rounds: Of each loop.
+        steps: In a round, a multiple of the preset's --log-every.
+        seed: Of the weights and the order of the data.
+        data_dir: Where TensorFlow Datasets are prepared.
+    """
+    source = open_source("mnist", data_dir)
+    config = dataclasses.replace(mnist(), seed=seed)
+    arrays = source.load("train", lambda *_: None)
+    images = (np.asarray(arrays.images) > source.max_value / 2).astype(np.float32)
+    labels = np.asarray(arrays.labels)
+    loops = {
+        "train.py": bnjax_loop(source, config),
+        "flax loop": flax_loop(images, labels, config),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        child = None
+        if torch_python is not None:
+            loops["torch loop"], child = torch_loop(
+                torch_python, Path(folder), images, labels, config
+            )
+        try:
+            rates = measure(loops, rounds, steps)
+        finally:
+            if child is not None:
+                child.kill()
+                child.wait()
+    report(rates, rounds, steps, seed)
+
+
+def measure(
+    loops: dict[str, TakeSteps], rounds: int, steps: int
+) -> dict[str, list[float]]:
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    names = list(loops)
+    for take in loops.values():
+        take(steps)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            rates[name].append(steps / loops[name](steps))
+    return rates
+
+
+def report(rates: dict[str, list[float]], rounds: int, steps: int, seed: int) -> None:
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, median in medians.items():
+        spread = f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}"
+        print(f"{name:10} {median:8,.0f} steps/s (median of {rounds}; {spread})")
+    ratios = {}
+    for name in list(rates)[1:]:
+        each = [
+            ours / theirs
+            for ours, theirs in zip(rates["train.py"], rates[name], strict=True)
+        ]
+        ratios[f"train.py over {name}"] = {
+            "asked": ASKED[name],
+            "median_of_rounds": statistics.median(each),
+            "lowest": min(each),
+            "highest": max(each),
+        }
+        print(
+            f"train.py / {name}: {statistics.median(each):.2f} (asked: {ASKED[name]})"
+        )
+    command = " ".join(["python -m benchmarks.training_rate", *sys.argv[1:]])
+    result = {
+        "steps_per_second_median": medians,
+        "ratios": ratios,
+        "rounds": rounds,
+        "steps_per_round": steps,
+        "steps_per_second": rates,
+    }
+    write_result(RESULT, command, [seed], result)
+    print(RESULT)
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting(lambda: tyro.cli(compare)))

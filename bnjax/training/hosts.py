@@ -1,0 +1,135 @@
+"""Several hosts become one run: they meet, and only then does JAX connect them.
+
+JAX ends the process, with a stack of C++ frames, where a host does not come. So hosts
+first meet over a plain connection, which can be waited for and given up.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from bnjax.training.config import Config, HostsConfig
+from bnjax.training.errors import UserError
+
+HEARTBEAT_SECONDS = 30
+RETRY_SECONDS = 0.1
+_READY = b"ready"
+
+
+def join_hosts(hosts: HostsConfig) -> None:
+    """Connect this process with those of the other hosts, before any computation.
+
+    Args:
+        hosts: where host 0 is, how many there are, and which this is.
+
+    Raises:
+        UserError: the port is taken, host 0 is not reached, or some do not come.
+    """
+    if hosts.coordinator is None:
+        return
+    if hosts.coordinator == "auto":
+        jax.distributed.initialize(
+            initialization_timeout=hosts.timeout,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+        return
+    address, _, port = hosts.coordinator.rpartition(":")
+    deadline = time.monotonic() + hosts.timeout
+    if hosts.index == 0:
+        _receive_all(hosts, int(port), deadline)
+    else:
+        _report_to(hosts, address, int(port), deadline)
+    jax.distributed.initialize(
+        hosts.coordinator,
+        hosts.count,
+        hosts.index,
+        initialization_timeout=hosts.timeout,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+
+
+@contextlib.contextmanager
+def host_folder(config: Config) -> Iterator[Config]:
+    """Give every host but the first a folder of its own, gone in the end.
+
+    So one host writes the run and prints, and all run the same program.
+
+    Args:
+        config: of the run. A run to resume is read from its `workdir`, on every host.
+    """
+    if config.hosts.coordinator is None or jax.process_index() == 0:
+        yield config
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="bnjax-") as folder,
+        Path(os.devnull).open("w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        copy = Path(folder) / "run"
+        if config.resume and config.workdir is not None and config.workdir.exists():
+            shutil.copytree(config.workdir, copy)
+        yield dataclasses.replace(config, workdir=copy)
+
+
+def _receive_all(hosts: HostsConfig, port: int, deadline: float) -> None:
+    """Wait on host 0 until each of the others has said its index."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"--hosts.coordinator {hosts.coordinator}: port {port} cannot be used "
+                f"on this host: {error.strerror}. Give another port on every host."
+            ) from error
+        listener.listen(hosts.count)
+        missing = set(range(1, hosts.count))
+        guests = []
+        while missing:
+            listener.settimeout(max(deadline - time.monotonic(), 0.001))
+            try:
+                guest = stack.enter_context(listener.accept()[0])
+                guest.settimeout(max(deadline - time.monotonic(), 0.001))
+                missing.discard(int(guest.recv(16) or b"-1"))
+            except TimeoutError:
+                raise UserError(
+                    f"host(s) {', '.join(map(str, sorted(missing)))} of "
+                    f"--hosts.count {hosts.count} did not come within "
+                    f"{hosts.timeout} s. Start the same command there with its own "
+                    "--hosts.index; --hosts.timeout waits longer."
+                ) from None
+            except (OSError, ValueError):
+                continue
+            guests.append(guest)
+        for guest in guests:
+            with contextlib.suppress(OSError):
+                guest.sendall(_READY)
+                # Whoever closes first keeps the port busy: let it be the guest.
+                guest.recv(1)
+
+
+def _report_to(hosts: HostsConfig, address: str, port: int, deadline: float) -> None:
+    """Say this host's index to host 0, and wait until all have."""
+    while time.monotonic() < deadline:
+        left = max(deadline - time.monotonic(), 0.001)
+        with contextlib.suppress(OSError), socket.socket() as guest:
+            guest.settimeout(left)
+            guest.connect((address, port))
+            guest.sendall(str(hosts.index).encode())
+            if guest.recv(len(_READY)) == _READY:
+                return
+        time.sleep(RETRY_SECONDS)
+    raise UserError(
+        f"--hosts.coordinator {hosts.coordinator}: host 0 was not reached, or another "
+        f"did not come, within {hosts.timeout} s. Start the same command on every "
+        "host, each with its own --hosts.index; --hosts.timeout waits longer."
+    )

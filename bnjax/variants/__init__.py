@@ -1,0 +1,1 @@
+"""Variants of batch normalization, each on the functional core."""

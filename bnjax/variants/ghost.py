@@ -1,0 +1,211 @@
+"""Ghost batch normalization: the batch in groups, each with statistics of its own."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bnjax import _checks, functional
+from bnjax.functional import BatchStats, Moments
+from bnjax.linen import BatchNorm
+
+MOMENTS = "batch_moments"
+
+
+def ghost_batch_norm(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    batch_stats: BatchStats,
+    *,
+    virtual_batch_size: int | None,
+    momentum: float | jax.Array = 0.99,
+    unbiased: bool = True,
+    **options: Any,
+) -> tuple[jax.Array, BatchStats]:
+    """Normalize consecutive groups of the batch, each by its own mean and variance.
+
+    With 256 examples and a virtual batch size of 32, examples 0 to 31 are normalized
+    together, 32 to 63, and so on, as eight devices would that share no statistics. The
+    running statistics move once, towards the moments of all groups joined by
+    `Moments.merge`. It is for training: inference has no groups, see
+    `bnjax.batch_norm`.
+
+    Args:
+        x: input, of rank 2 or more, the examples along its first axis.
+        scale: gamma, shape (features,); None for ones.
+        bias: beta, shape (features,); None for zeros.
+        batch_stats: running statistics, shape (features,).
+        virtual_batch_size: examples in a group; divides the batch. None for one group.
+        momentum: weight of the old statistics (PyTorch's 0.1 is 0.9 here).
+        unbiased: running variance with m / (m - 1), m the values in all groups.
+        **options: `axis`, `epsilon`, `activation`, `residual`, `dtype`, `axis_name` and
+            `axis_index_groups` of `bnjax.batch_norm`.
+
+    Returns:
+        The output, of the shape of `x`, and the new BatchStats.
+
+    Raises:
+        ValueError: the size does not divide the batch, or leaves one value per channel.
+
+    Examples:
+        >>> import jax.numpy as jnp, bnjax
+        >>> x = jnp.array([[0.0], [2.0], [10.0], [14.0]])
+        >>> y, stats = ghost_batch_norm(
+        ...     x,
+        ...     None,
+        ...     None,
+        ...     bnjax.BatchStats.init(1),
+        ...     virtual_batch_size=2,
+        ...     momentum=0.0,
+        ...     unbiased=False,
+        ... )
+        >>> print(y.ravel().round(2), stats.mean, stats.var)
+        [-1.  1. -1.  1.] [6.5] [32.75]
+
+    References:
+        Hoffer, Hubara and Soudry 2017, "Train longer, generalize better", Algorithm 1.
+    """
+    y, moments = normalize_groups(
+        x, scale, bias, virtual_batch_size=virtual_batch_size, **options
+    )
+    return y, functional.update_batch_stats(
+        batch_stats, moments, momentum=momentum, unbiased=unbiased
+    )
+
+
+def normalize_groups(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    *,
+    virtual_batch_size: int | None,
+    axis: _checks.Axes = -1,
+    residual: jax.Array | None = None,
+    **options: Any,
+) -> tuple[jax.Array, Moments]:
+    """Normalize each group as `ghost_batch_norm` does, and return the joined moments.
+
+    Returns:
+        The output, and the Moments of this device's examples. Their count is that of
+        this device alone, also where `axis_name` shares a group between several, so
+        that merging the devices' moments counts every value once.
+    """
+    features, reduction = _checks.split_axes(x.shape, axis)
+    if 0 not in reduction:
+        raise ValueError(
+            f"batch_norm: axis={axis!r} makes the first axis of x a feature axis; "
+            "expected the examples there, to be put into groups."
+        )
+    size = x.shape[0] if virtual_batch_size is None else virtual_batch_size
+    if size < 1 or x.shape[0] % size:
+        raise ValueError(
+            f"batch_norm: virtual_batch_size={virtual_batch_size} for a batch of "
+            f"{x.shape[0]}; expected a divisor of it."
+        )
+    shape = tuple(x.shape[axis] for axis in features)
+
+    def one_group(x, residual):
+        # With momentum 0 the new statistics are those of the group.
+        return functional.batch_norm(
+            x,
+            scale,
+            bias,
+            BatchStats.init(shape),
+            axis=features,
+            momentum=0.0,
+            unbiased=False,
+            residual=residual,
+            **options,
+        )
+
+    groups = x.shape[0] // size
+    values = x.size // (groups * math.prod(shape))
+    if groups == 1:
+        y, found = one_group(x, residual)
+        return y, Moments(found.mean, found.var, jnp.full_like(found.mean, values))
+    split = jax.tree.map(
+        lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), (x, residual)
+    )
+    y, found = jax.vmap(one_group)(*split)
+    counts = jnp.full_like(found.mean, values)
+    return y.reshape(x.shape), merge_stacked(Moments(found.mean, found.var, counts))
+
+
+def merge_stacked(moments: Moments) -> Moments:
+    """Join moments that are stacked along a leading axis.
+
+    Example:
+        >>> parts = Moments(
+        ...     *jnp.array([[[1.0], [5.0]], [[0.0], [0.0]], [[1.0], [1.0]]])
+        ... )
+        >>> print(merge_stacked(parts).mean, merge_stacked(parts).var)
+        [3.] [4.]
+    """
+    parts = moments.count.shape[0]
+    first, *rest = (
+        jax.tree.map(lambda leaf, i=i: leaf[i], moments) for i in range(parts)
+    )
+    return first.merge(*rest)
+
+
+class GhostBatchNorm(BatchNorm):
+    """`bnjax.linen.BatchNorm` that normalizes by groups of the batch in training.
+
+    Its variables, and what it does in inference, are those of the layer it extends.
+    Where the collection "batch_moments" is mutable, it leaves the running statistics as
+    they are and writes the batch's moments there: whoever takes a step over several
+    batches or devices merges them and updates once.
+
+    Attributes:
+        virtual_batch_size: examples in a group; divides the batch. None for one group.
+
+    The other attributes are those of `bnjax.linen.BatchNorm`.
+
+    Raises:
+        ValueError: for a mask in training, beside what `ghost_batch_norm` raises.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = GhostBatchNorm(use_running_average=False, virtual_batch_size=2)
+        >>> x = jnp.array([[0.0], [2.0], [10.0], [14.0]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, _ = layer.apply(variables, x, mutable=["batch_stats"])
+        >>> print(y.ravel().round(2))
+        [-1.  1. -1.  1.]
+
+    References:
+        Hoffer, Hubara and Soudry 2017.
+    """
+
+    virtual_batch_size: int | None = None
+
+    def _transform(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        batch_stats: BatchStats,
+        **options: Any,
+    ) -> tuple[jax.Array, BatchStats]:
+        if not options.pop("update_stats"):
+            return super()._transform(
+                x, scale, bias, batch_stats, update_stats=False, **options
+            )
+        momentum, unbiased = options.pop("momentum"), options.pop("unbiased")
+        del options["use_running_average"]
+        if options.pop("mask") is not None:
+            raise ValueError(
+                "batch_norm: a mask was given to groups of a virtual batch size; "
+                "expected none. Leave the padding out of the batch."
+            )
+        y, moments = normalize_groups(
+            x, scale, bias, virtual_batch_size=self.virtual_batch_size, **options
+        )
+        if self.is_mutable_collection(MOMENTS):
+            self.put_variable(MOMENTS, "moments", moments)
+            return y, batch_stats
+        return y, functional.update_batch_stats(
+            batch_stats, moments, momentum=momentum, unbiased=unbiased
+        )

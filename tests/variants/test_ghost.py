@@ -1,0 +1,175 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnjax
+from bnjax.functional import Moments
+from bnjax.linen import BatchNorm
+from bnjax.variants.ghost import (
+    GhostBatchNorm,
+    ghost_batch_norm,
+    merge_stacked,
+)
+
+
+def data(shape=(12, 3, 4), seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape) * 2 + rng.normal(size=(shape[0], 1, 1))
+    return (jnp.asarray(a) for a in (x, rng.normal(size=4), rng.normal(size=4)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 12])
+def test_each_group_is_a_batch_of_its_own(size, x64):
+    x, scale, bias = data()
+    old = bnjax.BatchStats(jnp.full(4, 0.5), jnp.full(4, 2.0))
+    y, stats = ghost_batch_norm(
+        x, scale, bias, old, virtual_batch_size=size, momentum=0.9, activation="tanh"
+    )
+    for start in range(0, 12, size):
+        group = slice(start, start + size)
+        expected, _ = bnjax.batch_norm(x[group], scale, bias, old, activation="tanh")
+        np.testing.assert_allclose(y[group], expected, rtol=1e-12, atol=1e-12)
+    values = np.asarray(x).reshape(-1, 4)
+    np.testing.assert_allclose(stats.mean, 0.45 + 0.1 * values.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(stats.var, 1.8 + 0.1 * values.var(0, ddof=1), rtol=1e-12)
+
+
+def test_gradients_are_those_of_the_groups(x64):
+    x, scale, bias = data()
+    dy = data(seed=1)
+    dy = next(dy)
+    stats = bnjax.BatchStats.init(4)
+
+    def ghost(x, scale, bias):
+        y, _ = ghost_batch_norm(x, scale, bias, stats, virtual_batch_size=4)
+        return jnp.sum(y * dy)
+
+    def groups(x, scale, bias):
+        parts = [
+            bnjax.batch_norm(x[i : i + 4], scale, bias, stats)[0] for i in (0, 4, 8)
+        ]
+        return jnp.sum(jnp.concatenate(parts) * dy)
+
+    found = jax.jit(jax.grad(ghost, (0, 1, 2)))(x, scale, bias)
+    expected = jax.grad(groups, (0, 1, 2))(x, scale, bias)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_other_feature_axes_and_a_residual(x64):
+    x, scale, bias = data()
+    residual = next(data(seed=2))
+    stats = bnjax.BatchStats.init(4)
+    options = {"virtual_batch_size": 3, "activation": "relu"}
+    y, new = ghost_batch_norm(x, scale, bias, stats, residual=residual, **options)
+    turned, turned_new = ghost_batch_norm(
+        jnp.moveaxis(x, 2, 1),
+        scale,
+        bias,
+        stats,
+        axis=1,
+        residual=jnp.moveaxis(residual, 2, 1),
+        **options,
+    )
+    np.testing.assert_allclose(jnp.moveaxis(turned, 1, 2), y, rtol=1e-12)
+    np.testing.assert_allclose(turned_new.var, new.var, rtol=1e-12)
+
+
+def test_many_groups_are_one_program():
+    def equations(groups):
+        x = jnp.zeros((4 * groups, 5))
+        stats = bnjax.BatchStats.init(5)
+
+        def outputs(x):
+            return ghost_batch_norm(x, None, None, stats, virtual_batch_size=4)[0]
+
+        return str(jax.make_jaxpr(outputs)(x)).count("rsqrt")
+
+    assert equations(2) == equations(16)
+
+
+def test_merging_stacked_moments_is_exact():
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(4, 15, 3)) + 30).astype(np.float32)
+    parts = [bnjax.moments(jnp.asarray(part)) for part in x]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    merged = merge_stacked(stacked)
+    exact = x.astype(np.float64).reshape(60, 3)
+    np.testing.assert_allclose(merged.mean, exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(merged.var, exact.var(0), rtol=1e-6)
+    np.testing.assert_array_equal(merged.count, 60)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"virtual_batch_size": 5}, "virtual_batch_size=5 for a batch of 12"),
+        ({"virtual_batch_size": 0}, "virtual_batch_size=0"),
+        ({"virtual_batch_size": 3, "axis": 0}, "first axis"),
+    ],
+)
+def test_what_cannot_be_grouped_is_refused(options, message):
+    x = jnp.zeros((12, 3, 4))
+    stats = bnjax.BatchStats.init(12 if "axis" in options else 4)
+    with pytest.raises(ValueError, match=message):
+        ghost_batch_norm(x, None, None, stats, **options)
+
+
+def test_one_value_per_channel_is_refused():
+    with pytest.raises(ValueError, match="one value per channel"):
+        ghost_batch_norm(
+            jnp.zeros((6, 4)),
+            None,
+            None,
+            bnjax.BatchStats.init(4),
+            virtual_batch_size=1,
+        )
+
+
+def test_the_layer_is_batch_norms_in_inference_and_at_init():
+    x, _, _ = data()
+    ghost = GhostBatchNorm(virtual_batch_size=5, activation="relu")
+    plain = BatchNorm(activation="relu")
+    variables = ghost.init(jax.random.key(0), x, use_running_average=True)
+    expected = plain.init(jax.random.key(0), x, use_running_average=True)
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    np.testing.assert_array_equal(
+        ghost.apply(variables, x, use_running_average=True),
+        plain.apply(variables, x, use_running_average=True),
+    )
+
+
+def test_the_layer_updates_its_statistics_or_hands_over_the_moments(x64):
+    x, _, _ = data()
+    layer = GhostBatchNorm(
+        use_running_average=False, virtual_batch_size=3, momentum=0.9, unbiased=True
+    )
+    variables = layer.init(jax.random.key(0), x)
+    y, updated = layer.apply(variables, x, mutable=["batch_stats"])
+    old = bnjax.BatchStats.init(4)
+    expected, stats = ghost_batch_norm(
+        x, None, None, old, virtual_batch_size=3, momentum=0.9
+    )
+    np.testing.assert_allclose(y, expected, rtol=1e-12)
+    np.testing.assert_allclose(updated["batch_stats"]["var"], stats.var, rtol=1e-12)
+
+    y, updated = layer.apply(variables, x, mutable=["batch_stats", "batch_moments"])
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        updated["batch_stats"],
+        variables["batch_stats"],
+    )
+    moments = updated["batch_moments"]["moments"]
+    assert isinstance(moments, Moments)
+    values = np.asarray(x).reshape(-1, 4)
+    np.testing.assert_allclose(moments.var, values.var(0), rtol=1e-12)
+    np.testing.assert_array_equal(moments.count, 36)
+
+
+def test_a_mask_is_refused():
+    x = jnp.zeros((6, 4))
+    layer = GhostBatchNorm(use_running_average=False, virtual_batch_size=3)
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="a mask was given"):
+        layer.apply(variables, x, mask=jnp.ones((6, 1), bool), mutable=["batch_stats"])

@@ -1,9 +1,12 @@
 """The one error a person can put right, and how it reaches them."""
 
+import contextlib
 import difflib
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 USAGE = 2
 INTERRUPTED = 130
@@ -48,6 +51,28 @@ def first_line(error: BaseException) -> str:
         'EOFError'
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of what must not be left half done.
+
+    Example:
+        >>> with interrupts_held():
+        ...     print("written whole")
+        written whole
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def run_reporting(main: Callable[[], None]) -> int:

@@ -14,7 +14,7 @@ from bnjax.data.sources import Source, open_source
 from bnjax.training.build import build
 from bnjax.training.checkpoint import Checkpoints, open_checkpoints
 from bnjax.training.config import Config
-from bnjax.training.errors import INTERRUPTED, USAGE, UserError
+from bnjax.training.errors import INTERRUPTED, USAGE, UserError, interrupts_held
 from bnjax.training.evaluation import Evaluation, Evaluator
 from bnjax.training.metrics import MetricsWriter, TestRecord, TrainRecord
 from bnjax.training.optimizer import make_schedule
@@ -116,7 +116,8 @@ class Run:
                 progress.test(test)
             progress.train(record)
             if done or self.step % config.checkpoint_every == 0:
-                checkpoints.save(self.state)
+                with interrupts_held():
+                    checkpoints.save(self.state)
             if done and evaluation is not None:
                 return evaluation
 

@@ -13,6 +13,7 @@ import pytest
 import eval as eval_program
 import train as train_program
 from bnjax.training.checkpoint import MANIFEST
+from bnjax.training.errors import interrupts_held
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -183,3 +184,17 @@ def test_a_typo_on_the_command_line_of_a_new_process(tmp_path):
     assert "--steps" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_waits_for_what_is_being_written():
+    written = []
+
+    def write():
+        with interrupts_held():
+            signal.raise_signal(signal.SIGINT)
+            written.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert written == [True]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

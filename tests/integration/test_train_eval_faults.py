@@ -187,7 +187,7 @@ def test_a_typo_on_the_command_line_of_a_new_process(tmp_path):
 
 
 def test_an_interrupt_waits_for_what_is_being_written():
-    written = []
+    written, before = [], signal.getsignal(signal.SIGINT)
 
     def write():
         with interrupts_held():
@@ -197,4 +197,4 @@ def test_an_interrupt_waits_for_what_is_being_written():
     with pytest.raises(KeyboardInterrupt):
         write()
     assert written == [True]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before

@@ -138,6 +138,22 @@ def as_mask(mask, shape: tuple[int, ...]) -> jax.Array | None:
     return jax.lax.stop_gradient(mask)
 
 
+def broadcast_mask(mask, shape: tuple[int, ...]):
+    """A mask of lower rank with that of the input, by the rule of NumPy and of Flax.
+
+    One that could as well hold an entry per example is left to `as_mask` to refuse.
+    """
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    missing = len(shape) - mask.ndim
+    leading = zip(mask.shape, shape, strict=False)
+    per_example = mask.size > 1 and all(m in (1, n) for m, n in leading)
+    if missing <= 0 or per_example:
+        return mask
+    return mask.reshape((1,) * missing + mask.shape)
+
+
 def check_residual(residual, shape: tuple[int, ...]) -> jax.Array | None:
     """The residual as an array of the input's shape."""
     if residual is None:

@@ -99,9 +99,7 @@ def _by_batch(transform, operands):
     origin, moments = moments_about_origin(
         transform.cast(operands.x), operands.mask, transform.reduction
     )
-    distance, _ = _distance(transform, operands, origin, moments.mean)
-    inverse = lax.rsqrt(moments.var + operands.epsilon)
-    return _output(transform, operands, distance, inverse), origin, moments
+    return _normalized(transform, operands, origin, moments), origin, moments
 
 
 # One trace serves every layer of the same shapes.
@@ -111,8 +109,10 @@ _by_batch_jit = jax.jit(_by_batch, static_argnums=0)
 @_by_batch.defjvp
 def _by_batch_jvp(transform, primals, tangents):
     (operands,), (doperands,) = primals, tangents
-    y, *statistics = _by_batch(transform, operands)
+    _, *statistics = _by_batch(transform, operands)
     origin, moments = named(statistics)
+    # From the named ones, so that a policy which saves them has all that `y` needs.
+    y = _remat(functools.partial(_normalized, transform))(operands, origin, moments)
     if transform.activation is None:
         operands = operands._replace(bias=None, residual=None)
     dy, dmean, dvar = _remat(functools.partial(_tangents, transform))(
@@ -120,6 +120,12 @@ def _by_batch_jvp(transform, primals, tangents):
     )
     dmoments = Moments(dmean, dvar, jnp.zeros_like(moments.count))
     return (y, origin, moments), (dy, jnp.zeros_like(origin), dmoments)
+
+
+def _normalized(transform, operands, origin, moments):
+    distance, _ = _distance(transform, operands, origin, moments.mean)
+    inverse = lax.rsqrt(moments.var + operands.epsilon)
+    return _output(transform, operands, distance, inverse)
 
 
 def _tangents(transform, operands, origin, moments, doperands):

@@ -1,5 +1,6 @@
 """Batch normalization as a layer of flax.linen."""
 
+import math
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ class ImmutableBatchStatsError(errors.ModifyScopeVariableError):
     """The running statistics were to change in a call that does not let them."""
 
     def __init__(self, layer: str):
-        errors.FlaxError.__init__(
+        # Not Flax's own, which adds a link to a page of Flax that does not exist.
+        Exception.__init__(
             self,
             f"{layer}: training updates the collection 'batch_stats', which is not "
             "mutable in this call. Write\n\n"
@@ -86,7 +88,8 @@ class BatchNorm(nn.BatchNorm):
             x: input, of any shape of rank 2 or more.
             use_running_average: normalize by the running statistics; may be given here
                 or to the constructor.
-            mask: which values count: booleans or weights, of the rank of `x`.
+            mask: which values count: booleans or weights that broadcast to `x`; of
+                its rank where they could be taken for one entry per example.
             residual: added before the activation; shape of `x`.
 
         Returns:
@@ -97,10 +100,11 @@ class BatchNorm(nn.BatchNorm):
             "use_running_average", self.use_running_average, use_running_average
         )
         with _checks.naming(layer):
+            _checks.check_flag(use_running_average, "use_running_average")
             x = _checks.as_input(x)
             features, _ = _checks.split_axes(x.shape, self.axis)
         shape = tuple(x.shape[axis] for axis in features)
-        single = x.size == jnp.zeros(shape).size
+        single = x.size == math.prod(shape)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
@@ -126,7 +130,7 @@ class BatchNorm(nn.BatchNorm):
                 epsilon=self.epsilon,
                 unbiased=self.unbiased,
                 update_stats=updating,
-                mask=mask,
+                mask=_checks.broadcast_mask(mask, x.shape),
                 axis_name=None if initializing else self.axis_name,
                 axis_index_groups=None if initializing else self.axis_index_groups,
                 activation=self.activation,

@@ -71,7 +71,8 @@ class BatchNorm(nnx.BatchNorm):
             x: input, of any shape of rank 2 or more.
             use_running_average: normalize by the running statistics; wins over the
                 attribute that the constructor, `train()` and `eval()` set.
-            mask: which values count: booleans or weights, of the rank of `x`.
+            mask: which values count: booleans or weights that broadcast to `x`; of
+                its rank where they could be taken for one entry per example.
             residual: added before the activation; shape of `x`.
 
         Returns:
@@ -88,6 +89,7 @@ class BatchNorm(nnx.BatchNorm):
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         with _checks.naming(layer):
+            _checks.check_flag(use_running_average, "use_running_average")
             x = _checks.as_input(x)
             x, mean, var, scale, bias = self.promote_dtype(
                 (x, self.mean[...], self.var[...], scale, bias), dtype=self.dtype
@@ -104,7 +106,7 @@ class BatchNorm(nnx.BatchNorm):
                 momentum=self.momentum,
                 epsilon=self.epsilon,
                 unbiased=self.unbiased,
-                mask=mask,
+                mask=_checks.broadcast_mask(mask, x.shape),
                 axis_name=self.axis_name,
                 axis_index_groups=self.axis_index_groups,
                 activation=self.activation,

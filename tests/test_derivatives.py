@@ -231,10 +231,13 @@ def test_named_statistics_are_not_computed_again():
 
     def collectives(policy):
         def loss(x):
+            # The cosine has to have the output again, as a next layer would.
             function = jax.checkpoint(
-                lambda x: bnjax.batch_norm(
-                    jnp.sin(x), None, None, bnjax.BatchStats.init(3), axis_name="d"
-                )[0].sum(),
+                lambda x: jnp.cos(
+                    bnjax.batch_norm(
+                        jnp.sin(x), None, None, bnjax.BatchStats.init(3), axis_name="d"
+                    )[0]
+                ).sum(),
                 policy=policy,
             )
             return function(x)

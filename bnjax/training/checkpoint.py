@@ -201,7 +201,10 @@ class Checkpoints:
         best = max(scored, key=lambda step: (scores[step], step), default=None)
         for step in steps[: -self._keep]:
             if step != best:
-                shutil.rmtree(self.folder / str(step))
+                # Renamed first: a process killed half-way leaves what resuming removes.
+                partial = self.folder / f"{step}{PARTIAL}"
+                (self.folder / str(step)).rename(partial)
+                shutil.rmtree(partial)
 
     def _score(self, step: int) -> float | None:
         return read_json(self.folder / str(step) / MANIFEST)["test_accuracy"]

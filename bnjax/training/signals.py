@@ -62,7 +62,8 @@ class StopSignals:
         if self._received:
             return
         self._received = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         # A print may have been interrupted here, and cannot be entered twice.
         os.write(
             2,

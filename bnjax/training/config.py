@@ -126,20 +126,18 @@ class Config:
     batch_norm: bool = True
     """Normalize each hidden layer; else the same network with its biases back."""
     accumulate: int = 1
-    """Micro-batches that a step's batch is cut into, to save memory. Each is normalized
-    by itself; the running statistics see them joined."""
+    """Micro-batches in a step's batch, each normalized by itself; saves memory."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations. Parameters, statistics and losses stay in float32."""
     parallel: Literal["auto", "single", "pmap", "spmd"] = "auto"
-    """How devices share a step: "pmap" (a part of the batch each), "spmd" (one program,
-    sharded arrays), "single" (one device works). auto: pmap if there are several."""
+    """pmap: each device has a part of the batch; spmd: one program, sharded arrays;
+    single: one device works; auto: pmap where there are several."""
     devices: int | None = None
     """Use the first so many devices. None: all."""
     workdir: Path | None = None
     """Where the run writes, a folder without a run. None: runs/<preset>-<time>."""
     resume: bool = False
-    """Continue the run in --workdir from its newest checkpoint, bit for bit; start it
-    if there is none."""
+    """Continue the run in --workdir bit for bit; without a checkpoint, start it."""
     data_dir: Path | None = None
     """Where tfds sets are. None: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     log_every: int = 100
@@ -155,8 +153,7 @@ class Config:
     tensorboard: bool = False
     """Write what metrics.jsonl has to <workdir>/tensorboard too, for TensorBoard."""
     histograms: bool = False
-    """With each evaluation, histograms of every BN layer's scale, bias, mean and var
-    for TensorBoard."""
+    """For TensorBoard: scale, bias, mean and var of BN layers, when evaluating."""
     profile: bool = False
     """Trace the second dispatch with jax.profiler, to <workdir>/profile."""
     compilation_cache: Path | None = None

@@ -42,6 +42,19 @@ ACTIVATIONS = (
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
+def did_you_mean(given: str, choices: Iterable[str]) -> str:
+    """Return a sentence naming the choice closest to `given`, or nothing.
+
+    Example:
+        >>> did_you_mean("mnits", ["digits", "mnist"])
+        " Did you mean 'mnist'?"
+        >>> did_you_mean("xyz", ["digits", "mnist"])
+        ''
+    """
+    near = difflib.get_close_matches(given, list(choices), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
 def as_input(x, name: str = "x") -> jax.Array:
     """`x` as an array, or an error if its dtype is none batch norm can take."""
     x = jnp.asarray(x)
@@ -215,8 +228,7 @@ def as_activation(activation: Activation | None) -> Callable | None:
         return activation
     if activation in ACTIVATIONS:
         return getattr(jax.nn, activation)
-    near = difflib.get_close_matches(str(activation), ACTIVATIONS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(str(activation), ACTIVATIONS)
     raise ValueError(
         f"batch_norm: activation={activation!r} is unknown.{hint} Expected an "
         f"elementwise function or one of {', '.join(ACTIVATIONS)}."

@@ -121,21 +121,6 @@ def batch_norm(
     ):
         _checks.check_flag(value, name)
     _checks.check_momentum(momentum)
-    if use_running_average:
-        y = normalize(
-            x,
-            batch_stats.mean,
-            batch_stats.var,
-            scale,
-            bias,
-            axis=axis,
-            epsilon=epsilon,
-            mask=mask,
-            activation=activation,
-            residual=residual,
-            dtype=dtype,
-        )
-        return y, batch_stats
     transform, operands = prepare(
         x,
         scale,
@@ -151,6 +136,9 @@ def batch_norm(
         residual=residual,
         dtype=dtype,
     )
+    if use_running_average:
+        mean, var = jnp.asarray(batch_stats.mean), jnp.asarray(batch_stats.var)
+        return normalize_by(transform, operands, mean, var), batch_stats
     check_count(operands.x, transform.reduction)
     y, origin, centred = normalize_by_batch(transform, operands)
     if not update_stats:

@@ -185,7 +185,16 @@ def survives(mutation: Mutation, folder: pathlib.Path) -> bool:
             f"{source.count(mutation.line)} times; expected once. Update MUTATIONS."
         )
     path.write_text(source.replace(mutation.line, mutation.becomes))
-    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-qx",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run(
         [*command, mutation.tests], cwd=folder, capture_output=True, check=False
     )

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bnjax._checks import did_you_mean
 from bnjax.data.records import Example, decode_image
-from bnjax.training.errors import UserError, did_you_mean, first_line
+from bnjax.training.errors import UserError, first_line
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 

@@ -4,11 +4,11 @@
 `flax.linen.Module` called as `model(images, train=...)` and returns logits.
 """
 
-import difflib
 from typing import Any
 
 from flax import linen as nn
 
+from bnjax._checks import did_you_mean
 from bnjax.models.mlp import MLP as MLP
 from bnjax.models.normalization import Normalization as Normalization
 
@@ -34,10 +34,8 @@ def create(name: str, **options: Any) -> nn.Module:
         (32,)
     """
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"models.create: no model is called {name!r}.{hint} "
+            f"models.create: no model is called {name!r}.{did_you_mean(name, MODELS)} "
             f"Expected one of: {', '.join(sorted(MODELS))}."
         )
     return MODELS[name](**options)

@@ -10,9 +10,10 @@ import re
 from pathlib import Path
 from typing import Literal
 
+from bnjax._checks import did_you_mean
 from bnjax.data.config import DataConfig, validate_data
 from bnjax.models import MODELS
-from bnjax.training.errors import USAGE, UserError, did_you_mean
+from bnjax.training.errors import USAGE, UserError
 
 
 @dataclasses.dataclass(frozen=True)

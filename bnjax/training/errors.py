@@ -1,9 +1,8 @@
 """The one error a person can put right, and how it reaches them."""
 
-import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 USAGE = 2
 INTERRUPTED = 130
@@ -36,19 +35,6 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
-
-
-def did_you_mean(given: str, choices: Iterable[str]) -> str:
-    """Return a sentence naming the choice closest to `given`, or nothing.
-
-    Example:
-        >>> did_you_mean("mnits", ["digits", "mnist"])
-        " Did you mean 'mnist'?"
-        >>> did_you_mean("xyz", ["digits", "mnist"])
-        ''
-    """
-    near = difflib.get_close_matches(given, list(choices), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import tyro
 
+from bnjax._checks import did_you_mean
 from bnjax.training.config import (
     BatchNormConfig,
     Config,
@@ -12,7 +13,7 @@ from bnjax.training.config import (
     OptimizerConfig,
     validate,
 )
-from bnjax.training.errors import USAGE, UserError, did_you_mean
+from bnjax.training.errors import USAGE, UserError
 
 DEFAULT = "digits"
 

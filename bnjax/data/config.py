@@ -13,7 +13,7 @@ class AugmentConfig:
     """Random changes to training images, drawn from seed, epoch and example."""
 
     kind: Literal["none", "shift", "crop"] = "none"
-    """None: as they are.
+    """none: as they are.
     shift: padded, cut and mirrored, on the device, for small images.
     crop: a random part resized, mirrored, recoloured, on the host."""
     flip: bool = True

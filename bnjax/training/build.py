@@ -57,6 +57,7 @@ def build(config: Config, source: Source) -> Program:
             axis_name=parallel.axis_name,
             accumulate=config.accumulate,
             updated_stats=normalization.updated_stats if sharing.deferred else None,
+            skip_nonfinite=config.on_nan == "skip",
         )
 
     return Program(model, optimizer, gather, initial_state, train_step)

@@ -37,11 +37,13 @@ class Notes:
         test_accuracy: of this very step, None if it was not evaluated.
         feed: where the input stands, as `Feed.state()` gave it.
         seconds: time spent in steps so far.
+        dropped: steps dropped so far.
     """
 
     test_accuracy: float | None = None
     feed: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+    dropped: int = 0
 
 
 class Checkpoints:

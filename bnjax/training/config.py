@@ -41,8 +41,10 @@ class BatchNormConfig:
     implementation: Literal["bnjax", "flax"] = "bnjax"
     """Whose layer: bnjax.linen.BatchNorm, or to compare, flax.linen.BatchNorm."""
     sync: str = "global"
-    """Whose examples are normalized together: those of all devices ("global"), of K
-    neighbours ("group:K"), or of each by itself ("per-device")."""
+    """Whose examples are normalized together.
+    global: those of all devices.
+    group:K: those of K neighbouring devices.
+    per-device: those of each device by itself."""
     virtual_batch_size: int | None = None
     """Normalize so many examples at a time, in training (the paper's replicas: 32).
     None: all that --bn.sync puts together."""
@@ -75,15 +77,19 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     """Of adagrad, rmsprop, adam, adamw and lamb: added to the denominator."""
     weight_decay: float = 0.0
-    """L2 on weights, never on biases or BN's scale: its gradient, weight-decay times
-    the weight, is added to the loss's; in adamw and lamb to the step instead."""
+    """L2 penalty on weights, never on biases or BN's scale.
+    Its gradient is added to the loss's; in adamw and lamb, to the step."""
     clip_norm: float | None = None
     """Gradients of a larger global norm are scaled down to this. None: as they are."""
     schedule: Literal["constant", "exponential", "cosine", "step", "linear"] = (
         "constant"
     )
-    """Constant; times decay-rate every decay-steps; half a cosine down to 0 at the
-    last step; times decay-rate at each of --optim.boundaries; a line down to 0."""
+    """What the learning rate does after the warm-up.
+    constant: stays as it is.
+    exponential: times decay-rate every decay-steps.
+    cosine: half a cosine, down to 0 at the last step.
+    step: times decay-rate at each of --optim.boundaries.
+    linear: a line, down to 0 at the last step."""
     decay_rate: float = 0.96
     """Of exponential and step: the factor."""
     decay_steps: int = 1000
@@ -93,8 +99,8 @@ class OptimizerConfig:
     boundaries: tuple[int, ...] = ()
     """Of step: the steps at which the rate drops, such as 30000 60000."""
     warmup_steps: int = 0
-    """The rate rises to --learning-rate on a line over so many steps, and the schedule
-    starts after them."""
+    """Steps over which the rate first rises on a line to --learning-rate.
+    The schedule starts after them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +108,8 @@ class HostsConfig:
     """Several hosts that train together: the same command on each but for the index."""
 
     coordinator: str | None = None
-    """ADDRESS:PORT of host 0, free there and reached by all; or "auto" under Slurm,
-    Open MPI and on Cloud TPU. None: one host."""
+    """ADDRESS:PORT of host 0, free there and reached by all. None: one host.
+    auto: found by JAX, under Slurm, Open MPI and on Cloud TPU."""
     count: int = 1
     """How many hosts there are."""
     index: int = 0
@@ -121,20 +127,27 @@ class Config:
     batch_size: int
     """Examples in a step."""
     learning_rate: float
-    """Where the schedule starts."""
+    """Learning rate that the schedule starts from."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do where the loss is nan or infinite.
+    stop: end the run, and name the layer that it began in.
+    skip: drop the step, where anything in it is not finite, and go on."""
     seed: int = 0
-    """All randomness follows from it: first weights and the order of the data."""
+    """Of all randomness: first weights, order of the data, augmentation."""
     batch_norm: bool = True
-    """Normalize each hidden layer; else the same network with its biases back."""
+    """Normalize each hidden layer; without, its bias returns."""
     accumulate: int = 1
-    """Micro-batches in a step's batch, each normalized by itself; saves memory."""
+    """Micro-batches that a batch is cut into, each normalized by itself."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations. Parameters, statistics and losses stay in float32."""
+    """Of activations; parameters, statistics and losses stay in float32."""
     parallel: Literal["auto", "single", "pmap", "spmd"] = "auto"
-    """pmap: each device has a part of the batch; spmd: one program, sharded arrays;
-    single: one device works; auto: pmap where there are several."""
+    """How devices share the work.
+    pmap: each has a part of the batch.
+    spmd: one program, its arrays sharded.
+    single: one device works.
+    auto: pmap where there are several, else single."""
     devices: int | None = None
-    """Use the first so many devices. None: all."""
+    """How many devices to use, the first ones. None: all."""
     workdir: Path | None = None
     """Where the run writes, a folder without a run. None: runs/<preset>-<time>."""
     resume: bool = False
@@ -173,6 +186,7 @@ INCIDENTAL = frozenset(
         "hosts",
         "workdir",
         "resume",
+        "on_nan",
         "data_dir",
         "keep",
         "tensorboard",

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,10 +18,11 @@ from pathlib import Path
 import jax
 
 from bnjax.training.config import Config, HostsConfig
-from bnjax.training.errors import UserError
+from bnjax.training.errors import USAGE, UserError, first_line
 
 HEARTBEAT_SECONDS = 30
 RETRY_SECONDS = 0.1
+LAST_WORDS_SECONDS = 2
 _READY = b"ready"
 
 
@@ -31,15 +33,27 @@ def join_hosts(hosts: HostsConfig) -> None:
         hosts: where host 0 is, how many there are, and which this is.
 
     Raises:
-        UserError: the port is taken, host 0 is not reached, or some do not come.
+        UserError: the port is taken, host 0 is not reached, or some do not come; for
+            "auto", there is no cluster that JAX finds.
     """
     if hosts.coordinator is None:
         return
     if hosts.coordinator == "auto":
-        jax.distributed.initialize(
-            initialization_timeout=hosts.timeout,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
+        try:
+            _connect(hosts)
+        except ValueError as error:
+            raise UserError(
+                "--hosts.coordinator auto: JAX finds no cluster here; expected the "
+                "environment variables of Slurm, Open MPI or Cloud TPU. Give "
+                "ADDRESS:PORT of host 0, --hosts.count and --hosts.index.",
+                USAGE,
+            ) from error
+        except RuntimeError as error:
+            raise UserError(
+                f"--hosts.coordinator auto: the hosts did not meet: "
+                f"{first_line(error)}. Start the command on all hosts at once; "
+                "--hosts.timeout waits longer."
+            ) from error
         return
     address, _, port = hosts.coordinator.rpartition(":")
     deadline = time.monotonic() + hosts.timeout
@@ -47,13 +61,37 @@ def join_hosts(hosts: HostsConfig) -> None:
         _receive_all(hosts, int(port), deadline)
     else:
         _report_to(hosts, address, int(port), deadline)
-    jax.distributed.initialize(
-        hosts.coordinator,
-        hosts.count,
-        hosts.index,
-        initialization_timeout=hosts.timeout,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-    )
+    _connect(hosts, hosts.coordinator, hosts.count, hosts.index)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """End this process at once, with a message, where one of several hosts fails.
+
+    Left to itself, Python would wait at exit for the others, and they for this one.
+    """
+    try:
+        yield
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        if jax.process_count() == 1:
+            raise
+        message, status = str(error), 1
+        if isinstance(error, UserError):
+            status = error.status
+        else:
+            message = (
+                "a computation with the other hosts failed, most likely since one of "
+                f"them died: {first_line(error)}. Start the same command on every host "
+                "again, with --workdir and --resume: the run goes on from its newest "
+                "checkpoint."
+            )
+        print(f"error: {message}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            # JAX ends the others as soon as host 0 is gone: they may have a message.
+            time.sleep(LAST_WORDS_SECONDS)
+        os._exit(status)
 
 
 @contextlib.contextmanager
@@ -77,6 +115,23 @@ def host_folder(config: Config) -> Iterator[Config]:
         if config.resume and config.workdir is not None and config.workdir.exists():
             shutil.copytree(config.workdir, copy)
         yield dataclasses.replace(config, workdir=copy)
+
+
+def _connect(
+    hosts: HostsConfig,
+    address: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+) -> None:
+    """Have JAX connect this process with the others; what is None, it finds out."""
+    jax.distributed.initialize(
+        address,
+        count,
+        index,
+        initialization_timeout=hosts.timeout,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+    )
 
 
 def _receive_all(hosts: HostsConfig, port: int, deadline: float) -> None:

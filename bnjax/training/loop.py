@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bnjax.data.blocks import load_test
@@ -17,15 +18,16 @@ from bnjax.training.config import Config
 from bnjax.training.description import check_same, describe
 from bnjax.training.errors import USAGE, Stopped, UserError
 from bnjax.training.evaluation import Evaluation, Evaluator
-from bnjax.training.hosts import host_folder, join_hosts
+from bnjax.training.hosts import ending_together, host_folder, join_hosts
 from bnjax.training.layouts import Spmd
 from bnjax.training.metrics import (
     MetricsWriter,
     Record,
     TestRecord,
-    TrainRecord,
     read_metrics,
+    train_record,
 )
+from bnjax.training.nonfinite import Guard, forward_order
 from bnjax.training.optimizer import make_schedule
 from bnjax.training.parallel import make_parallel
 from bnjax.training.progress import Loading, Progress, make_progress
@@ -58,7 +60,7 @@ def train(preset: str, config: Config) -> dict[str, Any]:
         Stopped: a signal came; the run was saved.
     """
     join_hosts(config.hosts)
-    with host_folder(config) as own:
+    with ending_together(), host_folder(config) as own:
         return _train(preset, own)
 
 
@@ -95,6 +97,7 @@ def _train(preset: str, config: Config) -> dict[str, Any]:
         read_metrics(workdir),
         seconds=run.seconds,
         compile_seconds=run.compile_seconds,
+        dropped=run.guard.dropped,
         seed=config.seed,
     )
     write_json(workdir / SUMMARY, {"preset": preset, **summary})
@@ -134,6 +137,11 @@ class Run:
         )
         self._constants = parallel.place(self._feed.constants)
         self._schedule = make_schedule(config)
+        images = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.float32)
+        self.guard = Guard(
+            skip=config.on_nan == "skip",
+            layers=lambda: forward_order(program.model, images),
+        )
         self._train_steps = parallel.train_steps(
             program.train_step(parallel), self._feed.batch
         )
@@ -153,6 +161,7 @@ class Run:
         self._state = self._parallel.place_state(state)
         self.step = int(state.step)
         self.seconds = notes.seconds
+        self.guard.dropped = notes.dropped
         self._feed.restore(notes.feed)
         print(f"resuming at step {self.step:,}", file=sys.stderr)
 
@@ -181,13 +190,19 @@ class Run:
         while self.step < config.steps:
             until = min(config.steps, *(next_multiple(self.step, n) for n in every))
             with tracing():
-                record, losses = self.dispatch(until - self.step)
-            self._check_finite(losses, checkpoints)
-            records: list[Record] = [record]
+                taken, seconds = self.dispatch(until - self.step)
+            self._stop_on(self.guard.check(self.step, taken), checkpoints)
+            record = train_record(
+                taken, self.step, self.guard.dropped, seconds, self._schedule
+            )
+            records: list[Record] = [] if record is None else [record]
             evaluation = None
             done = self.step == config.steps
             if done or self.step % config.eval_every == 0:
                 evaluation = self._evaluate(self.state)
+                if not np.isfinite(evaluation.loss):
+                    problem = f"the test loss is {evaluation.loss} after step "
+                    self._stop_on(f"{problem}{self.step:,}.", checkpoints)
                 test = TestRecord(self.step, evaluation.loss, evaluation.accuracy)
                 records.append(test)
                 progress.test(test)
@@ -197,13 +212,15 @@ class Run:
                 metrics.write(each)
                 if board is not None:
                     board.write(each)
-            progress.train(record)
+            if record is not None:
+                progress.train(record)
             checkpoints.check()
             signal = None if done else stop.requested()
             if done or signal or self.step % config.checkpoint_every == 0:
                 metrics.sync()
                 accuracy = evaluation.accuracy if evaluation else None
-                notes = Notes(accuracy, self._feed.state(), self.seconds)
+                place, dropped = self._feed.state(), self.guard.dropped
+                notes = Notes(accuracy, place, self.seconds, dropped)
                 checkpoints.save(self.state, notes)
             if signal:
                 checkpoints.wait()
@@ -216,7 +233,7 @@ class Run:
         checkpoints.wait()
         return evaluation or self._evaluate(self.state)
 
-    def dispatch(self, steps: int) -> tuple[TrainRecord, np.ndarray]:
+    def dispatch(self, steps: int) -> tuple[dict[str, np.ndarray], float]:
         """Take some steps in one call to the device.
 
         The time is taken from drawing the examples to having the losses; compiling
@@ -226,7 +243,7 @@ class Run:
             steps: how many.
 
         Returns:
-            What they amount to, and the loss of each, shape (steps,).
+            What `train_step` measured of each, shape (steps, ...), and the seconds.
         """
         limit = self._feed.chunk_steps
         parts = [min(limit, steps - done) for done in range(0, steps, limit)]
@@ -242,30 +259,17 @@ class Run:
             )
             scores.append(taken)
             self.step += part
-        losses, accuracies = (
-            np.concatenate([np.asarray(taken[name]) for taken in scores])
-            for name in ("loss", "accuracy")
-        )
+        measured = jax.tree.map(lambda *parts: np.concatenate(parts), *scores)
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        record = TrainRecord(
-            step=self.step,
-            loss=float(losses.mean(dtype=np.float64)),
-            accuracy=float(accuracies.mean(dtype=np.float64)),
-            learning_rate=float(np.asarray(self._schedule(self.step - 1))),
-            steps_per_second=steps / seconds,
-        )
-        return record, losses
+        return measured, seconds
 
-    def _check_finite(self, losses: np.ndarray, checkpoints: Checkpoints) -> None:
-        """Stop at the first loss that is no number to learn from."""
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if bad.size:
+    def _stop_on(self, problem: str | None, checkpoints: Checkpoints) -> None:
+        """Stop where there is a problem: numbers that nothing can be learned from."""
+        if problem is not None:
             checkpoints.wait()
-            step = self.step - losses.size + int(bad[0]) + 1
             raise UserError(
-                f"the loss became {losses[bad[0]]} in step {step:,}. "
-                f"{checkpoints.last_good()} Try a --learning-rate below "
+                f"{problem} {checkpoints.last_good()} Try a --learning-rate below "
                 f"{self.config.learning_rate:g}."
             )
 

@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
 
 from bnjax.training.workdir import METRICS, replacing, writing
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainRecord:
-    """Means over the steps of one dispatch.
+    """Means over the steps of one dispatch; over those kept, where some are dropped.
 
     Args:
         step: steps taken so far.
@@ -20,6 +23,7 @@ class TrainRecord:
         accuracy: likewise, between 0 and 1.
         learning_rate: of the last step.
         steps_per_second: of this dispatch, neither compiling nor evaluating.
+        dropped: steps dropped so far, since they were not finite.
     """
 
     step: int
@@ -27,6 +31,7 @@ class TrainRecord:
     accuracy: float
     learning_rate: float
     steps_per_second: float
+    dropped: int = 0
     split: str = "train"
 
 
@@ -41,6 +46,47 @@ class TestRecord:
 
 
 Record = TrainRecord | TestRecord
+
+
+def train_record(
+    taken: dict[str, np.ndarray],
+    step: int,
+    dropped: int,
+    seconds: float,
+    schedule: Callable[[int], Any],
+) -> TrainRecord | None:
+    """Return what the steps of one dispatch amount to; None if all were dropped.
+
+    Args:
+        taken: the "loss" and the "accuracy" of each, shape (steps,), and "dropped"
+            where steps may be.
+        step: steps taken so far, dropped ones with them.
+        dropped: steps dropped so far.
+        seconds: that the dispatch took.
+        schedule: the learning rate by the optimizer's count, which leaves out the steps
+            that were dropped.
+
+    Example:
+        >>> taken = {
+        ...     "loss": np.array([1.0, np.nan, 2.0]),
+        ...     "accuracy": np.array([0.5, 0.0, 0.7]),
+        ...     "dropped": np.array([False, True, False]),
+        ... }
+        >>> train_record(taken, 3, 1, 0.5, lambda count: 0.1 * count).loss
+        1.5
+    """
+    losses, accuracies = taken["loss"], taken["accuracy"]
+    kept = ~taken.get("dropped", np.zeros(losses.shape, bool))
+    if not kept.any():
+        return None
+    return TrainRecord(
+        step=step,
+        loss=float(losses[kept].mean(dtype=np.float64)),
+        accuracy=float(accuracies[kept].mean(dtype=np.float64)),
+        learning_rate=float(np.asarray(schedule(step - dropped - 1))),
+        steps_per_second=losses.size / seconds,
+        dropped=dropped,
+    )
 
 
 class MetricsWriter:

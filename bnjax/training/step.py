@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from bnjax.data.resident import Arrays
 from bnjax.functional import Moments
+from bnjax.training.nonfinite import all_finite, bad_layers, layer_names
 from bnjax.training.state import Stream, TrainState, stream_key
 from bnjax.variants.ghost import MOMENTS, merge_stacked
 
@@ -34,6 +35,7 @@ def make_train_step(
     axis_name: str | None = None,
     accumulate: int = 1,
     updated_stats: UpdatedStats | None = None,
+    skip_nonfinite: bool = False,
 ) -> TrainStep:
     r"""Return `train_step(state, batch) -> (state, metrics)`.
 
@@ -53,11 +55,15 @@ def make_train_step(
             Moments over the micro-batches and devices, for a model that writes them to
             the collection "batch_moments". None for one that updates its statistics
             itself.
+        skip_nonfinite: where the loss, or anything in the new state, is not finite,
+            only count the step: parameters, statistics and optimizer state stay.
 
     Returns:
         A pure function of a `TrainState` and a batch of "image", shape (batch, ...)
         and floating, and "label", shape (batch,) and integer. Its metrics are the
-        batch's mean "loss" and "accuracy" before the step, of shape ().
+        batch's mean "loss" and "accuracy" before the step, of shape ();
+        "bad_layers", see `nonfinite`, all False where the loss is finite; and, with
+        `skip_nonfinite`, whether the step was "dropped".
 
     References:
         Ioffe and Szegedy 2015, Algorithm 2, lines 1 to 6.
@@ -129,9 +135,29 @@ def make_train_step(
             opt_state=opt_state,
             rng=state.rng,
         )
+        fine = jnp.isfinite(metrics["loss"])
+        if skip_nonfinite:
+            # All that it reads is the same on every device, and so is the answer.
+            fine &= all_finite((new_state.params, batch_stats, opt_state))
+            metrics["dropped"] = ~fine
+            new_state = _chosen(fine, new_state, state)
+        nothing = jnp.zeros(len(layer_names(batch_stats)), bool)
+        metrics["bad_layers"] = jax.lax.cond(
+            fine, lambda _: nothing, bad_layers, batch_stats
+        )
         return new_state, metrics
 
     return train_step
+
+
+def _chosen(fine: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """Return the new state, or the old one a step later."""
+    params, batch_stats, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(fine, new, old),
+        (new.params, new.batch_stats, new.opt_state),
+        (old.params, old.batch_stats, old.opt_state),
+    )
+    return TrainState(new.step, params, batch_stats, opt_state, new.rng)
 
 
 def _merged(moments: Any) -> Any:

@@ -14,6 +14,7 @@ def summarize(
     *,
     seconds: float,
     compile_seconds: float,
+    dropped: int,
     seed: int,
 ) -> dict[str, Any]:
     """Return what summary.json holds, beside the preset.
@@ -24,6 +25,7 @@ def summarize(
         records: all of metrics.jsonl.
         seconds: spent in steps.
         compile_seconds: spent compiling them, since the run was last resumed.
+        dropped: steps among them that were dropped.
         seed: of the run.
     """
     steps = int(state.step)
@@ -37,6 +39,7 @@ def summarize(
         "best_test_accuracy": best["accuracy"],
         "best_step": best["step"],
         "steps": steps,
+        "dropped_steps": dropped,
         "steps_per_second": steps / seconds,
         "train_seconds": seconds,
         "compile_seconds": compile_seconds,

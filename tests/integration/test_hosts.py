@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -26,9 +27,10 @@ def port():
         return found.getsockname()[1]
 
 
-def start(*argv):
+def start(*argv, **variables):
     environment = {
         **os.environ,
+        **variables,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
@@ -118,6 +120,63 @@ def test_train_py_on_two_hosts_writes_one_run(strategy, port, tmp_path):
     assert "test accuracy" not in printed[1][0]
 
 
+def open_mpi(index, port):
+    """What Open MPI's launcher tells each process, as JAX reads it."""
+    return {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(index),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(index),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def slurm(index, port):
+    """Likewise, Slurm's."""
+    return {
+        "SLURM_JOB_ID": "17",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [open_mpi, slurm])
+def test_hosts_that_a_launcher_started(launcher, port, tmp_path):
+    folders = [tmp_path / str(index) for index in range(2)]
+    processes = [
+        start(
+            ROOT / "train.py",
+            *(*FLAGS, "--hosts.coordinator", "auto", "--workdir", folder),
+            **launcher(index, port),
+        )
+        for index, folder in enumerate(folders)
+    ]
+    printed = finish(*processes)
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert json.loads((folders[0] / "summary.json").read_text())["steps"] == 30
+    assert not folders[1].exists()
+    assert "test accuracy" in printed[0][0]
+    assert "test accuracy" not in printed[1][0]
+
+
+def test_auto_outside_any_cluster_fails_at_once(tmp_path):
+    started = time.monotonic()
+    process = start(
+        ROOT / "train.py",
+        *("--hosts.coordinator", "auto", "--workdir", tmp_path / "run"),
+    )
+    _, error = finish(process, seconds=60)[0]
+    assert time.monotonic() - started < 30
+    assert process.returncode == 2
+    assert error.startswith("error: --hosts.coordinator auto: JAX finds no cluster")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_host_that_never_comes_is_not_waited_for(port, tmp_path):
     started = time.monotonic()
     processes = [
@@ -167,15 +226,20 @@ def test_a_host_that_dies_ends_the_other_within_a_minute(killed, port, tmp_path)
     ]
     try:
         metrics = tmp_path / "0" / "metrics.jsonl"
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while not metrics.exists() or not metrics.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.5)
         processes[killed].kill()
         died = time.monotonic()
         _, error = processes[1 - killed].communicate(timeout=60)
+        assert time.monotonic() - died < 60
     finally:
+        for process in processes:
+            process.kill()
         finish(*processes)
-    assert time.monotonic() - died < 60
-    assert processes[1 - killed].returncode != 0
-    assert error
+    status = processes[1 - killed].returncode
+    # JAX may be first, and end the process with a message of its own.
+    assert status in (1, -signal.SIGABRT)
+    assert ("one of them died" if status == 1 else "another task died") in error
+    assert "Traceback" not in error or status != 1

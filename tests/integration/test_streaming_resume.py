@@ -1,11 +1,12 @@
 """The streaming path under SIGKILL: the resumed run is the one never stopped."""
 
+import random
 import sys
 import time
 
 import pytest
 
-from tests.integration.test_resume import finish, results, start
+from tests.integration.test_resume import finish, kill, results, start
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 FLAGS = [
@@ -15,10 +16,21 @@ FLAGS = [
 ]
 
 
-def test_a_killed_run_goes_on_with_the_next_example(tmp_path):
-    cache = tmp_path / "compiled"
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    finish(start(undisturbed, cache, flags=FLAGS), undisturbed)
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, cache):
+    """The folder of a run that was never stopped."""
+    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
+    finish(start(workdir, cache, flags=FLAGS), workdir)
+    return workdir
+
+
+def test_a_killed_run_goes_on_with_the_next_example(undisturbed, cache, tmp_path):
+    killed = tmp_path / "killed"
     for checkpoint, workers in (("80", 1), ("240", 2)):
         process = start(
             killed, cache, "--resume", "--data.workers", workers, flags=FLAGS
@@ -33,3 +45,14 @@ def test_a_killed_run_goes_on_with_the_next_example(tmp_path):
         assert not (killed / "summary.json").exists()
     finish(start(killed, cache, "--resume", flags=FLAGS), killed)
     assert results(killed) == results(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_twenty_killed_runs(undisturbed, cache, tmp_path, seed):
+    workdir, source = tmp_path / "run", random.Random(seed)
+    workers = ["--data.workers", seed % 3]
+    process = start(workdir, cache, *workers, flags=FLAGS)
+    kill(process, workdir, source, saving=seed % 2 == 0)
+    finish(start(workdir, cache, "--resume", flags=FLAGS), workdir)
+    assert results(workdir) == results(undisturbed)

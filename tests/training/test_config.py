@@ -1,9 +1,13 @@
+import ast
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 
+from bnjax.data import config as data_config
+from bnjax.training import config
 from bnjax.training.config import Config, validate
 from bnjax.training.errors import UserError
 from bnjax.training.presets import PRESETS, parse
@@ -103,6 +107,9 @@ class TestParse:
             ("--lerning-rate", "--learning-rate"),
             ("--bn.momentun", "--bn.momentum"),
             ("--no-batchnorm", "--no-batch-norm"),
+            ("--optim.nmae", "--optim.name"),
+            ("--bn.epsilom", "--bn.epsilon"),
+            ("--hosts.cordinator", "--hosts.coordinator"),
         ],
     )
     def test_a_typo_in_a_flag_suggests_the_right_one(self, typo, right, capsys):
@@ -110,6 +117,30 @@ class TestParse:
             parse([typo, "1"])
         assert caught.value.code == 2
         assert right in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("argv", "right"),
+        [("--optim.name moment", "'momentum'"), ("--on-nan skp", "'skip'")],
+    )
+    def test_a_wrong_choice_names_the_right_ones(self, argv, right, capsys):
+        with pytest.raises(SystemExit) as caught:
+            parse(argv.split())
+        assert caught.value.code == 2
+        assert right in capsys.readouterr().err
+
+    @pytest.mark.parametrize("module", [config, data_config])
+    def test_no_line_of_help_breaks_off(self, module):
+        # tyro keeps these breaks, and breaks what is too long for a terminal of 80.
+        tree = ast.parse(inspect.getsource(module))
+        for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            texts = [
+                node.value.value
+                for node in cls.body[1:]
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            ]
+            assert texts
+            lines = [line for text in texts for line in str(text).splitlines()]
+            assert [line for line in lines if line.rstrip()[-1] not in ".;:"] == []
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def test_half_precision_leaves_parameters_statistics_and_losses_in_float32(
     assert logits.dtype == jnp.bfloat16
     train_step = program.train_step(make_parallel(config))
     after, metrics = jax.jit(train_step)(state, batch)
+    del metrics["bad_layers"]
     floating = (after.params, after.batch_stats, metrics)
     assert {leaf.dtype for leaf in jax.tree.leaves(floating)} == {jnp.dtype("float32")}
     full = build(small_config, open_source("digits")).train_step(

@@ -33,7 +33,7 @@ def values(workdir):
 
 def test_records_become_scalars(tmp_path):
     with TensorBoard(tmp_path) as board:
-        board.write(Trained(10, 0.25, 0.5, 0.125, 200.0))
+        board.write(Trained(10, 0.25, 0.5, 0.125, 200.0, dropped=3))
         board.write(Scored(20, 0.75, 0.875))
     found = {key: value.simple_value for key, value in values(tmp_path).items()}
     assert found == {
@@ -41,6 +41,7 @@ def test_records_become_scalars(tmp_path):
         ("train/accuracy", 10): 0.5,
         ("train/learning_rate", 10): 0.125,
         ("train/steps_per_second", 10): 200.0,
+        ("train/dropped", 10): 3.0,
         ("test/loss", 20): 0.75,
         ("test/accuracy", 20): 0.875,
     }

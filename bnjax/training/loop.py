@@ -132,6 +132,7 @@ class Run:
             shard=jax.process_index(),
             report=report,
         )
+        self._most_steps = self._feed.chunk_steps if program.scans else 1
         self._constants = parallel.place(self._feed.constants)
         self._schedule = make_schedule(config)
         self._train_steps = parallel.train_steps(
@@ -228,7 +229,7 @@ class Run:
         Returns:
             What they amount to, and the loss of each, shape (steps,).
         """
-        limit = self._feed.chunk_steps
+        limit = self._most_steps
         parts = [min(limit, steps - done) for done in range(0, steps, limit)]
         for part in set(parts):
             self._compile(part)

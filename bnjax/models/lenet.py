@@ -37,7 +37,9 @@ class LeNet(nn.Module):
         >>> import jax, jax.numpy as jnp
         >>> from bnjax.models import LeNet
         >>> images = jnp.zeros((1, 28, 28, 1))
-        >>> variables = LeNet().init(jax.random.key(0), images, train=False)
+        >>> variables = jax.eval_shape(
+        ...     lambda: LeNet().init(jax.random.key(0), images, train=False)
+        ... )
         >>> variables["params"]["dense1"]["kernel"].shape
         (256, 120)
 

@@ -103,7 +103,6 @@ class Evaluator:
         self._steps = parallel.eval_steps(
             make_eval_step(program.model),
             lambda arrays, rows, _: program.gather(arrays, rows),
-            scan=program.scans,
         )
 
     def __call__(self, state: TrainState) -> Evaluation:

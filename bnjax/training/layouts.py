@@ -123,15 +123,12 @@ class Spmd:
             out_shardings=self._replicated,
         )
 
-    def eval_steps(
-        self, eval_step: EvalStep, batch: MakeBatch, *, scan: bool = True
-    ) -> Any:
-        """Return a function that evaluates each item of a chunk.
+    def eval_steps(self, eval_step: EvalStep, batch: MakeBatch) -> Any:
+        """Return a jitted function that evaluates each item of a chunk.
 
         Args:
             eval_step: scores one batch.
             batch: makes a batch, as in `train_steps`; its key is a constant.
-            scan: go through the chunk in one program, else in one for each item.
 
         Returns:
             `eval_steps(params, batch_stats, constants, chunk) -> metrics`, each metric
@@ -143,28 +140,9 @@ class Spmd:
         ) -> Metrics:
             step = functools.partial(eval_step, params, batch_stats)
             key = jax.random.key(0)
-            if _length(chunk) == 1:
-                return _alone(step(batch(constants, _only(chunk), key)))
             return jax.lax.map(lambda item: step(batch(constants, item, key)), chunk)
 
-        together = jax.jit(eval_steps, out_shardings=self._replicated)
-        take = jax.jit(
-            lambda chunk, i: jax.tree.map(
-                lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1), chunk
-            ),
-            out_shardings=self._batches,
-        )
-
-        def one_by_one(
-            params: Any, batch_stats: Any, constants: Any, chunk: Any
-        ) -> Metrics:
-            scores = [
-                together(params, batch_stats, constants, take(chunk, i))
-                for i in range(_length(chunk))
-            ]
-            return jax.tree.map(lambda *parts: jnp.concatenate(parts), *scores)
-
-        return together if scan else one_by_one
+        return jax.jit(eval_steps, out_shardings=self._replicated)
 
 
 class Pmap(Spmd):
@@ -265,26 +243,13 @@ def _scan(train_step: TrainStep, batch: MakeBatch) -> Callable[..., Any]:
             return train_step(state, batch(constants, item, key))
 
         # Not a loop of one: see `slow_in_loops`.
-        if _length(chunk) == 1:
-            state, metrics = body(state, _only(chunk))
-            return state, _alone(metrics)
+        if jax.tree.leaves(chunk)[0].shape[0] == 1:
+            item = jax.tree.map(lambda leaf: leaf[0], chunk)
+            state, metrics = body(state, item)
+            return state, jax.tree.map(lambda leaf: leaf[None], metrics)
         return jax.lax.scan(body, state, chunk)
 
     return train_steps
-
-
-def _length(chunk: Any) -> int:
-    return jax.tree.leaves(chunk)[0].shape[0]
-
-
-def _only(chunk: Any) -> Any:
-    """Return the item of a chunk of one."""
-    return jax.tree.map(lambda leaf: leaf[0], chunk)
-
-
-def _alone(metrics: Metrics) -> Metrics:
-    """Return metrics of one step as those of a chunk of one."""
-    return jax.tree.map(lambda leaf: leaf[None], metrics)
 
 
 def _replicate(tree: Any, sharding: NamedSharding) -> Any:

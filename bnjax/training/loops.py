@@ -9,8 +9,8 @@ import jax
 def slow_in_loops(function: Callable[..., Any], *args: Any) -> bool:
     """Return whether steps of a function are better dispatched one at a time.
 
-    On a CPU, XLA runs a convolution ten and more times slower inside a loop than
-    outside (jax issue 12868); a scan over training steps is such a loop.
+    On a CPU, XLA takes the gradient of a convolution many times slower inside a loop
+    than outside (jax issue 12868), and a scan over training steps is a loop.
 
     Args:
         function: traced, not run.

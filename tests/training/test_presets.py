@@ -10,6 +10,7 @@ import pytest
 from bnjax.data.sources import open_source
 from bnjax.training.build import build
 from bnjax.training.loop import train
+from bnjax.training.metrics import read_metrics
 from bnjax.training.presets import PRESETS, parse
 from bnjax.training.record import to_json
 from bnjax.training.state import count_parameters
@@ -89,7 +90,7 @@ class TestCifar10:
     def test_the_decay_comes_as_often_in_the_run(self):
         for name in FIVE:
             large, small = PRESETS[name](), PRESETS[f"cifar10-{name}"]()
-            assert small.steps == 20_000
+            assert small.steps == 10_000
             assert small.batch_size == 32
             ours, papers = (c.optim.decay_steps / c.steps for c in (small, large))
             assert ours == pytest.approx(papers, rel=3e-3)
@@ -228,7 +229,9 @@ def train_three_steps(name, folder, workdir):
     summary = train(name, config)
     assert summary["steps"] == 3
     assert summary["test_examples"] == 6
-    assert 0.3 < summary["test_loss"] < 100
+    assert np.isfinite(summary["test_loss"])
+    # Three classes; the running statistics have not come far from 0 and 1.
+    assert 0.3 < read_metrics(workdir)[0]["loss"] < 10
 
 
 def test_bn_x5_trains_on_a_folder(photographs, tmp_path, quickly_compiled):

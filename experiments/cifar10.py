@@ -29,9 +29,10 @@ from experiments.runs import once, rounded, run_once
 RESULT = ROOT / "experiments" / "results" / "cifar10.json"
 CACHE = ROOT / "runs" / "compiled"
 BASELINE, HEADLINE = "Inception", "BN-x5"
-RATES = (0.3, 1.0, 3.0)
-"""Learning rates of the sweep, over the preset's."""
-CHANCE_STEPS = 4000
+RATES = (0.01, 0.03, 0.1)
+"""Learning rates of the sweep."""
+SWEEP_STEPS = 2500
+CHANCE_STEPS = 2500
 """Of the two networks that the paper says learn nothing."""
 # Steps to Inception's best, as a share of Inception's own, and best accuracy (%).
 PAPER = {
@@ -49,7 +50,7 @@ COLORS = dict(zip(PAPER, ("C3", "C1", "C0", "C2", "C4", "C7", "C5"), strict=True
 def networks() -> dict[str, Config]:
     """Return the networks by the paper's names."""
     base = PRESETS["cifar10-inception"]()
-    short = dataclasses.replace(base, steps=CHANCE_STEPS)
+    short = shortened(base, CHANCE_STEPS)
     sigmoids = dataclasses.replace(base.model, activation="sigmoid")
     return {
         "Inception": base,
@@ -62,6 +63,13 @@ def networks() -> dict[str, Config]:
             short, learning_rate=5 * base.learning_rate
         ),
     }
+
+
+def shortened(config: Config, steps: int) -> Config:
+    """Return a shorter run whose learning rate decays as far."""
+    decay_steps = round(config.optim.decay_steps * steps / config.steps)
+    optim = dataclasses.replace(config.optim, decay_steps=decay_steps)
+    return dataclasses.replace(config, steps=steps, optim=optim)
 
 
 def trained(config: Config) -> dict[str, Any]:
@@ -82,9 +90,10 @@ def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
         for name, config in networks().items()
     }
     base = configs[BASELINE]
+    short = shortened(base, SWEEP_STEPS)
     sweep = [
-        {"learning_rate": rate * base.learning_rate}
-        | trained(dataclasses.replace(base, learning_rate=rate * base.learning_rate))
+        {"learning_rate": rate}
+        | trained(dataclasses.replace(short, learning_rate=rate))
         for rate in RATES
     ]
     runs = {

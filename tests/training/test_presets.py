@@ -90,10 +90,10 @@ class TestCifar10:
     def test_the_decay_comes_as_often_in_the_run(self):
         for name in FIVE:
             large, small = PRESETS[name](), PRESETS[f"cifar10-{name}"]()
-            assert small.steps == 10_000
+            assert small.steps == 8_000
             assert small.batch_size == 32
             ours, papers = (c.optim.decay_steps / c.steps for c in (small, large))
-            assert ours == pytest.approx(papers, rel=3e-3)
+            assert ours == pytest.approx(papers, rel=1e-2)
 
     def test_the_same_fields_change(self):
         for name in FIVE[1:]:

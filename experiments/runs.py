@@ -74,8 +74,8 @@ def run_once(preset: str, config: Config) -> dict[str, Any]:
     Returns:
         "steps", "test_accuracy" and "test_loss" of each evaluation, "train_steps" and
         "train_loss" (the mean since the step before), "final_test_accuracy",
-        "state_sha256", and "diverged": what the run was stopped with, or None. A run
-        that diverged has no end.
+        "steps_per_second", "state_sha256", and "diverged": what the run was stopped
+        with, or None. A run that diverged has no end.
     """
     with tempfile.TemporaryDirectory() as folder:
         workdir = config.workdir or Path(folder) / "run"
@@ -98,6 +98,7 @@ def run_once(preset: str, config: Config) -> dict[str, Any]:
         "train_steps": [record["step"] for record in trained],
         "train_loss": [rounded(record["loss"]) for record in trained],
         "final_test_accuracy": summary.get("test_accuracy"),
+        "steps_per_second": summary.get("steps_per_second"),
         "state_sha256": summary.get("state_sha256"),
         "diverged": diverged,
     }

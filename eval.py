@@ -1,13 +1,17 @@
-"""Evaluate a run: python eval.py WORKDIR.
+"""Evaluate runs of train.py, rebuilt from their folders alone.
 
-The model is rebuilt from the run's folder alone; the result is printed and written to
-eval.json there.
+python eval.py RUN               top-1 and top-5 of its newest checkpoint
+python eval.py RUN --crops 144   averaged over GoogLeNet's crops of each image
+python eval.py RUN1 RUN2         each, and their ensemble
+python eval.py --help            every flag
+
+docs/evaluation.md says more.
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 from bnjax.training.errors import run_reporting
 
@@ -19,22 +23,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         import tyro
 
         def arguments(
-            workdir: Annotated[Path, tyro.conf.Positional], data_dir: Path | None = None
-        ) -> tuple[Path, Path | None]:
-            """Evaluate the newest checkpoint of a run on its test set.
+            run: tyro.conf.Positional[Path],
+            others: tyro.conf.Positional[tuple[Path, ...]] = (),
+            crops: int = 1,
+            output: Path | None = None,
+            data_dir: Path | None = None,
+        ) -> tuple[list[Path], dict[str, Any]]:
+            """Score the newest checkpoint of a run on its test set.
+
+            With several runs, each and their ensemble: class probabilities averaged.
 
             Args:
-                workdir: The folder that train.py wrote.
-                data_dir: Where TensorFlow Datasets are, if not where the run had them.
+                run: RUN, a folder that train.py wrote.
+                others: More of them, for an ensemble.
+                crops: Of each image: 1 as the run itself evaluated, 10, or 144.
+                output: JSON goes here. None: to RUN/eval.json; an ensemble's nowhere.
+                data_dir: Where tfds sets are. None: where the run had them.
             """
-            return workdir, data_dir
+            options = {"crops": crops, "output": output, "data_dir": data_dir}
+            return [run, *others], options
 
         args = list(sys.argv[1:] if argv is None else argv)
-        workdir, data_dir = tyro.cli(arguments, prog="eval.py", args=args)
+        workdirs, options = tyro.cli(arguments, prog="eval.py", args=args)
 
-        from bnjax.training.evaluation import evaluate_run
+        from bnjax.training.trained import evaluate_runs
 
-        evaluate_run(workdir, data_dir)
+        evaluate_runs(workdirs, **options)
 
     return run_reporting(run)
 

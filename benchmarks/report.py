@@ -4,6 +4,7 @@ import datetime as dt
 import json
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +39,7 @@ def write_result(path: Path, command: str, seeds: list[int], result: Any) -> Non
         "seeds": seeds,
         "result": result,
     }
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    path.write_text(_numbers_on_a_line(json.dumps(record, indent=2)) + "\n", "utf-8")
 
 
 def machine() -> dict[str, Any]:
@@ -66,6 +67,13 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return described.stdout.strip()
+
+
+def _numbers_on_a_line(text: str) -> str:
+    """Write each list of plain numbers in one line, to keep files short to read."""
+    return re.sub(
+        r"\[\n([^][{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text
+    )
 
 
 def _cpu_model() -> str:

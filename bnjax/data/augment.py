@@ -206,6 +206,29 @@ class RandomResizedCrop:
         return result.reshape(self.size, self.size, *image.shape[2:])
 
 
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize as evaluations do: to smaller by areas, to larger by a cubic.
+
+    Args:
+        image: uint8, shape (rows, columns) or (rows, columns, channels).
+        height: of the result.
+        width: of the result.
+
+    Returns:
+        uint8, of shape (height, width) or (height, width, channels).
+
+    Example:
+        >>> image = np.array([[10, 20, 90, 70], [10, 40, 30, 10]], np.uint8)
+        >>> resized(image, 1, 2).tolist()
+        [[20, 50]]
+    """
+    import cv2
+
+    kind = cv2.INTER_AREA if height < len(image) else cv2.INTER_CUBIC
+    result = cv2.resize(image, (width, height), interpolation=kind)
+    return result.reshape(height, width, *image.shape[2:])
+
+
 @dataclasses.dataclass(frozen=True)
 class CentralCrop:
     """The middle of an image, as evaluations see it.
@@ -224,12 +247,8 @@ class CentralCrop:
         rng: np.random.Generator | None = None,  # noqa: ARG002
     ) -> np.ndarray:
         """Return uint8 of shape (size, size, channels); nothing is drawn."""
-        import cv2
-
         height, width = image.shape[:2]
         side = max(1, round(self.share * min(height, width)))
         top, left = (height - side) // 2, (width - side) // 2
         part = image[top : top + side, left : left + side]
-        kind = cv2.INTER_AREA if side > self.size else cv2.INTER_CUBIC
-        result = cv2.resize(part, (self.size, self.size), interpolation=kind)
-        return result.reshape(self.size, self.size, *image.shape[2:])
+        return resized(part, self.size, self.size)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,16 +55,11 @@ class SplitBlocks:
         images = np.zeros((self.size, *source.image_shape), np.uint8)
         labels = np.zeros(self.size, np.int32)
         kept = np.zeros(self.size, bool)
-        rows = self.rows(index)
-        for place, (row, example) in enumerate(
-            zip(rows, records.read(rows), strict=True)
-        ):
-            if example.image is None:
-                continue
-            check_label(example.label, source.classes, records.where(row))
-            image = source.resize(example.image) if source.resize else example.image
+        for row, (stored, label) in self.examples(index):
+            image = source.resize(stored) if source.resize else stored
             check_shape(image, source.image_shape, records.where(row))
-            images[place], labels[place], kept[place] = image, example.label, True
+            place = row - index * self.size
+            images[place], labels[place], kept[place] = image, label, True
         return Block(Arrays(images, labels), kept)
 
     def __iter__(self) -> Iterator[Block]:
@@ -73,15 +68,41 @@ class SplitBlocks:
         Raises:
             UserError: too many images are damaged, or one cannot be used.
         """
+        return self.read(self)
+
+    def examples(self, index: int) -> Iterator[tuple[int, tuple[np.ndarray, int]]]:
+        """Read the examples of one block as they are stored, but for damaged ones.
+
+        Returns:
+            The row of each, and its image and label.
+
+        Raises:
+            UserError: an example has a wrong label.
+        """
+        records, rows = self.source.splits["test"], self.rows(index)
+        for row, (image, label) in zip(rows, records.read(rows), strict=True):
+            if image is not None:
+                check_label(label, self.source.classes, records.where(row))
+                yield row, (image, label)
+
+    def read(self, made: Any) -> Iterator[Any]:
+        """Go through what is made of each block, reading ahead.
+
+        Args:
+            made: as many items as there are blocks, each with a mask `kept`.
+
+        Raises:
+            UserError: too many images are damaged, or one cannot be used.
+        """
         records = self.source.splits["test"]
         damaged: list[int] = []
-        blocks = read_ahead(self, 0, workers=0, prefetch=2)
+        items = read_ahead(made, 0, workers=0, prefetch=2)
         for index in range(len(self)):
-            block = next(blocks)
+            item = next(items)
             rows = self.rows(index)
-            damaged += [row for row in rows if not block.kept[row - rows.start]]
+            damaged += [row for row in rows if not item.kept[row - rows.start]]
             check_damaged(damaged, records)
-            yield block
+            yield item
 
     def rows(self, index: int) -> range:
         """Return which examples a block holds."""

@@ -1,41 +1,90 @@
 """Networks to train, by name.
 
-`create("mlp", ...)` builds one; `MODELS` lists what there is. Every model is a
-`flax.linen.Module` called as `model(images, train=...)` and returns logits.
+`create("mlp", ...)` builds one; `MODELS` lists what there is, `options` what each can
+be told. Every model is a `flax.linen.Module` called as `model(images, train=...)` and
+returns logits.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from flax import linen as nn
 
 from bnjax._checks import did_you_mean
+from bnjax.models.inception import Inception as Inception
+from bnjax.models.lenet import LeNet as LeNet
 from bnjax.models.mlp import MLP as MLP
 from bnjax.models.normalization import Normalization as Normalization
+from bnjax.models.resnet import ResNet as ResNet
 
-MODELS: dict[str, type[nn.Module]] = {"mlp": MLP}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": MLP,
+    "lenet": LeNet,
+    "inception": Inception,
+    "resnet20": functools.partial(ResNet, depth=20),
+    "resnet56": functools.partial(ResNet, depth=56),
+    "resnet110": functools.partial(ResNet, depth=110),
+    "resnet50": functools.partial(ResNet, depth=50),
+}
 
 
-def create(name: str, **options: Any) -> nn.Module:
-    """Build the model called `name`.
+def options(name: str) -> tuple[str, ...]:
+    """Return the names of what the model called `name` can be told.
 
     Args:
         name: a key of `MODELS`.
-        **options: the model's own fields, such as `classes` or `normalization`.
-
-    Returns:
-        The module, not yet initialized.
 
     Raises:
         ValueError: no model has that name.
 
     Example:
         >>> from bnjax import models
+        >>> "pool" in models.options("lenet"), "depth" in models.options("resnet20")
+        (True, False)
+    """
+    make = _find(name)
+    given: set[str] = {"parent", "name"}
+    if isinstance(make, functools.partial):
+        given |= set(make.keywords)
+        make = make.func
+    fields = dataclasses.fields(make)  # pyright: ignore[reportArgumentType]
+    return tuple(field.name for field in fields if field.name not in given)
+
+
+def create(name: str, **given: Any) -> nn.Module:
+    """Build the model called `name`.
+
+    Args:
+        name: a key of `MODELS`.
+        **given: the model's own options, such as `classes` or `normalization`.
+
+    Returns:
+        The module, not yet initialized.
+
+    Raises:
+        ValueError: no model has that name, or the model has no such option.
+
+    Example:
+        >>> from bnjax import models
         >>> models.create("mlp", hidden=(32,), classes=3).hidden
         (32,)
     """
+    known = options(name)
+    for option in given:
+        if option not in known:
+            raise ValueError(
+                f"models.create: {name!r} has no option {option!r}."
+                f"{did_you_mean(option, known)} Expected one of: {', '.join(known)}."
+            )
+    return MODELS[name](**given)
+
+
+def _find(name: str) -> Callable[..., nn.Module]:
     if name not in MODELS:
         raise ValueError(
             f"models.create: no model is called {name!r}.{did_you_mean(name, MODELS)} "
             f"Expected one of: {', '.join(sorted(MODELS))}."
         )
-    return MODELS[name](**options)
+    return MODELS[name]

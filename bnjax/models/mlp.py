@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bnjax.models.classifier import classify
 from bnjax.models.normalization import Normalization
 
 
@@ -58,7 +59,7 @@ class MLP(nn.Module):
             train: normalize by the batch and update the running statistics.
 
         Returns:
-            Logits, shape (batch, classes).
+            Logits, shape (batch, classes), float32 or wider.
         """
         options: dict[str, Any] = {
             "kernel_init": nn.initializers.normal(self.weight_std),
@@ -77,4 +78,10 @@ class MLP(nn.Module):
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
             )
-        return nn.Dense(self.classes, name="logits", **options)(z)
+        return classify(
+            z,
+            self.classes,
+            train=train,
+            kernel_init=options["kernel_init"],
+            param_dtype=self.param_dtype,
+        )

@@ -8,6 +8,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import functional
+from bnjax._checks import as_activation
 from bnjax.functional import BatchStats
 from bnjax.linen import BatchNorm
 from bnjax.variants.ghost import GhostBatchNorm
@@ -34,6 +35,8 @@ class Normalization:
         deferred: in training, leave the running statistics as they are and write the
             moments of the batch to the collection "batch_moments", where that is
             mutable: `updated_stats` takes them up.
+        record_inputs: where the collection "intermediates" is mutable, write the input
+            of each nonlinearity there, as `<name of the layer>_input/value`.
 
     Raises:
         ValueError: the kind is unknown, or Flax's layer is asked for what it does not
@@ -51,6 +54,7 @@ class Normalization:
     axis_name: str | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
     deferred: bool = False
+    record_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -82,42 +86,67 @@ class Normalization:
         train: bool,
         activation: str,
         name: str,
+        residual: jax.Array | None = None,
+        zero_scale: bool = False,
+        per_activation: bool = False,
         dtype: Any = None,
         param_dtype: Any = None,
     ) -> jax.Array:
-        """Return activation(BN(x)), or activation(x) where the kind is "none".
+        """Return activation(BN(x) + residual); without BN where the kind is "none".
 
         Args:
             x: pre-activations, shape (batch, ..., features).
             train: normalize by the batch and update the running statistics.
-            activation: a name of `jax.nn`.
+            activation: a name of `jax.nn`; "identity" for none.
             name: of the layer in the variables.
+            residual: added before the activation; shape of `x`.
+            zero_scale: start the scale at 0, so that a residual block starts as the
+                identity; of no effect where the kind is "none".
+            per_activation: normalize each position of a map by itself, over the batch
+                alone, with a scale and bias of its own: `x` is of shape (batch, height,
+                width, channels), the parameters (height, width, channels).
             dtype: of the output; that of `x` and the parameters if None.
             param_dtype: of scale and bias; float32 if None.
 
         Returns:
             An array of the shape of `x`.
         """
-        activate = getattr(jax.nn, activation)
-        if self.kind == "none":
-            return activate(x)
-        options: dict[str, Any] = {
-            "use_running_average": not train,
-            "momentum": self.momentum,
-            "epsilon": self.epsilon,
-            "dtype": dtype,
-            "name": name,
-            "axis_name": self.axis_name,
-            "axis_index_groups": self.axis_index_groups,
-        }
-        if param_dtype is not None:
-            options["param_dtype"] = param_dtype
-        if self.kind == "flax":
-            return activate(nn.BatchNorm(**options)(x))
-        options |= {"unbiased": self.unbiased, "activation": activation}
+        nonlinear = activation != "identity"
+        fused = self.kind == "batch" and not (self.record_inputs and nonlinear)
+        if self.kind != "none":
+            options: dict[str, Any] = {
+                "use_running_average": not train,
+                "momentum": self.momentum,
+                "epsilon": self.epsilon,
+                "axis": (-3, -2, -1) if per_activation else -1,
+                "dtype": dtype,
+                "name": name,
+                "axis_name": self.axis_name,
+                "axis_index_groups": self.axis_index_groups,
+            }
+            if zero_scale:
+                options["scale_init"] = nn.initializers.zeros
+            if param_dtype is not None:
+                options["param_dtype"] = param_dtype
+            if self.kind == "flax":
+                x = nn.BatchNorm(**options)(x)
+            else:
+                options["activation"] = activation if fused else None
+                x = self._layer(options)(x, residual=residual)
+        if fused:
+            return x
+        if residual is not None and self.kind != "batch":
+            x = x + residual
+        if self.record_inputs and nonlinear:
+            _Recorder(name=f"{name}_input")(x)
+        activate = as_activation(activation)
+        return x if activate is None else activate(x)
+
+    def _layer(self, options: dict[str, Any]) -> BatchNorm:
+        options = options | {"unbiased": self.unbiased}
         if self.virtual_batch_size is None and not self.deferred:
-            return BatchNorm(**options)(x)
-        return GhostBatchNorm(virtual_batch_size=self.virtual_batch_size, **options)(x)
+            return BatchNorm(**options)
+        return GhostBatchNorm(virtual_batch_size=self.virtual_batch_size, **options)
 
     def updated_stats(self, batch_stats: Any, batch_moments: Any) -> Any:
         """Move the running statistics of every layer once.
@@ -142,3 +171,17 @@ class Normalization:
             )
             stats |= {mean: new.mean, var: new.var}
         return unflatten_dict(stats)
+
+
+class _Recorder(nn.Module):
+    """Writes its input to the collection "intermediates", where that is mutable."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> None:
+        self.sow(
+            "intermediates",
+            "value",
+            x,
+            init_fn=lambda: x,
+            reduce_fn=lambda _, new: new,
+        )

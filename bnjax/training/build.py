@@ -1,8 +1,10 @@
 """A configuration made into functions: the same for training and for evaluation."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
@@ -13,6 +15,8 @@ from bnjax.data.resident import make_gather
 from bnjax.data.sources import Source
 from bnjax.training.config import Config
 from bnjax.training.layouts import Spmd
+from bnjax.training.loops import slow_in_loops
+from bnjax.training.networks import check_network, make_network
 from bnjax.training.optimizer import make_optimizer
 from bnjax.training.sharing import Sharing
 from bnjax.training.state import TrainState, create_state
@@ -29,6 +33,7 @@ class Program:
         gather: the batch of some rows of the resident arrays.
         initial_state: gives the state before the first step.
         train_step: gives the step for a layout on devices.
+        scans: whether many steps are taken in one call to the device.
     """
 
     model: nn.Module
@@ -36,16 +41,24 @@ class Program:
     gather: Gather
     initial_state: Callable[[], TrainState]
     train_step: Callable[[Spmd], TrainStep]
+    scans: bool
 
 
 def build(config: Config, source: Source) -> Program:
-    """Build the model, the optimizer and the input function of a run."""
+    """Build the model, the optimizer and the input function of a run.
+
+    Raises:
+        UserError: the network is the user's own, and cannot be trained.
+    """
     model = _make_model(config, source, Sharing())
+    check_network(config, model, source.image_shape, source.classes)
     optimizer = make_optimizer(config)
     gather = make_gather(make_to_inputs(config.data, source.max_value))
 
+    images = jnp.zeros((1, *source.image_shape), jnp.float32)
+    init = functools.partial(model.init, train=False)
+
     def initial_state() -> TrainState:
-        images = jnp.zeros((1, *source.image_shape), jnp.float32)
         return create_state(model, optimizer, config.seed, images)
 
     def train_step(parallel: Spmd) -> TrainStep:
@@ -60,15 +73,14 @@ def build(config: Config, source: Source) -> Program:
             skip_nonfinite=config.on_nan == "skip",
         )
 
-    return Program(model, optimizer, gather, initial_state, train_step)
+    scans = not slow_in_loops(init, jax.random.key(0), images)
+    return Program(model, optimizer, gather, initial_state, train_step, scans)
 
 
 def _make_model(config: Config, source: Source, sharing: Sharing) -> nn.Module:
-    return models.create(
-        config.model.name,
-        hidden=config.model.hidden,
+    return make_network(
+        config,
         classes=source.classes,
-        weight_std=config.model.weight_std,
         normalization=make_normalization(config, sharing),
         # float32 is what inputs and parameters have.
         dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,

@@ -1,31 +1,53 @@
-"""What a run is told: typed, frozen, documented, and checked before anything starts.
+"""What a run is told: typed, frozen, documented.
 
 tyro reads these classes for the command line; the sentence under each field is what
-`--help` shows.
+`--help` shows. `bnjax.training.validation` refuses what no run can use.
 """
 
 import dataclasses
-import math
-import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from bnjax._checks import did_you_mean
-from bnjax.data.config import DataConfig, validate_data
-from bnjax.models import MODELS
-from bnjax.training.errors import USAGE, UserError
+import tyro
+
+from bnjax.data.config import DataConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The network."""
+    """The network. An option of None has the model's own default."""
 
-    name: str = "mlp"
-    """A model by its name: "mlp"."""
-    hidden: tuple[int, ...] = (100, 100, 100)
-    """Width of each hidden layer."""
-    weight_std: float = 0.01
-    """Standard deviation of the Gaussian the weights start from."""
+    name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "mlp"
+    """A model by its name: "mlp", "lenet", "inception", "resnet20", "resnet56",
+    "resnet110", "resnet50"; or a function of your own, "my_package.nets:make_net"."""
+    hidden: tuple[int, ...] | None = None
+    """Of mlp: width of each hidden layer."""
+    weight_std: float | None = None
+    """Of mlp: standard deviation of the Gaussian the weights start from."""
+    weight_scale: float | None = None
+    """Of the others: factor on the standard deviation of the first weights."""
+    activation: str | None = None
+    """The nonlinearity, a name of jax.nn such as "relu" or "sigmoid"."""
+    dropout: float | None = None
+    """Of inception and resnet: rate of dropout before the classifier."""
+    pool: Literal["avg", "max"] | None = None
+    """Of lenet: how it pools."""
+    width: float | None = None
+    """Of inception and resnet: factor on the number of filters of each layer."""
+    stem: Literal["imagenet", "small"] | None = None
+    """Of inception: its first layers, for images of 224x224, or for 32x32."""
+    separable_conv1: bool | None = None
+    """Of inception: conv1 separable, with depth multiplier 8 (the paper's appendix)."""
+    printed_depths: bool | None = None
+    """Of inception: the output depths as the paper prints them, not as the filters of
+    its Figure 5 sum up."""
+    local_response_norm: bool | None = None
+    """Of inception: normalize the local response after pool1 and after conv2."""
+    per_activation: bool | None = None
+    """Of inception: in the last hidden layers BN with a scale and a bias for each
+    position, not for each channel."""
+    zero_scale: bool | None = None
+    """Of resnet: the scale of each block's last BN starts at 0, not at 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,138 +218,3 @@ INCIDENTAL = frozenset(
     }
 )
 """Fields of `Config` that no result depends on: a resumed run may change them."""
-
-
-def validate(config: Config) -> None:
-    """Refuse values no run can use.
-
-    Raises:
-        UserError: naming the flag, what was given and what was expected.
-    """
-    _integers(config)
-    _numbers(config)
-    _optimizer(config)
-    validate_data(config.data)
-    if config.resume and config.workdir is None:
-        raise UserError(
-            "--resume needs the folder of the run to continue: add --workdir.", USAGE
-        )
-    if config.model.name not in MODELS:
-        hint = did_you_mean(config.model.name, MODELS)
-        _refuse("model.name", config.model.name, f"one of {', '.join(MODELS)}", hint)
-    if config.batch_norm and config.batch_size < 2:
-        raise UserError(
-            "--batch-size 1: batch normalization in training needs at least 2 examples "
-            "to take statistics over. Give a larger batch, or --no-batch-norm.",
-            USAGE,
-        )
-    if config.batch_norm and config.bn.implementation == "flax" and config.bn.unbiased:
-        raise UserError(
-            "--bn.implementation flax keeps the biased variance only: "
-            "add --bn.no-unbiased.",
-            USAGE,
-        )
-    _statistics(config)
-    _hosts(config.hosts)
-
-
-def _hosts(hosts: HostsConfig) -> None:
-    if hosts.count < 1:
-        _refuse("hosts.count", hosts.count, "1 or more")
-    if not 0 <= hosts.index < hosts.count:
-        _refuse(
-            "hosts.index", hosts.index, f"from 0 to --hosts.count {hosts.count} - 1"
-        )
-    if hosts.timeout < 1:
-        _refuse("hosts.timeout", hosts.timeout, "1 or more seconds")
-    if hosts.coordinator is None and hosts.count > 1:
-        _refuse("hosts.coordinator", None, "ADDRESS:PORT of host 0 for several hosts")
-    if hosts.coordinator not in (None, "auto") and not re.fullmatch(
-        r".+:\d{1,5}", hosts.coordinator or ""
-    ):
-        _refuse("hosts.coordinator", hosts.coordinator, 'ADDRESS:PORT, or "auto"')
-
-
-def _statistics(config: Config) -> None:
-    sync, virtual = config.bn.sync, config.bn.virtual_batch_size
-    if not re.fullmatch(r"global|per-device|group:[1-9]\d*", sync):
-        _refuse("bn.sync", sync, "global, per-device, or group:K, such as group:2")
-    if virtual is not None and virtual < 2:
-        _refuse("bn.virtual_batch_size", virtual, "2 or more")
-    if config.devices is not None and config.devices < 1:
-        _refuse("devices", config.devices, "1 or more")
-    if config.batch_size % config.accumulate:
-        _refuse("accumulate", config.accumulate, f"a divisor of {config.batch_size}")
-    plain = sync == "global" and virtual is None and config.accumulate == 1
-    if config.batch_norm and config.bn.implementation == "flax" and not plain:
-        raise UserError(
-            "--bn.implementation flax has the statistics of a whole batch only: leave "
-            "out --bn.sync, --bn.virtual-batch-size and --accumulate.",
-            USAGE,
-        )
-
-
-def _integers(config: Config) -> None:
-    for name in (
-        "steps",
-        "batch_size",
-        "accumulate",
-        "log_every",
-        "eval_every",
-        "checkpoint_every",
-        "eval_batch_size",
-        "keep",
-    ):
-        value = getattr(config, name)
-        if value <= 0:
-            _refuse(name, value, "a whole number of 1 or more")
-    if not 0 <= config.seed < 2**32:
-        _refuse("seed", config.seed, "a whole number from 0 to 2**32 - 1")
-    if not config.model.hidden or min(config.model.hidden) <= 0:
-        _refuse("model.hidden", config.model.hidden, "one or more positive widths")
-
-
-def _numbers(config: Config) -> None:
-    positive = {
-        "learning_rate": config.learning_rate,
-        "bn.epsilon": config.bn.epsilon,
-    }
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            _refuse(name, value, "a positive number")
-    if not 0 <= config.model.weight_std < math.inf:
-        _refuse("model.weight_std", config.model.weight_std, "a number of 0 or more")
-    if not 0 <= config.bn.momentum <= 1:
-        expected = (
-            "a number in [0, 1], the weight of the old value (PyTorch's 0.1 is 0.9 "
-            "here)"
-        )
-        _refuse("bn.momentum", config.bn.momentum, expected)
-
-
-def _optimizer(config: Config) -> None:
-    optim = config.optim
-    for name in ("momentum", "beta1", "beta2", "rms_decay"):
-        value = getattr(optim, name)
-        if not 0 <= value < 1:
-            _refuse(f"optim.{name}", value, "a number in [0, 1)")
-    for name in ("epsilon", "decay_rate", "clip_norm"):
-        value = getattr(optim, name)
-        if value is not None and not 0 < value < math.inf:
-            _refuse(f"optim.{name}", value, "a positive number")
-    if not 0 <= optim.weight_decay < math.inf:
-        _refuse("optim.weight_decay", optim.weight_decay, "a number of 0 or more")
-    if optim.decay_steps <= 0:
-        _refuse("optim.decay_steps", optim.decay_steps, "1 or more")
-    if not 0 <= optim.warmup_steps < config.steps:
-        expected = f"0 or more, and fewer than the {config.steps} --steps"
-        _refuse("optim.warmup_steps", optim.warmup_steps, expected)
-    rising = sorted({step for step in optim.boundaries if step > 0})
-    if list(optim.boundaries) != rising or (optim.schedule == "step") != bool(rising):
-        expected = "rising steps with --optim.schedule step, none with another"
-        _refuse("optim.boundaries", optim.boundaries, expected)
-
-
-def _refuse(field: str, value: object, expected: str, hint: str = "") -> None:
-    flag = "--" + field.replace("_", "-")
-    raise UserError(f"{flag} {value}: expected {expected}.{hint}", USAGE)

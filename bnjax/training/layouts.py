@@ -242,6 +242,11 @@ def _scan(train_step: TrainStep, batch: MakeBatch) -> Callable[..., Any]:
             key = stream_key(state.rng, Stream.AUGMENT, state.step)
             return train_step(state, batch(constants, item, key))
 
+        # Not a loop of one: see `slow_in_loops`.
+        if jax.tree.leaves(chunk)[0].shape[0] == 1:
+            item = jax.tree.map(lambda leaf: leaf[0], chunk)
+            state, metrics = body(state, item)
+            return state, jax.tree.map(lambda leaf: leaf[None], metrics)
         return jax.lax.scan(body, state, chunk)
 
     return train_steps

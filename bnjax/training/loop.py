@@ -135,6 +135,7 @@ class Run:
             shard=jax.process_index(),
             report=report,
         )
+        self._most_steps = self._feed.chunk_steps if program.scans else 1
         self._constants = parallel.place(self._feed.constants)
         self._schedule = make_schedule(config)
         images = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.float32)
@@ -245,7 +246,7 @@ class Run:
         Returns:
             What `train_step` measured of each, shape (steps, ...), and the seconds.
         """
-        limit = self._feed.chunk_steps
+        limit = self._most_steps
         parts = [min(limit, steps - done) for done in range(0, steps, limit)]
         for part in set(parts):
             self._compile(part)

@@ -7,6 +7,7 @@ import jax
 from bnjax.training.config import Config
 from bnjax.training.errors import USAGE, UserError
 from bnjax.training.layouts import Devices, Pmap, Spmd
+from bnjax.training.networks import takes_normalization
 
 
 def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
@@ -48,7 +49,9 @@ def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
         )
     strategy = config.parallel
     if strategy == "auto":
-        strategy = "pmap" if len(devices) > 1 else "single"
+        # Statistics that no axis name is given to are shared in one program alone.
+        several = "pmap" if takes_normalization(config) else "spmd"
+        strategy = several if len(devices) > 1 else "single"
     kind = Pmap if strategy == "pmap" else Spmd
     parallel = kind(devices, config.accumulate)
     parallel.sharing(config)

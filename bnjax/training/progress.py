@@ -116,30 +116,37 @@ def _describe(record: TrainRecord) -> str:
 
 
 class Loading:
-    """Shows how much of a data set has been decoded, where that takes a while.
+    """Shows how much of a data set is done, where that takes a while.
 
     Args:
-        name: what is being read.
+        name: of the data set.
         stream: where to show it; standard error if None.
         seconds: the least time between two lines.
+        verb: what is being done with it.
     """
 
     def __init__(
-        self, name: str, stream: TextIO | None = None, seconds: float = 1.0
+        self,
+        name: str,
+        stream: TextIO | None = None,
+        seconds: float = 1.0,
+        verb: str = "reading",
     ) -> None:
         self._name = name
         self._stream = stream or sys.stderr
         self._seconds = seconds
-        self._shown = time.monotonic()
+        self._verb = verb
+        self._started = self._shown = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` examples have been read, if it is time."""
+        """Show that `done` of `total` examples are done, if it is time."""
         now = time.monotonic()
         if now - self._shown < self._seconds:
             return
         self._shown = now
+        left = timedelta(seconds=round((now - self._started) * (total - done) / done))
         print(
-            f"reading {self._name}: {done:,} of {total:,} examples",
+            f"{self._verb} {self._name}: {done:,} of {total:,} examples, {left} left",
             file=self._stream,
             flush=True,
         )

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bnjax.data import config as data_config
-from bnjax.training.config import INCIDENTAL, Config, validate
+from bnjax.training.config import INCIDENTAL, Config
 from bnjax.training.errors import UserError
+from bnjax.training.validation import validate
 
 
 def to_json(config: Any) -> Any:
@@ -93,7 +94,7 @@ def _read(kind: Any, value: Any, path: str) -> Any:
         return value
     if origin is tuple and isinstance(value, list):
         return tuple(_read(choices[0], item, path) for item in value)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return None if value is None else _read(choices[0], value, path)
     if kind is Path and isinstance(value, str):
         return Path(value)

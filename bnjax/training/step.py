@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 
@@ -167,6 +168,33 @@ def _merged(moments: Any) -> Any:
     )
 
 
+def hits(scores: Any, labels: Any) -> dict[str, Any]:
+    """Say which examples are classified right, and right among the first five.
+
+    Of equal scores the lower class comes first, as for argmax. NaN beats all others,
+    and an example whose own score is NaN is wrong.
+
+    Args:
+        scores: logits or probabilities, shape (batch, classes), of NumPy or of JAX.
+        labels: integers, shape (batch,).
+
+    Returns:
+        "correct" and, where there are more than 5 classes, "top5": booleans of shape
+        (batch,).
+
+    Example:
+        >>> import numpy as np
+        >>> hits(np.array([[1.0, 3.0, 3.0]] * 3), np.arange(3))["correct"].tolist()
+        [False, True, False]
+    """
+    examples, classes = scores.shape
+    own = scores[np.arange(examples), labels][:, None]
+    later = labels[:, None] <= np.arange(classes)
+    rank = (~((own > scores) | ((own == scores) & later))).sum(-1)
+    top5 = {"top5": rank < 5} if classes > 5 else {}
+    return {"correct": rank < 1, **top5}
+
+
 def make_eval_step(model: nn.Module) -> EvalStep:
     """Return `eval_step(params, batch_stats, batch) -> metrics`, each per example.
 
@@ -174,16 +202,32 @@ def make_eval_step(model: nn.Module) -> EvalStep:
         model: gives logits; normalizes by its running statistics here.
 
     Returns:
-        A pure function whose metrics are "loss" and "correct" (boolean), of shape
-        (batch,): whoever sums them leaves the padding out.
+        A pure function whose metrics are "loss" and those of `hits`, of shape (batch,):
+        whoever sums them leaves the padding out.
     """
+    predict = make_predict_step(model)
 
     def eval_step(params: Any, batch_stats: Any, batch: Batch) -> Metrics:
-        variables = {"params": params, "batch_stats": batch_stats}
-        logits: Any = model.apply(variables, batch["image"], train=False)
-        return {
-            "loss": _cross_entropy(logits, batch["label"]),
-            "correct": jnp.argmax(logits, axis=-1) == batch["label"],
-        }
+        logits = predict(params, batch_stats, batch)["logits"]
+        labels = batch["label"]
+        return {"loss": _cross_entropy(logits, labels), **hits(logits, labels)}
 
     return eval_step
+
+
+def make_predict_step(model: nn.Module) -> EvalStep:
+    """Return `predict_step(params, batch_stats, batch) -> {"logits": ...}`.
+
+    Args:
+        model: gives logits; normalizes by its running statistics here.
+
+    Returns:
+        A pure function whose logits have the shape (batch, classes).
+    """
+
+    def predict_step(params: Any, batch_stats: Any, batch: Batch) -> Metrics:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits: Any = model.apply(variables, batch["image"], train=False)
+        return {"logits": logits}
+
+    return predict_step

@@ -65,8 +65,8 @@ def configuration(batch_size=BATCH, **changes):
     return Config(steps=1, batch_size=batch_size, learning_rate=0.3, bn=bn, **changes)
 
 
-def run(name, config, devices, steps, dtype=jnp.float64):
-    """Train for some steps; return the state as one device would have it."""
+def run(name, config, devices, steps, dtype=jnp.float64, at_once=None):
+    """Train for some steps, all or `at_once` a call; return one device's state."""
     parallel = make_parallel(config, jax.devices()[:devices])
     sharing = parallel.sharing(config)
     normalization = Normalization(momentum=0.9, **dataclasses.asdict(sharing))
@@ -91,12 +91,15 @@ def run(name, config, devices, steps, dtype=jnp.float64):
 
     # Each host gives the part of its own devices.
     chunk = np.split(np.stack(order), jax.process_count(), 1)[jax.process_index()]
-    state, metrics = parallel.train_steps(train_step, batch)(
-        parallel.place_state(state),
-        parallel.place((images, labels)),
-        parallel.place_chunk(chunk),
-    )
-    return parallel.host_state(state), metrics
+    train_steps = parallel.train_steps(train_step, batch)
+    constants = parallel.place((images, labels))
+    placed, parts = parallel.place_state(state), []
+    for start in range(0, steps, at_once or steps):
+        part = parallel.place_chunk(chunk[start : start + (at_once or steps)])
+        placed, metrics = train_steps(placed, constants, part)
+        parts.append(metrics)
+    metrics = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return parallel.host_state(placed), metrics
 
 
 def assert_close(found, expected, atol):

@@ -103,3 +103,13 @@ def test_micro_batches_are_the_same_on_any_devices(name, sync, strategy, devices
     )
     state, _ = networks.run(name, config, devices, 5)
     networks.assert_close(state, expected, 1e-10)
+
+
+@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("pmap", 2)])
+def test_one_step_a_call_equals_many(strategy, devices, x64):
+    config = networks.configuration(parallel=strategy)
+    expected, many = networks.run("conv", config, devices, 6)
+    state, singles = networks.run("conv", config, devices, 6, at_once=1)
+    networks.assert_close(state, expected, 1e-12)
+    np.testing.assert_allclose(singles["loss"], many["loss"], rtol=1e-12)
+    np.testing.assert_array_equal(singles["accuracy"], many["accuracy"])

@@ -3,7 +3,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnjax import models
 from bnjax.models import MLP, Normalization
 from tests.training import numpy_network
 
@@ -87,11 +86,6 @@ def test_weights_are_gaussian_of_the_std_asked_for(std):
     assert kernel.mean() == pytest.approx(0, abs=0.02 * std)
     within = (np.abs(kernel) < std).mean()
     assert within == pytest.approx(0.6827, abs=0.01)
-
-
-def test_an_unknown_model_suggests_the_right_one():
-    with pytest.raises(ValueError, match=r"'mlpp'.*Did you mean 'mlp'"):
-        models.create("mlpp")
 
 
 def test_an_unknown_normalization():

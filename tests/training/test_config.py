@@ -8,10 +8,11 @@ import pytest
 
 from bnjax.data import config as data_config
 from bnjax.training import config
-from bnjax.training.config import Config, validate
+from bnjax.training.config import BatchNormConfig, Config, ModelConfig
 from bnjax.training.errors import UserError
 from bnjax.training.presets import PRESETS, parse
 from bnjax.training.record import from_json, to_json
+from bnjax.training.validation import validate
 
 
 def flags_of(cls, prefix=""):
@@ -86,9 +87,25 @@ class TestParse:
         assert caught.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
         assert not [flag for flag in flags_of(Config) if flag not in text]
-        assert "python train.py mnist" in text
-        assert "Test accuracy about" in text
+        assert ("python train.py mnist" in text) == (argv[0] == "mnist")
+        assert ("Test accuracy about" in text) == (argv[0] == "mnist")
         assert ("scikit-learn" in text) == (argv[0] != "mnist")
+
+    @pytest.mark.parametrize("flags", [["--model", "lenet"], ["--model.name=lenet"]])
+    def test_another_model_starts_from_its_own_options(self, flags):
+        _, config = parse(["mnist", *flags])
+        assert config.model == ModelConfig(name="lenet")
+        assert config.data == PRESETS["mnist"]().data
+        _, config = parse(["mnist", *flags, "--model.pool", "max"])
+        assert config.model == ModelConfig(name="lenet", pool="max")
+        _, config = parse(["mnist", "--model", "mlp"])
+        assert config == PRESETS["mnist"]()
+
+    def test_a_model_of_ones_own_starts_from_the_defaults_of_bn(self):
+        assert PRESETS["digits"]().bn != BatchNormConfig()
+        _, config = parse(["--model=my_nets:make", "--bn.epsilon", "0.5"])
+        assert config.model == ModelConfig(name="my_nets:make")
+        assert config.bn == BatchNormConfig(epsilon=0.5)
 
     def test_an_unknown_preset_suggests_the_right_one(self):
         with pytest.raises(UserError, match=r"'mnits'.*Did you mean 'mnist'") as caught:
@@ -165,7 +182,16 @@ class TestParse:
         ("--bn.epsilon -1e-5", "--bn.epsilon -1e-05"),
         ("--model.weight-std -1", "--model.weight-std -1.0"),
         ("--model.hidden 5 0", "--model.hidden"),
+        ("--model.hidden", "--model.hidden"),
         ("--model.name mpl", "--model.name mpl: .* Did you mean 'mlp'"),
+        ("--model mpl", "or a function of your own, such as my_package.nets:make_net"),
+        ("--model.width 0.5", "width 0.5: mlp has no such option; it has --model.hid"),
+        ("--model lenet --model.hidden 5", "lenet has no such option; it has .*pool"),
+        ("--model inception --model.width 0", "--model.width 0.0: expected a positive"),
+        ("--model inception --model.width nan", "--model.width nan"),
+        ("--model lenet --model.weight-scale -1", "--model.weight-scale -1.0"),
+        ("--model inception --model.dropout 1", r"1.0: expected a rate in \[0, 1\)"),
+        ("--model.activation sigmod", "sigmod: .* Did you mean 'sigmoid'"),
         ("--optim.momentum 1", r"--optim.momentum 1.0: expected a number in \[0, 1\)"),
         ("--optim.decay-rate 0", "--optim.decay-rate 0.0"),
         ("--optim.decay-steps 0", "--optim.decay-steps 0"),
@@ -198,6 +224,8 @@ def test_values_no_run_can_use(flags, expected):
         "--seed 4294967295",
         "--optim.schedule step --optim.boundaries 500 1500 --optim.warmup-steps 100",
         "--optim.weight-decay 0 --optim.clip-norm 1e-9 --keep 1",
+        "--model inception --model.dropout 0 --model.separable-conv1 True",
+        "--model.weight-std 0 --model.activation tanh",
     ],
 )
 def test_values_at_the_edge(flags):
@@ -222,6 +250,8 @@ class TestRecord:
             ("workdir", 3),
             ("model.hidden", 100),
             ("model.hidden", ["a"]),
+            ("model.pool", "min"),
+            ("model.width", 1.0),
             ("bn.momentum", "0.9"),
             ("bn.momentum", 7),
             ("bn.implementation", "other"),

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from bnjax.data.sources import open_source
-from bnjax.training.evaluation import Evaluator
+from bnjax.training.evaluation import Evaluation, Evaluator, evaluation_of
 from bnjax.training.layouts import Pmap, Spmd
 from tests.training import numpy_network
 
@@ -26,20 +26,21 @@ def state(initial_state):
 
 @pytest.fixture
 def plain_loop(state):
-    """The count of right answers and the losses, an example at a time in NumPy."""
+    """Right answers, right among five, and losses, an example at a time in NumPy."""
     arrays = open_source("digits").load("test", print)
     params, stats = (
         jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
         for tree in (state.params, state.batch_stats)
     )
-    correct, losses = 0, []
+    correct, top5, losses = 0, 0, []
     for image, label in zip(arrays.images, arrays.labels, strict=True):
         logits, _, _ = numpy_network.forward(
             params, stats, image[None] / 16, train=False
         )
         correct += int(logits[0].argmax() == label)
+        top5 += int(label in np.argsort(-logits[0], kind="stable")[:5])
         losses.append(-numpy_network.log_softmax(logits)[0, label])
-    return correct, losses
+    return correct, top5, losses
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8])
@@ -48,12 +49,13 @@ def test_it_equals_a_plain_numpy_loop(program, state, plain_loop, batch_size, de
     arrays = open_source("digits").load("test", print)
     parallel = Spmd(jax.devices()[:devices])
     found = Evaluator(program, arrays, batch_size, parallel)(state)
-    correct, losses = plain_loop
+    correct, top5, losses = plain_loop
 
     assert (found.correct, found.examples) == (correct, 355)
     assert found.accuracy == correct / 355
+    assert (found.top5_correct, found.top5_accuracy) == (top5, top5 / 355)
     assert found.loss == pytest.approx(np.mean(losses), rel=1e-6)
-    assert 0.05 < found.accuracy < 0.95
+    assert 0.05 < found.accuracy < found.top5_accuracy < 0.95
 
 
 def test_a_pmapped_state_is_evaluated_as_it_was(program, state):
@@ -62,3 +64,14 @@ def test_a_pmapped_state_is_evaluated_as_it_was(program, state):
     placed = parallel.place_state(state)
     found = Evaluator(program, arrays, 50, parallel)(parallel.host_state(placed))
     assert found == Evaluator(program, arrays, 50)(state)
+
+
+def test_five_classes_have_no_top_5():
+    parts = [
+        {"loss": np.array([0.5, 1.5]), "correct": np.array([True, False])},
+        {"loss": np.array([4.0]), "correct": np.array([True])},
+    ]
+    found = evaluation_of(parts)
+    assert found == Evaluation(loss=2.0, correct=2, examples=3)
+    assert found.top5_accuracy is None
+    assert str(found) == f"test accuracy {2 / 3!r} (2 of 3), test loss 2.0"

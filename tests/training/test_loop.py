@@ -12,12 +12,12 @@ from bnjax.training import loop
 from bnjax.training.build import build
 from bnjax.training.config import OptimizerConfig
 from bnjax.training.errors import Stopped, UserError
-from bnjax.training.evaluation import evaluate_run
 from bnjax.training.loop import Run, train
 from bnjax.training.metrics import read_metrics
 from bnjax.training.optimizer import make_schedule
 from bnjax.training.state import Stream, stream_key
 from bnjax.training.step import make_train_step
+from bnjax.training.trained import evaluate_runs
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_what_a_run_leaves(run_small, small_config):
 
 def test_evaluation_agrees_to_the_last_digit(run_small):
     workdir, summary = run_small()
-    evaluated = evaluate_run(workdir)
+    evaluated = evaluate_runs([workdir])
     assert evaluated["step"] == 60
     for name in ("test_accuracy", "test_loss", "test_correct", "test_examples"):
         assert evaluated[name] == summary[name]
@@ -114,7 +114,7 @@ def test_evaluation_agrees_to_the_last_digit(run_small):
 def test_without_batch_normalization(run_small):
     workdir, summary = run_small(batch_norm=False)
     assert summary["parameters"] == 64 * 12 + 12 + 12 * 9 + 9 + 9 * 10 + 10
-    assert evaluate_run(workdir)["test_loss"] == summary["test_loss"]
+    assert evaluate_runs([workdir])["test_loss"] == summary["test_loss"]
 
 
 def test_flaxs_layer_trains_to_the_same_place(run_small, small_config):
@@ -152,7 +152,7 @@ def test_the_last_good_checkpoint_is_named(run_small, tmp_path, monkeypatch):
     assert "became inf in step 44." in str(caught.value)
     good = tmp_path / "run1" / "checkpoints" / "30"
     assert f"The last good checkpoint is {good}." in str(caught.value)
-    assert evaluate_run(tmp_path / "run1")["step"] == 30
+    assert evaluate_runs([tmp_path / "run1"])["step"] == 30
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_a_signal_finishes_the_dispatch_and_saves(
     assert message.startswith(f"stopped by {number.name} after step 40. ")
     assert f"The last good checkpoint is {saved}." in message
     assert f"--workdir {tmp_path / 'run1'} --resume" in message
-    assert evaluate_run(tmp_path / "run1")["step"] == 40
+    assert evaluate_runs([tmp_path / "run1"])["step"] == 40
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 

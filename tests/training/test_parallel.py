@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnjax.training.config import BatchNormConfig, validate
+from bnjax.training.config import BatchNormConfig
 from bnjax.training.errors import USAGE, UserError
 from bnjax.training.layouts import Pmap, Spmd
 from bnjax.training.parallel import make_parallel
 from bnjax.training.presets import digits, parse
 from bnjax.training.sharing import Sharing
+from bnjax.training.validation import validate
 
 
 def config(batch_size=64, sync="global", virtual=None, **changes):

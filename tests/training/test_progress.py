@@ -83,6 +83,6 @@ def test_loading_is_shown_where_it_takes_a_while(clock):
         clock.now += 0.5
         loading(done, 5000)
     assert stream.getvalue().splitlines() == [
-        "reading mnist: 2,000 of 5,000 examples",
-        "reading mnist: 4,000 of 5,000 examples",
+        "reading mnist: 2,000 of 5,000 examples, 0:00:02 left",
+        "reading mnist: 4,000 of 5,000 examples, 0:00:00 left",
     ]

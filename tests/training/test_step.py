@@ -6,7 +6,7 @@ import pytest
 
 from bnjax.models import MLP, Normalization
 from bnjax.training.state import create_state
-from bnjax.training.step import make_eval_step, make_train_step
+from bnjax.training.step import hits, make_eval_step, make_train_step
 from tests.training import numpy_network
 
 RATE = 0.3
@@ -109,3 +109,26 @@ def test_without_statistics_the_collection_is_empty():
     assert state.batch_stats == {}
     state, _ = jax.jit(make_train_step(model, optimizer))(state, batch(0))
     assert state.batch_stats == {}
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("classes", [3, 5, 6, 30])
+def test_hits_are_those_of_a_stable_sort(array, classes):
+    rng = np.random.default_rng(classes)
+    # Whole numbers, so that there are many ties.
+    scores = rng.integers(0, 6, (200, classes)).astype(np.float32)
+    labels = rng.integers(0, classes, 200)
+    found = hits(array(scores), array(labels))
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    np.testing.assert_array_equal(found["correct"], scores.argmax(-1) == labels)
+    assert ("top5" in found) == (classes > 5)
+    if classes > 5:
+        among = (order[:, :5] == labels[:, None]).any(-1)
+        np.testing.assert_array_equal(found["top5"], among)
+
+
+def test_nan_is_never_right():
+    scores = np.array([[np.nan, 1.0], [np.nan, 1.0], [np.nan, np.nan]])
+    labels = np.array([0, 1, 0])
+    for found in (hits(scores, labels), hits(jnp.asarray(scores), jnp.asarray(labels))):
+        assert found["correct"].tolist() == [False, False, False]

@@ -1,0 +1,112 @@
+"""LeNet, with batch normalization before each nonlinearity."""
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bnjax.models.classifier import classify
+from bnjax.models.convolution import ConvNorm, check_images
+from bnjax.models.normalization import Normalization
+
+Pool = Literal["avg", "max"]
+
+
+class LeNet(nn.Module):
+    """Two convolutions and two hidden layers, each normalized before its nonlinearity.
+
+    Convolution 5x5 to 6, pooling 2x2, convolution 5x5 to 16, pooling 2x2, layers of 120
+    and 84, logits. The convolutions are not padded: of 28x28 pixels, 4x4x16 = 256
+    features reach the first layer.
+
+    Args:
+        classes: number of logits.
+        pool: what the pooling takes of 2x2 pixels.
+        normalization: what stands before each nonlinearity.
+        activation: a name of `jax.nn`.
+        weight_scale: factor on the standard deviation of the initial weights before
+            each nonlinearity, which is Glorot's.
+        dtype: of the computation; that of images and parameters if None.
+        param_dtype: of the parameters.
+
+    Raises:
+        ValueError: the images are none of at least 16x16, or `pool` is unknown.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnjax.models import LeNet
+        >>> images = jnp.zeros((1, 28, 28, 1))
+        >>> variables = jax.eval_shape(
+        ...     lambda: LeNet().init(jax.random.key(0), images, train=False)
+        ... )
+        >>> variables["params"]["dense1"]["kernel"].shape
+        (256, 120)
+
+    References:
+        LeCun et al. 1998; with batch normalization: Zhang et al., "Dive into Deep
+        Learning", section "Batch Normalization".
+    """
+
+    classes: int = 10
+    pool: Pool = "avg"
+    normalization: Normalization = Normalization()
+    activation: str = "sigmoid"
+    weight_scale: float = 1.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Return logits of shape (batch, classes).
+
+        Args:
+            images: shape (batch, height, width, channels), floating.
+            train: normalize by the batch and update the running statistics.
+
+        Returns:
+            Logits, shape (batch, classes), float32 or wider.
+        """
+        check_images("LeNet", images, smallest=16)
+        if self.pool not in get_args(Pool):
+            raise ValueError(
+                f"LeNet: pool={self.pool!r}; expected one of "
+                f"{', '.join(get_args(Pool))}."
+            )
+        pool = nn.max_pool if self.pool == "max" else nn.avg_pool
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kernel_init = nn.initializers.variance_scaling(
+            self.weight_scale**2, "fan_avg", "truncated_normal"
+        )
+        x = images
+        for i, features in enumerate((6, 16), start=1):
+            x = ConvNorm(
+                features,
+                5,
+                padding="VALID",
+                normalization=self.normalization,
+                activation=self.activation,
+                kernel_init=kernel_init,
+                name=f"conv{i}",
+                **dtypes,
+            )(x, train=train)
+            x = pool(x, (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for i, features in enumerate((120, 84), start=1):
+            x = nn.Dense(
+                features,
+                use_bias=self.normalization.needs_bias,
+                kernel_init=kernel_init,
+                name=f"dense{i}",
+                **dtypes,
+            )(x)
+            x = self.normalization(
+                x, train=train, activation=self.activation, name=f"bn{i}", **dtypes
+            )
+        return classify(
+            x,
+            self.classes,
+            train=train,
+            kernel_init=nn.initializers.glorot_normal(),
+            param_dtype=self.param_dtype,
+        )

@@ -1,0 +1,231 @@
+"""Residual networks, for images of 32x32 and of 224x224."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from bnjax.models.classifier import classify
+from bnjax.models.convolution import (
+    ConvNorm,
+    check_images,
+    check_width,
+    convolution_init,
+    scaled,
+)
+from bnjax.models.normalization import Normalization
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetSize:
+    """How many blocks of which kind a residual network has.
+
+    Args:
+        blocks: in each stage; every stage but the first halves height and width.
+        features: of the 3x3 convolutions of each stage.
+        bottleneck: blocks of 1x1, 3x3 and 1x1 with four times the features, after a
+            stem for images of 224x224; else of two 3x3, after a stem for 32x32.
+    """
+
+    blocks: tuple[int, ...]
+    features: tuple[int, ...]
+    bottleneck: bool = False
+
+
+SIZES = {
+    20: ResNetSize((3, 3, 3), (16, 32, 64)),
+    56: ResNetSize((9, 9, 9), (16, 32, 64)),
+    110: ResNetSize((18, 18, 18), (16, 32, 64)),
+    50: ResNetSize((3, 4, 6, 3), (64, 128, 256, 512), bottleneck=True),
+}
+"""The residual networks by their depth."""
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, whose input is added before the last nonlinearity.
+
+    Where the shape changes, the input takes every second pixel and new channels of 0:
+    a shortcut without parameters.
+
+    Args:
+        features: of the output.
+        stride: of the first convolution.
+        zero_scale: start the scale of the last BN at 0, the block as the identity.
+        conv: makes a `ConvNorm`.
+
+    References:
+        He et al. 2016, "Deep residual learning", section 4.2, option A.
+    """
+
+    features: int
+    stride: int
+    zero_scale: bool
+    conv: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Return shape (batch, height / stride, width / stride, features)."""
+        shortcut = x[:, :: self.stride, :: self.stride]
+        new = self.features - x.shape[-1]
+        shortcut = jnp.pad(shortcut, [(0, 0)] * 3 + [(new // 2, new - new // 2)])
+        x = self.conv(self.features, 3, self.stride, padding=1, name="conv1")(
+            x, train=train
+        )
+        last = self.conv(
+            self.features, 3, padding=1, zero_scale=self.zero_scale, name="conv2"
+        )
+        return last(x, residual=shortcut.astype(x.dtype), train=train)
+
+
+class Bottleneck(nn.Module):
+    """Convolutions of 1x1, 3x3 and 1x1, the input added before the last nonlinearity.
+
+    Where the shape changes, the input goes through a 1x1 convolution and BN. The stride
+    is on the 3x3, as in torchvision; in the paper it is on the first 1x1.
+
+    Args:
+        features: of the 3x3; the output has four times as many.
+        stride: of the 3x3.
+        zero_scale: start the scale of the last BN at 0.
+        conv: makes a `ConvNorm`.
+
+    References:
+        He et al. 2016, "Deep residual learning", section 4.1, option B.
+    """
+
+    features: int
+    stride: int
+    zero_scale: bool
+    conv: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Return shape (batch, height / stride, width / stride, 4 * features)."""
+        wide, shortcut = 4 * self.features, x
+        if x.shape[-1] != wide or self.stride != 1:
+            project = self.conv(
+                wide, 1, self.stride, activation="identity", name="projection"
+            )
+            shortcut = project(x, train=train)
+        x = self.conv(self.features, 1, name="conv1")(x, train=train)
+        x = self.conv(self.features, 3, self.stride, padding=1, name="conv2")(
+            x, train=train
+        )
+        last = self.conv(wide, 1, zero_scale=self.zero_scale, name="conv3")
+        return last(x, residual=shortcut.astype(x.dtype), train=train)
+
+
+class ResNet(nn.Module):
+    r"""A residual network of 20, 56 or 110 layers, or of 50 for 224x224.
+
+    .. math:: z' = g(\mathrm{BN}(F(z)) + z)
+
+    Args:
+        depth: a key of `SIZES`.
+        classes: number of logits.
+        width: factor on the number of filters of every layer; see `scaled`.
+        zero_scale: start the scale of the last BN of each block at 0, so that each
+            block starts as the identity.
+        dropout: rate before the classifier; rng stream "dropout".
+        normalization: what stands before each nonlinearity.
+        activation: a name of `jax.nn`.
+        weight_scale: factor on the standard deviation of the initial weights of the
+            convolutions, which is He's.
+        dtype: of the computation; that of images and parameters if None.
+        param_dtype: of the parameters.
+
+    Raises:
+        ValueError: no network has that depth, the images are no batch of images, the
+            width is not positive, or `zero_scale` is asked for without a scale.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnjax.models import ResNet
+        >>> model, images = ResNet(20, classes=10), jnp.zeros((1, 32, 32, 3))
+        >>> variables = jax.eval_shape(
+        ...     lambda: model.init(jax.random.key(0), images, train=False)
+        ... )
+        >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        269722
+
+    References:
+        He et al. 2016, "Deep residual learning for image recognition"; the zero scale:
+        Goyal et al. 2017, section 5.1.
+    """
+
+    depth: int
+    classes: int = 1000
+    width: float = 1.0
+    zero_scale: bool = False
+    dropout: float = 0.0
+    normalization: Normalization = Normalization()
+    activation: str = "relu"
+    weight_scale: float = 1.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Return logits of shape (batch, classes).
+
+        Args:
+            images: shape (batch, height, width, channels), floating.
+            train: normalize by the batch, update the running statistics, drop features.
+
+        Returns:
+            Logits, shape (batch, classes), float32 or wider.
+        """
+        self._check(images)
+        size = SIZES[self.depth]
+        conv = functools.partial(
+            ConvNorm,
+            normalization=self.normalization,
+            activation=self.activation,
+            kernel_init=convolution_init(self.weight_scale),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+        first = scaled(size.features[0], self.width)
+        if size.bottleneck:
+            x = conv(first, 7, 2, padding=3, name="conv1")(images, train=train)
+            padding: Any = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), (2, 2), padding)
+        else:
+            x = conv(first, 3, padding=1, name="conv1")(images, train=train)
+        block = Bottleneck if size.bottleneck else Block
+        for stage, (blocks, features) in enumerate(
+            zip(size.blocks, size.features, strict=True), start=1
+        ):
+            for i in range(blocks):
+                x = block(
+                    scaled(features, self.width),
+                    2 if stage > 1 and i == 0 else 1,
+                    self.zero_scale,
+                    conv,
+                    name=f"stage{stage}_block{i + 1}",
+                )(x, train=train)
+        return classify(
+            x.mean((1, 2)),
+            self.classes,
+            train=train,
+            dropout=self.dropout,
+            kernel_init=nn.initializers.lecun_normal(),
+            param_dtype=self.param_dtype,
+        )
+
+    def _check(self, images: jax.Array) -> None:
+        if self.depth not in SIZES:
+            raise ValueError(
+                f"ResNet: depth={self.depth}; expected one of "
+                f"{', '.join(map(str, sorted(SIZES)))}."
+            )
+        if self.zero_scale and self.normalization.kind == "none":
+            raise ValueError(
+                'ResNet: zero_scale=True with normalization of kind "none", which has '
+                "no scale; expected a normalization, or zero_scale=False."
+            )
+        check_images("ResNet", images)
+        check_width("ResNet", self.width)

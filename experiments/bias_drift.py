@@ -1,0 +1,133 @@
+"""Section 2 of the paper: normalizing outside the gradient makes a bias grow for ever.
+
+    python -m experiments.bias_drift
+
+One unit x = w*u + b is fitted to targets t = 2u + 1 over 64 examples after its mean is
+taken away. Where the gradient does not go through the mean, each step adds the same to
+b, learning rate * mean(t), and the mean takes it away again: b grows by a line without
+end while the loss stands still. Where it goes through, b stays. With the standard
+deviation outside the gradient too, w grows besides. Writes
+experiments/results/bias_drift.json and docs/figures/bias_drift.png. A few seconds.
+"""
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bnjax
+from benchmarks.report import ROOT, write_result
+from experiments.figures import new_figure, save, thousands
+from experiments.runs import rounded
+
+RESULT = ROOT / "experiments" / "results" / "bias_drift.json"
+STEPS, RATE, EXAMPLES, SEED = 5000, 0.1, 64, 0
+RECORD_EVERY = 50
+
+
+def outside_mean(x: jax.Array) -> jax.Array:
+    """Take the mean away, and no gradient through it."""
+    return x - jax.lax.stop_gradient(x.mean())
+
+
+def outside_both(x: jax.Array) -> jax.Array:
+    """Normalize, with no gradient through mean and standard deviation."""
+    return outside_mean(x) / jax.lax.stop_gradient(x.std())
+
+
+def inside_mean(x: jax.Array) -> jax.Array:
+    """Take the mean away, with the gradient through it."""
+    return x - x.mean()
+
+
+def inside_both(x: jax.Array) -> jax.Array:
+    """Normalize by bnjax, whose derivative goes through both."""
+    stats = bnjax.BatchStats.init(1)
+    return bnjax.batch_norm(x[:, None], None, None, stats)[0][:, 0]
+
+
+NORMALIZERS = {
+    "mean outside the gradient": outside_mean,
+    "mean and deviation outside": outside_both,
+    "mean inside the gradient": inside_mean,
+    "batch normalization (both inside)": inside_both,
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def descend(
+    normalize: Any, u: jax.Array, t: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return w, b and the loss before each step of gradient descent."""
+
+    def loss_fn(params: tuple[jax.Array, jax.Array]) -> jax.Array:
+        w, b = params
+        return 0.5 * jnp.mean((normalize(w * u + b) - t) ** 2)
+
+    def step(params: Any, _: None) -> tuple[Any, Any]:
+        loss, gradients = jax.value_and_grad(loss_fn)(params)
+        moved = jax.tree.map(lambda p, g: p - RATE * g, params, gradients)
+        return moved, (*params, loss)
+
+    start = (jnp.float32(1.0), jnp.float32(0.0))
+    return jax.lax.scan(step, start, length=STEPS + 1)[1]
+
+
+def measure() -> dict[str, Any]:
+    """Return the curves of each way to normalize, and how far they drift."""
+    u = jax.random.normal(jax.random.key(SEED), (EXAMPLES,))
+    t = 2 * u + 1
+    slope = RATE * float(t.mean())
+    result: dict[str, Any] = {
+        "steps": list(range(0, STEPS + 1, RECORD_EVERY)),
+        "bias_per_step_predicted": rounded(slope),
+    }
+    for name, normalize in NORMALIZERS.items():
+        w, b, loss = (
+            np.asarray(curve, np.float64) for curve in descend(normalize, u, t)
+        )
+        half = STEPS // 2
+        result[name] = {
+            "bias": [rounded(value) for value in b[::RECORD_EVERY]],
+            "weight": [rounded(value) for value in w[::RECORD_EVERY]],
+            "loss": [rounded(value) for value in loss[::RECORD_EVERY]],
+            "final_bias": rounded(b[-1]),
+            "bias_per_step_in_second_half": rounded((b[-1] - b[half]) / (STEPS - half)),
+            "range_of_loss_in_second_half": rounded(float(np.ptp(loss[half:]))),
+        }
+    return result
+
+
+def draw(result: dict[str, Any]) -> Path:
+    """Draw bias, weight and loss against the steps."""
+    figure, panels = new_figure(3)
+    # Where two curves are one, the wide one is seen beside the thin.
+    thin, wide = {"lw": 1.5, "ls": "--"}, {"lw": 5, "alpha": 0.35}
+    styles = ({"color": "C3"} | thin, {"color": "C1"} | thin)
+    styles += ({"color": "C2"} | wide, {"color": "C0"} | wide)
+    for axes, quantity in zip(panels, ("bias", "weight", "loss"), strict=True):
+        for name, style in zip(NORMALIZERS, styles, strict=True):
+            axes.plot(result["steps"], result[name][quantity], label=name, **style)
+        axes.set(title=quantity, xlabel="steps of gradient descent")
+        thousands(axes)
+    panels[2].set_ylim(0, None)
+    panels[0].legend(fontsize="small")
+    return save(figure, "bias_drift")
+
+
+def main() -> None:
+    """Measure, write and draw."""
+    result = measure()
+    write_result(RESULT, "python -m experiments.bias_drift", [SEED], result)
+    for name in NORMALIZERS:
+        numbers = {k: v for k, v in result[name].items() if isinstance(v, float)}
+        print(f"{name}: {numbers}")
+    print(f"{RESULT}\n{draw(result)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Section 4.2 of the paper at the size of CIFAR-10: Figures 2 and 3.
+
+    python -m experiments.cifar10
+
+Trains the five networks of the paper, Inception with sigmoids and Inception at 5 times
+the learning rate, all of an eighth of the width, after a sweep of the learning rate of
+the network without normalization; the headline networks once for each of three seeds.
+Writes experiments/results/cifar10.json and docs/figures/cifar10.png. About TIME on one
+CPU core; started again, it trains only what is not in runs/experiments.
+CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from benchmarks.report import ROOT, write_result
+from bnjax.training.config import Config
+from bnjax.training.errors import run_reporting
+from bnjax.training.presets import PRESETS
+from experiments.figures import mark_end, new_figure, plot_median, save, thousands
+from experiments.runs import once, rounded, run_once
+
+RESULT = ROOT / "experiments" / "results" / "cifar10.json"
+CACHE = ROOT / "runs" / "compiled"
+BASELINE, HEADLINE = "Inception", "BN-x5"
+RATES = (0.01, 0.03, 0.1)
+"""Learning rates of the sweep."""
+SWEEP_STEPS = 2500
+CHANCE_STEPS = 2500
+"""Of the two networks that the paper says learn nothing."""
+# Steps to Inception's best, as a share of Inception's own, and best accuracy (%).
+PAPER = {
+    "Inception": (1.0, 72.2),
+    "BN-Baseline": (13.3 / 31, 72.7),
+    "BN-x5": (2.1 / 31, 73.0),
+    "BN-x30": (2.7 / 31, 74.8),
+    "BN-x5-Sigmoid": (None, 69.8),
+    "Inception, sigmoids": (None, 0.1),
+    "Inception, 5 times the rate": (None, None),
+}
+COLORS = dict(zip(PAPER, ("C3", "C1", "C0", "C2", "C4", "C7", "C5"), strict=True))
+
+
+def networks() -> dict[str, Config]:
+    """Return the networks by the paper's names."""
+    base = PRESETS["cifar10-inception"]()
+    short = shortened(base, CHANCE_STEPS)
+    sigmoids = dataclasses.replace(base.model, activation="sigmoid")
+    return {
+        "Inception": base,
+        "BN-Baseline": PRESETS["cifar10-bn-baseline"](),
+        "BN-x5": PRESETS["cifar10-bn-x5"](),
+        "BN-x30": PRESETS["cifar10-bn-x30"](),
+        "BN-x5-Sigmoid": PRESETS["cifar10-bn-x5-sigmoid"](),
+        "Inception, sigmoids": dataclasses.replace(short, model=sigmoids),
+        "Inception, 5 times the rate": dataclasses.replace(
+            short, learning_rate=5 * base.learning_rate
+        ),
+    }
+
+
+def shortened(config: Config, steps: int) -> Config:
+    """Return a shorter run whose learning rate decays as far."""
+    decay_steps = round(config.optim.decay_steps * steps / config.steps)
+    optim = dataclasses.replace(config.optim, decay_steps=decay_steps)
+    return dataclasses.replace(config, steps=steps, optim=optim)
+
+
+def trained(config: Config) -> dict[str, Any]:
+    """Train one network, or take it from where it was kept."""
+    cached = dataclasses.replace(config, compilation_cache=CACHE)
+    return once("cifar10", cached, functools.partial(run_once, "cifar10"))
+
+
+def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
+    """Train all networks, then write the result and the figure.
+
+    Args:
+        seeds: How many runs of the two headline networks; the others have one.
+        data_dir: Where TensorFlow Datasets are prepared.
+    """
+    configs = {
+        name: dataclasses.replace(config, data_dir=data_dir)
+        for name, config in networks().items()
+    }
+    base = configs[BASELINE]
+    short = shortened(base, SWEEP_STEPS)
+    sweep = [
+        {"learning_rate": rate}
+        | trained(dataclasses.replace(short, learning_rate=rate))
+        for rate in RATES
+    ]
+    runs = {
+        name: [
+            trained(dataclasses.replace(config, seed=seed))
+            for seed in range(seeds if name in (BASELINE, HEADLINE) else 1)
+        ]
+        for name, config in configs.items()
+    }
+    result = {
+        "table": table(runs),
+        "examples_in_a_step": base.batch_size,
+        "sweep_of_inception": sweep,
+        "runs": runs,
+    }
+    command = " ".join(["python -m experiments.cifar10", *sys.argv[1:]])
+    write_result(RESULT, command, list(range(seeds)), result)
+    print(f"{RESULT}\n{draw(runs)}")
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return best accuracies, and steps to the best of Inception, beside the paper's.
+
+    Both are of the median over seeds. A network without evaluations, because its loss
+    was no number before the first, has none.
+    """
+    steps, accuracy = _median(runs[BASELINE])
+    best = accuracy.max()
+    own = steps[accuracy.argmax()]
+    rows = {}
+    for name, each in runs.items():
+        steps, accuracy = _median(each)
+        reached = steps[accuracy >= best]
+        share, paper_best = PAPER[name]
+        rows[name] = {
+            "seeds": len(each),
+            "best_accuracy": rounded(accuracy.max()) if len(accuracy) else None,
+            "final_accuracy_by_seed": [run["final_test_accuracy"] for run in each],
+            "steps_to_best_of_inception": int(reached[0]) if len(reached) else None,
+            "over_steps_of_inception": (
+                rounded(reached[0] / own) if len(reached) else None
+            ),
+            "diverged": [run["diverged"] for run in each],
+            "paper_best_accuracy": paper_best,
+            "paper_over_steps_of_inception": share and rounded(share),
+        }
+    return rows
+
+
+def _median(runs: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the steps and the median accuracy at each that all runs came to."""
+    count = min(len(run["steps"]) for run in runs)
+    accuracy = [run["test_accuracy"][:count] for run in runs]
+    return np.asarray(runs[0]["steps"][:count]), np.median(accuracy, axis=0)
+
+
+def draw(runs: dict[str, list[dict[str, Any]]]) -> Path:
+    """Draw Figure 2: accuracy against steps, and where Inception's best is reached."""
+    figure, axes = new_figure()
+    for name, each in runs.items():
+        steps = each[0]["steps"]
+        if not steps:
+            continue
+        accuracy = [[100 * value for value in run["test_accuracy"]] for run in each]
+        median = plot_median(axes, steps, accuracy, COLORS[name], name)
+        mark_end(axes, steps[-1], median[-1], f"{median[-1]:.1f} %", COLORS[name])
+    steps, accuracy = _median(runs[BASELINE])
+    axes.axhline(100 * accuracy.max(), color=COLORS[BASELINE], ls=":", lw=1)
+    axes.set(
+        title="CIFAR-10 (JPEG), Inception of an eighth of the width",
+        xlabel="training steps of 32 examples",
+        ylabel="test accuracy (%)",
+        xlim=(0, 1.12 * steps[-1]),
+    )
+    axes.legend(loc="lower right", fontsize="small")
+    thousands(axes)
+    return save(figure, "cifar10")
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting(lambda: tyro.cli(reproduce)))

@@ -1,0 +1,149 @@
+"""Section 3.3 of the paper: batch normalization undoes the scale of the weights.
+
+    python -m experiments.scale_invariance
+
+For scalars a from 1e-3 to 1e3, in float32, measures how well these hold,
+
+    BN((aW)u) = BN(Wu)
+    d BN((aW)u) / du = d BN(Wu) / du
+    d BN((aW)u) / d(aW) = (1/a) * d BN(Wu) / dW
+
+as the norm of the difference over the norm of the right-hand side, for whole Jacobians.
+They are exact where epsilon is 0: at an epsilon of 1e-5 they fail for small a, by as
+much as the formula sqrt((var + epsilon) / (var + epsilon / a**2)) says. Writes
+experiments/results/scale_invariance.json and docs/figures/scale_invariance.png. A few
+seconds.
+"""
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bnjax
+from benchmarks.report import ROOT, write_result
+from experiments.figures import new_figure, save
+from experiments.runs import rounded
+
+RESULT = ROOT / "experiments" / "results" / "scale_invariance.json"
+EPSILONS = {"1e-5": 1e-5, "1e-20": 1e-20}
+IDENTITIES = {
+    "output": "BN((aW)u)",
+    "gradient_u": "its gradient by u",
+    "gradient_w": "a times its gradient by aW",
+}
+SCALES = np.logspace(-3, 3, 25)
+EXAMPLES, INPUTS, OUTPUTS = 64, 20, 10
+SEED = 0
+
+
+@functools.partial(jax.jit, static_argnames="epsilon")
+def transform(
+    weights: jax.Array, u: jax.Array, *, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return BN(Wu) and its whole Jacobians by u and by W."""
+
+    def normalized(weights: jax.Array, u: jax.Array) -> jax.Array:
+        return bnjax.batch_norm(
+            u @ weights,
+            None,
+            None,
+            bnjax.BatchStats.init(OUTPUTS),
+            epsilon=epsilon,
+            update_stats=False,
+        )[0]
+
+    by_weights, by_u = jax.jacrev(normalized, argnums=(0, 1))(weights, u)
+    return normalized(weights, u), by_u, by_weights
+
+
+def measure() -> dict[str, Any]:
+    """Return the relative differences for each epsilon, identity and scale."""
+    key_u, key_w = jax.random.split(jax.random.key(SEED))
+    u = jax.random.normal(key_u, (EXAMPLES, INPUTS))
+    weights = jax.random.normal(key_w, (INPUTS, OUTPUTS)) / np.sqrt(INPUTS)
+    result: dict[str, Any] = {"a": [rounded(a) for a in SCALES]}
+    for name, epsilon in EPSILONS.items():
+        plain = transform(weights, u, epsilon=epsilon)
+        errors = []
+        for a in SCALES:
+            y, by_u, by_weights = transform(
+                jnp.float32(a) * weights, u, epsilon=epsilon
+            )
+            scaled = (y, by_u, jnp.float32(a) * by_weights)
+            errors.append(
+                [difference(*pair) for pair in zip(scaled, plain, strict=True)]
+            )
+        result[f"epsilon {name}"] = dict(
+            zip(IDENTITIES, np.transpose(errors).tolist(), strict=True)
+        )
+    var = np.asarray(bnjax.moments(u @ weights).var, np.float64)
+    result["output_predicted"] = [
+        rounded(predicted(var, a, EPSILONS["1e-5"])) for a in SCALES
+    ]
+    return result
+
+
+def difference(found: Any, expected: Any) -> float:
+    """Return the norm of the difference over that of what is expected."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return rounded(float(np.linalg.norm(found - expected) / np.linalg.norm(expected)))
+
+
+def predicted(var: np.ndarray, a: float, epsilon: float) -> float:
+    """Return the relative difference of the outputs that epsilon makes."""
+    factor = np.sqrt((var + epsilon) / (var + epsilon / a**2))
+    # Each channel counts by the size of its output.
+    size = var / (var + epsilon)
+    return float(np.sqrt(np.sum(size * (factor - 1) ** 2) / np.sum(size)))
+
+
+def draw(result: dict[str, Any]) -> Path:
+    """Draw the differences, one panel an epsilon."""
+    figure, panels = new_figure(2, sharey=True)
+    for axes, name in zip(panels, EPSILONS, strict=True):
+        for (identity, label), marker in zip(IDENTITIES.items(), "ovs", strict=True):
+            errors = np.asarray(result[f"epsilon {name}"][identity])
+            seen = errors > 0
+            axes.plot(
+                np.asarray(result["a"])[seen],
+                errors[seen],
+                marker,
+                ms=5,
+                alpha=0.7,
+                label=label,
+            )
+        axes.set(
+            title=f"epsilon = {name}",
+            xlabel="scale a of the weights",
+            xscale="log",
+            yscale="log",
+        )
+    panels[0].plot(
+        result["a"],
+        [error or np.nan for error in result["output_predicted"]],
+        "k--",
+        lw=1,
+        label="output, by the formula",
+    )
+    panels[0].set(ylabel="relative difference from a = 1", ylim=(2e-8, 2))
+    panels[0].legend(loc="upper right")
+    return save(figure, "scale_invariance")
+
+
+def main() -> None:
+    """Measure, write and draw."""
+    result = measure()
+    write_result(RESULT, "python -m experiments.scale_invariance", [SEED], result)
+    for name in EPSILONS:
+        worst = {k: max(v) for k, v in result[f"epsilon {name}"].items()}
+        print(f"epsilon {name}, largest difference: {worst}")
+    print(f"{RESULT}\n{draw(result)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from bnjax.models import Inception, Normalization
+from bnjax.models.convolution import ConvNorm
+from bnjax.models.inception import MODULES, InceptionModule, ModuleSize
+from bnjax.models.local_response import local_response_normalization
+from tests.models import numpy_layers as layers
+from tests.models.helpers import (
+    as_numpy,
+    count,
+    jit,
+    random_variables,
+    shapes_of,
+    train,
+)
+
+IMAGENET = jnp.zeros((1, 224, 224, 3))
+NONE = Normalization("none")
+
+
+@pytest.mark.parametrize(
+    ("options", "parameters"),
+    [
+        ({}, 11_285_224),
+        ({"normalization": NONE}, 11_275_208),
+        ({"separable_conv1": True}, 11_278_528),
+    ],
+)
+def test_how_many_parameters(options, parameters):
+    assert count(Inception(**options), IMAGENET) == parameters
+
+
+def outputs(model, images):
+    """The shape (height, channels) that every layer directly in the model returns."""
+    found = jax.eval_shape(
+        lambda: model.init_with_output(
+            jax.random.key(0), images, train=False, capture_intermediates=True
+        )
+    )[1]["intermediates"]
+    return {
+        name: (layer["__call__"][0].shape[1], layer["__call__"][0].shape[-1])
+        for name, layer in found.items()
+        if name not in ("logits", "__call__", "Dropout_0")
+    }
+
+
+STEM = {"conv1": (112, 64), "conv2_reduce": (56, 64), "conv2": (56, 192)}
+BY_FILTERS = {
+    "3a": (28, 256),
+    "3b": (28, 320),
+    "3c": (14, 576),
+    "4a": (14, 576),
+    "4b": (14, 576),
+    "4c": (14, 608),
+    "4d": (14, 608),
+    "4e": (7, 1056),
+    "5a": (7, 1024),
+    "5b": (7, 1024),
+}
+PRINTED = BY_FILTERS | {"4c": (14, 576), "4d": (14, 576), "4e": (7, 1024)}
+
+
+@pytest.mark.parametrize("printed", [False, True])
+def test_the_output_of_every_module_is_that_of_figure_5(printed):
+    expected = PRINTED if printed else BY_FILTERS
+    modules = {f"module_{name}": shape for name, shape in expected.items()}
+    found = outputs(Inception(printed_depths=printed), IMAGENET)
+    assert found == STEM | modules
+
+
+def test_the_small_stem_works_at_8_4_and_2_pixels():
+    model = Inception(classes=10, width=0.125, stem="small")
+    found = outputs(model, jnp.zeros((1, 32, 32, 3)))
+    sides = {"3a": 8, "3b": 8, "3c": 4, "4a": 4, "4b": 4, "4c": 4, "4d": 4, "4e": 2}
+    sides |= {"5a": 2, "5b": 2}
+    stem = {"conv1": (32, 8), "conv2_reduce": (16, 8), "conv2": (16, 24)}
+    assert found == stem | {
+        f"module_{name}": (side, BY_FILTERS[name][1] // 8)
+        for name, side in sides.items()
+    }
+
+
+def numpy_module(x, params, size):
+    def conv(x, name, stride=1):
+        return layers.conv_norm(x, params[name], stride)
+
+    branches = [conv(x, "conv_1x1")] if size.conv_1x1 else []
+    branches.append(conv(conv(x, "reduce_3x3"), "conv_3x3", size.stride))
+    y = conv(conv(x, "reduce_double"), "double_3x3_a")
+    branches.append(conv(y, "double_3x3_b", size.stride))
+    take = np.nanmax if size.pool == "max" else np.nanmean
+    y = layers.pool(x, take, 3, size.stride)
+    branches.append(conv(y, "projection") if size.projection else y)
+    return np.concatenate(branches, axis=-1)
+
+
+@pytest.mark.parametrize("kind", ["batch", "none"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        ModuleSize("like 3a", 4, 3, 5, 2, 6, "avg", 7),
+        ModuleSize("like 3c", 0, 3, 5, 2, 6, "max", 0, stride=2),
+        ModuleSize("like 5b", 4, 3, 5, 2, 6, "max", 7),
+    ],
+    ids=lambda size: size.name,
+)
+def test_a_module_is_the_figures(size, kind, x64):
+    def conv(features, kernel, stride, name):
+        return ConvNorm(
+            features,
+            kernel,
+            stride,
+            normalization=Normalization(kind),
+            param_dtype=jnp.float64,
+            name=name,
+        )
+
+    x = np.random.default_rng(0).normal(1, 2, (3, 6, 5, 4))
+    module = InceptionModule(size, 1.0, conv)
+    variables = random_variables(module, x)
+    expected = numpy_module(x, as_numpy(variables["params"]), size)
+    np.testing.assert_allclose(train(module, variables, x), expected, rtol=1e-9)
+
+
+def test_where_the_stride_and_the_maximum_are():
+    assert [m.name for m in MODULES if m.stride == 2] == ["3c", "4e"]
+    assert [m.name for m in MODULES if m.pool == "max"] == ["3c", "4e", "5b"]
+    assert [m.name for m in MODULES if not m.conv_1x1] == ["3c", "4e"]
+
+
+def primitives(model, images, **options):
+    variables = shapes_of(model, images)
+    program = jax.make_jaxpr(
+        lambda v: model.apply(v, images, rngs={"dropout": jax.random.key(0)}, **options)
+    )(variables)
+    return str(program)
+
+
+def test_local_response_normalization_is_after_pool1_and_before_pool2(monkeypatch):
+    seen = []
+
+    def spy(x):
+        seen.append(x.shape)
+        return local_response_normalization(x)
+
+    monkeypatch.setattr("bnjax.models.inception.local_response_normalization", spy)
+    shapes_of(Inception(normalization=NONE, local_response_norm=True), IMAGENET)
+    assert seen == [(1, 56, 56, 64), (1, 56, 56, 192)]
+    seen.clear()
+    shapes_of(Inception(normalization=NONE), IMAGENET)
+    assert not seen
+
+
+def test_it_drops_features_in_training_alone():
+    model = Inception(10, 0.01, "small", dropout=0.4, normalization=NONE)
+    images = jnp.ones((2, 8, 8, 3))
+    assert "random_bits" in primitives(model, images, train=True)
+    assert "random_bits" not in primitives(model, images, train=False)
+
+
+def test_per_activation_statistics_are_in_the_last_modules_alone():
+    model = Inception(per_activation=True)
+    stats = shapes_of(model, IMAGENET)["batch_stats"]
+    assert stats["module_5a"]["conv_1x1"]["bn"]["mean"].shape == (7, 7, 352)
+    assert stats["module_5b"]["projection"]["bn"]["mean"].shape == (7, 7, 128)
+    others = {name: stats[name] for name in stats if not name.startswith("module_5")}
+    assert {leaf.ndim for leaf in jax.tree.leaves(others)} == {1}
+
+
+def test_the_weight_scale_is_that_of_the_convolutions(monkeypatch):
+    given = []
+
+    def spy(weight_scale):
+        given.append(weight_scale)
+        return nn.initializers.zeros
+
+    monkeypatch.setattr("bnjax.models.inception.convolution_init", spy)
+    shapes_of(Inception(weight_scale=1.5), IMAGENET)
+    assert given == [1.5]
+
+
+def gradients(model, images):
+    variables = random_variables(model, images)
+    kernels = jax.tree.map(
+        lambda leaf: leaf / math.sqrt(math.prod(leaf.shape[:-1])), variables["params"]
+    )
+
+    @jit
+    def run(params, stats):
+        def loss(params):
+            logits, updated = model.apply(
+                {"params": params, "batch_stats": stats},
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.key(0)},
+            )
+            return jax.nn.log_softmax(logits)[:, 0].sum(), updated
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, updated), found = run(kernels, variables["batch_stats"])
+    assert np.isfinite(loss)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((found, updated)))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.abs(leaf).max()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found)
+    }
+
+
+def images_of(size):
+    return jnp.asarray(
+        np.random.default_rng(0).normal(size=(2, size, size, 3)), jnp.float32
+    )
+
+
+@pytest.mark.slow
+def test_every_parameter_has_a_gradient_at_full_size():
+    found = gradients(Inception(), images_of(224))
+    assert not [name for name, size in found.items() if size == 0]
+
+
+@pytest.mark.slow
+def test_every_parameter_has_a_gradient_on_small_images():
+    model = Inception(10, 0.125, "small", separable_conv1=True, printed_depths=True)
+    found = gradients(model, images_of(32))
+    assert not [name for name, size in found.items() if size == 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        ({"stem": "tiny"}, (1, 32, 32, 3), "stem='tiny'; expected one of imagenet, sm"),
+        ({"width": 0.0}, (1, 32, 32, 3), "width=0.0; expected a positive number"),
+        ({}, (1, 32, 32), r"images of shape \(1, 32, 32\); expected \(batch, height"),
+    ],
+)
+def test_what_it_refuses(options, shape, message):
+    with pytest.raises(ValueError, match=message):
+        shapes_of(Inception(**options), jnp.zeros(shape))

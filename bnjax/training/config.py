@@ -18,8 +18,8 @@ class ModelConfig:
     """The network. An option of None has the model's own default."""
 
     name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "mlp"
-    """A model by its name: "mlp", "lenet", "inception", "resnet20", "resnet56",
-    "resnet110", "resnet50"; or a function of your own, "my_package.nets:make_net"."""
+    """mlp, lenet, inception, resnet20, resnet56, resnet110 or resnet50.
+    my_package.nets:make_net: a function of your own."""
     hidden: tuple[int, ...] | None = None
     """Of mlp: width of each hidden layer."""
     weight_std: float | None = None
@@ -39,13 +39,11 @@ class ModelConfig:
     separable_conv1: bool | None = None
     """Of inception: conv1 separable, with depth multiplier 8 (the paper's appendix)."""
     printed_depths: bool | None = None
-    """Of inception: the output depths as the paper prints them, not as the filters of
-    its Figure 5 sum up."""
+    """Of inception: depths as the paper prints them, not as its filters sum up."""
     local_response_norm: bool | None = None
     """Of inception: normalize the local response after pool1 and after conv2."""
     per_activation: bool | None = None
-    """Of inception: in the last hidden layers BN with a scale and a bias for each
-    position, not for each channel."""
+    """Of inception: BN of the last modules scales and shifts each position apart."""
     zero_scale: bool | None = None
     """Of resnet: the scale of each block's last BN starts at 0, not at 1."""
 

@@ -54,7 +54,10 @@ def finish(*processes, seconds=150):
                 process.kill()
 
 
-@pytest.mark.parametrize("strategy", ["pmap", "spmd"])
+SLOW_SPMD = ["pmap", pytest.param("spmd", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("strategy", SLOW_SPMD)
 def test_fifty_steps_are_the_same_in_float64(strategy, port, tmp_path, x64):
     outs = [tmp_path / str(index) for index in range(2)]
     workers = [
@@ -84,7 +87,6 @@ FLAGS = [
     *("--steps", 30, "--log-every", 10, "--eval-every", 30, "--checkpoint-every", 30),
     *("--batch-size", 64, "--model.hidden", 12, "--model.weight-std", 0.1),
 ]
-SLOW_SPMD = ["pmap", pytest.param("spmd", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("strategy", SLOW_SPMD)

@@ -51,7 +51,10 @@ def test_what_each_can_be_told(name, expected):
     assert set(models.options(name)) == expected
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "inception", "resnet20"])
+SLOW_INCEPTION = pytest.param("inception", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", SLOW_INCEPTION, "resnet20"])
 def test_the_logits_of_half_precision_are_float32(name):
     half = jnp.bfloat16
     model = models.create(name, classes=3, dtype=half, param_dtype=half)

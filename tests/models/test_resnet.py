@@ -38,7 +38,7 @@ def plain(n):
     ("name", "n", "parameters"),
     [
         ("resnet20", 3, 269_722),
-        ("resnet56", 9, 853_018),
+        pytest.param("resnet56", 9, 853_018, marks=pytest.mark.slow),
         ("resnet110", 18, 1_727_962),
     ],
 )

@@ -234,13 +234,7 @@ def train_three_steps(name, folder, workdir):
     assert 0.3 < read_metrics(workdir)[0]["loss"] < 10
 
 
-def test_bn_x5_trains_on_a_folder(photographs, tmp_path, quickly_compiled):
-    train_three_steps("bn-x5", photographs, tmp_path / "run")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["inception", "bn-baseline", "bn-x30", "bn-x5-sigmoid", "ensemble-6"]
-)
-def test_the_others_train_on_a_folder(name, photographs, tmp_path, quickly_compiled):
+@pytest.mark.parametrize("name", [*FIVE, "ensemble-6"])
+def test_it_trains_on_a_folder(name, photographs, tmp_path, quickly_compiled):
     train_three_steps(name, photographs, tmp_path / "run")

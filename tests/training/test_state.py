@@ -99,12 +99,15 @@ def test_half_precision_leaves_parameters_statistics_and_losses_in_float32(
         "image": jnp.asarray(rng.random((50, 8, 8)), jnp.float32),
         "label": jnp.asarray(rng.integers(0, 10, 50)),
     }
-    logits = program.model.apply(
+    logits, seen = program.model.apply(
         {"params": state.params, "batch_stats": state.batch_stats},
         batch["image"],
         train=False,
+        capture_intermediates=True,
+        mutable=["intermediates"],
     )
-    assert logits.dtype == jnp.bfloat16
+    assert seen["intermediates"]["bn_0"]["__call__"][0].dtype == jnp.bfloat16
+    assert logits.dtype == jnp.float32
     train_step = program.train_step(make_parallel(config))
     after, metrics = jax.jit(train_step)(state, batch)
     del metrics["bad_layers"]

@@ -58,6 +58,8 @@ def build(config: Config, source: Source) -> Program:
     images = jnp.zeros((1, *source.image_shape), jnp.float32)
     init = functools.partial(model.init, train=False)
 
+    scans = not slow_in_loops(init, jax.random.key(0), images)
+
     def initial_state() -> TrainState:
         return create_state(model, optimizer, config.seed, images)
 
@@ -69,11 +71,11 @@ def build(config: Config, source: Source) -> Program:
             optimizer,
             axis_name=parallel.axis_name,
             accumulate=config.accumulate,
+            unroll=not scans,
             updated_stats=normalization.updated_stats if sharing.deferred else None,
             skip_nonfinite=config.on_nan == "skip",
         )
 
-    scans = not slow_in_loops(init, jax.random.key(0), images)
     return Program(model, optimizer, gather, initial_state, train_step, scans)
 
 

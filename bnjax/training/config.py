@@ -148,10 +148,6 @@ class Config:
     """Examples in a step."""
     learning_rate: float
     """Learning rate that the schedule starts from."""
-    on_nan: Literal["stop", "skip"] = "stop"
-    """What to do where the loss is nan or infinite.
-    stop: end the run, and name the layer that it began in.
-    skip: drop the step, where anything in it is not finite, and go on."""
     seed: int = 0
     """Of all randomness: first weights, order of the data, augmentation."""
     batch_norm: bool = True
@@ -165,7 +161,8 @@ class Config:
     pmap: each has a part of the batch.
     spmd: one program, its arrays sharded.
     single: one device works.
-    auto: pmap where there are several, else single."""
+    auto: pmap where there are several, else single.
+    A network of your own that takes no normalization: spmd in place of pmap."""
     devices: int | None = None
     """How many devices to use, the first ones. None: all."""
     workdir: Path | None = None
@@ -175,7 +172,8 @@ class Config:
     data_dir: Path | None = None
     """Where tfds sets are. None: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     log_every: int = 100
-    """Steps in one dispatch to the device; metrics.jsonl has their mean."""
+    """Steps that metrics.jsonl has the mean of, in one dispatch to the device.
+    Convolutions on a CPU are dispatched step by step: in a loop they are slow."""
     eval_every: int = 500
     """Steps between two evaluations on the test set."""
     checkpoint_every: int = 5000
@@ -184,6 +182,10 @@ class Config:
     """How many of the newest checkpoints stay; the best by test accuracy stays too."""
     eval_batch_size: int = 1000
     """Examples in a batch of the evaluation; results stay the same."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """What to do where the loss is nan or infinite.
+    stop: end the run, and name the layer that it began in.
+    skip: drop the step, where anything in it is not finite, and go on."""
     tensorboard: bool = False
     """Write what metrics.jsonl has to <workdir>/tensorboard too, for TensorBoard."""
     histograms: bool = False

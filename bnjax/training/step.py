@@ -37,6 +37,7 @@ def make_train_step(
     accumulate: int = 1,
     updated_stats: UpdatedStats | None = None,
     skip_nonfinite: bool = False,
+    unroll: bool = False,
 ) -> TrainStep:
     r"""Return `train_step(state, batch) -> (state, metrics)`.
 
@@ -58,6 +59,7 @@ def make_train_step(
             itself.
         skip_nonfinite: where the loss, or anything in the new state, is not finite,
             only count the step: parameters, statistics and optimizer state stay.
+        unroll: write the micro-batches out one after the other; see `slow_in_loops`.
 
     Returns:
         A pure function of a `TrainState` and a batch of "image", shape (batch, ...)
@@ -108,7 +110,7 @@ def make_train_step(
         )
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         total, (metrics, updated) = jax.lax.scan(
-            body, zeros, (jnp.arange(accumulate), parts)
+            body, zeros, (jnp.arange(accumulate), parts), unroll=unroll or 1
         )
         gradients = jax.tree.map(lambda leaf: leaf / accumulate, total)
         metrics = jax.tree.map(lambda leaf: leaf.mean(0), metrics)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +31,7 @@ def batch(dtype, examples=60):
     }
 
 
-def step(accumulate, dtype, normalization=PLAIN):
+def step(accumulate, dtype, normalization=PLAIN, unroll=False):
     """Return the state before and after one step, and its metrics."""
     deferred = dataclasses.replace(normalization, deferred=accumulate > 1)
     optimizer, given = optax.sgd(0.3), batch(dtype)
@@ -39,6 +40,7 @@ def step(accumulate, dtype, normalization=PLAIN):
         network(deferred, dtype),
         optimizer,
         accumulate=accumulate,
+        unroll=unroll,
         updated_stats=deferred.updated_stats if accumulate > 1 else None,
     )
     return state, *jax.jit(train_step)(state, given)
@@ -61,6 +63,17 @@ def exact(state, dtype):
     mean = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *gradients)
     first = images.reshape(60, -1) @ params["dense_0"]["kernel"]
     return np.mean(losses), np.mean(accuracies), mean, first
+
+
+def test_written_out_they_are_the_same(x64):
+    _, looped, expected = step(4, jnp.float64)
+    _, written_out, found = step(4, jnp.float64, unroll=True)
+    chex.assert_trees_all_close(
+        (written_out.params, written_out.batch_stats, found),
+        (looped.params, looped.batch_stats, expected),
+        rtol=1e-13,
+        atol=1e-14,
+    )
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-6), (jnp.float64, 1e-12)])

@@ -55,25 +55,25 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit, marked where the working tree differs from it."""
+    """Return the commit, marked where the programs differ from it."""
+    results = (":!benchmarks/results", ":!experiments/results", ":!docs/figures")
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty"],  # noqa: S607
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        head = _git("rev-parse", "HEAD")
+        changed = _git("diff", "--name-only", "HEAD", "--", ".", *results)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+    return f"{head}-dirty" if changed else head
 
 
-def _numbers_on_a_line(text: str) -> str:
-    """Write each list of plain numbers in one line, to keep files short to read."""
-    return re.sub(
-        r"\[\n([^][{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text
+def _git(*words: str) -> str:
+    done = subprocess.run(
+        ["git", *words],  # noqa: S603, S607
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
+    return done.stdout.strip()
 
 
 def _cpu_model() -> str:

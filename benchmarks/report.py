@@ -66,14 +66,21 @@ def commit() -> str | None:
 
 
 def _git(*words: str) -> str:
-    done = subprocess.run(
-        ["git", *words],  # noqa: S603, S607
+    done = subprocess.run(  # noqa: S603 (the words are those above)
+        ["git", *words],  # noqa: S607
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
     return done.stdout.strip()
+
+
+def _numbers_on_a_line(text: str) -> str:
+    """Write each list of plain numbers in one line, to keep files short to read."""
+    return re.sub(
+        r"\[\n([^][{}\"]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text
+    )
 
 
 def _cpu_model() -> str:

@@ -74,7 +74,9 @@ def test_groups_of_devices_are_virtual_batches(
     config = networks.configuration(
         parallel=strategy, sync=sync, virtual_batch_size=virtual
     )
-    steps = 50 if sync == "per-device" else 5
+    # Normalized in pairs, a network doubles a difference of one rounding every step or
+    # two: 1e-17 after one step, 4e-15 after 10, 3e-5 after 50.
+    steps = {8: 50, 2: 10}.get(examples, 5)
     expected, _ = reference(name, steps, jnp.float64, virtual_batch_size=examples)
     state, _ = networks.run(name, config, 4, steps)
     networks.assert_close(state, expected, 1e-10)

@@ -33,7 +33,7 @@ class Program:
         gather: the batch of some rows of the resident arrays.
         initial_state: gives the state before the first step.
         train_step: gives the step for a layout on devices.
-        scans: whether many steps are taken in one call to the device.
+        scans: says whether many steps are taken in one call to the device.
     """
 
     model: nn.Module
@@ -41,7 +41,7 @@ class Program:
     gather: Gather
     initial_state: Callable[[], TrainState]
     train_step: Callable[[Spmd], TrainStep]
-    scans: bool
+    scans: Callable[[], bool]
 
 
 def build(config: Config, source: Source) -> Program:
@@ -58,7 +58,9 @@ def build(config: Config, source: Source) -> Program:
     images = jnp.zeros((1, *source.image_shape), jnp.float32)
     init = functools.partial(model.init, train=False)
 
-    scans = not slow_in_loops(init, jax.random.key(0), images)
+    @functools.cache
+    def scans() -> bool:
+        return not slow_in_loops(init, jax.random.key(0), images)
 
     def initial_state() -> TrainState:
         return create_state(model, optimizer, config.seed, images)
@@ -71,7 +73,7 @@ def build(config: Config, source: Source) -> Program:
             optimizer,
             axis_name=parallel.axis_name,
             accumulate=config.accumulate,
-            unroll=not scans,
+            unroll=not scans(),
             updated_stats=normalization.updated_stats if sharing.deferred else None,
             skip_nonfinite=config.on_nan == "skip",
         )

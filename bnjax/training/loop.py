@@ -135,7 +135,7 @@ class Run:
             shard=jax.process_index(),
             report=report,
         )
-        self._most_steps = self._feed.chunk_steps if program.scans else 1
+        self._most_steps = self._feed.chunk_steps if program.scans() else 1
         self._constants = parallel.place(self._feed.constants)
         self._schedule = make_schedule(config)
         images = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.float32)

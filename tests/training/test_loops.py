@@ -38,4 +38,4 @@ def test_the_steps_of_a_convolutional_network_are_single_calls():
 
 
 def test_the_steps_of_a_fully_connected_one_are_scanned():
-    assert build(digits(), open_data(digits().data)).scans
+    assert build(digits(), open_data(digits().data)).scans()

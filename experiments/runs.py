@@ -25,7 +25,7 @@ from bnjax.training.record import result_config
 from bnjax.training.workdir import CONFIG
 
 RUNS = ROOT / "runs" / "experiments"
-DIVERGED = "the loss became"
+DIVERGED = ("the loss became", "is not finite")
 DIGITS = 6
 
 
@@ -85,7 +85,7 @@ def run_once(preset: str, config: Config) -> dict[str, Any]:
         try:
             summary = train(preset, own)
         except UserError as error:
-            if DIVERGED not in str(error):
+            if not any(each in str(error) for each in DIVERGED):
                 raise
             diverged = str(error).split(". ")[0]
         records = read_metrics(workdir)

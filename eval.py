@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run: tyro.conf.Positional[Path],
             others: tyro.conf.Positional[tuple[Path, ...]] = (),
             crops: int = 1,
+            batch_stats_from: int | None = None,
             output: Path | None = None,
             data_dir: Path | None = None,
         ) -> tuple[list[Path], dict[str, Any]]:
@@ -37,16 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run: RUN, a folder that train.py wrote.
                 others: More of them, for an ensemble.
                 crops: Of each image: 1 as the run itself evaluated, 10, or 144.
+                batch_stats_from: Score by the moving averages of training, and by
+                    population statistics over this many training batches.
                 output: JSON goes here. None: to RUN/eval.json; an ensemble's nowhere.
                 data_dir: Where tfds sets are. None: where the run had them.
             """
-            options = {"crops": crops, "output": output, "data_dir": data_dir}
+            options = {
+                "crops": crops,
+                "batch_stats_from": batch_stats_from,
+                "output": output,
+                "data_dir": data_dir,
+            }
             return [run, *others], options
 
         args = list(sys.argv[1:] if argv is None else argv)
         workdirs, options = tyro.cli(arguments, prog="eval.py", args=args)
 
-        from bnjax.training.trained import evaluate_runs
+        from bnjax.training.scoring import evaluate_runs
 
         evaluate_runs(workdirs, **options)
 

@@ -36,8 +36,8 @@ from benchmarks.report import ROOT, write_result
 from bnjax.data.sources import Source, open_source
 from bnjax.training.config import Config
 from bnjax.training.errors import UserError, run_reporting
-from bnjax.training.loop import Run
 from bnjax.training.presets import mnist
+from bnjax.training.run import Run
 
 RESULT = ROOT / "benchmarks" / "results" / "training_rate.json"
 ASKED = {"flax loop": 1.2, "torch loop": 3.5, "products": None}

@@ -18,14 +18,14 @@ from typing import Any
 from benchmarks.report import ROOT, commit
 from bnjax.data.sources import open_data
 from bnjax.training.config import Config
-from bnjax.training.errors import UserError
-from bnjax.training.loop import Run, train
+from bnjax.training.errors import DivergedError
+from bnjax.training.loop import train
 from bnjax.training.metrics import read_metrics
 from bnjax.training.record import result_config
+from bnjax.training.run import Run
 from bnjax.training.workdir import CONFIG
 
 RUNS = ROOT / "runs" / "experiments"
-DIVERGED = ("the loss became", "is not finite")
 DIGITS = 6
 
 
@@ -84,9 +84,7 @@ def run_once(preset: str, config: Config) -> dict[str, Any]:
         summary, diverged = {}, None
         try:
             summary = train(preset, own)
-        except UserError as error:
-            if not any(each in str(error) for each in DIVERGED):
-                raise
+        except DivergedError as error:
             diverged = str(error).split(". ")[0]
         records = read_metrics(workdir)
     tests = [record for record in records if record["split"] == "test"]

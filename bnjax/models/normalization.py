@@ -35,6 +35,7 @@ class Normalization:
         deferred: in training, leave the running statistics as they are and write the
             moments of the batch to the collection "batch_moments", where that is
             mutable: `updated_stats` takes them up.
+        frozen: normalize by the running statistics in training too, and leave them.
         record_inputs: where the collection "intermediates" is mutable, write the input
             of each nonlinearity there, as `<name of the layer>_input/value`.
 
@@ -54,6 +55,7 @@ class Normalization:
     axis_name: str | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
     deferred: bool = False
+    frozen: bool = False
     record_inputs: bool = False
 
     def __post_init__(self) -> None:
@@ -115,7 +117,7 @@ class Normalization:
         fused = self.kind == "batch" and not (self.record_inputs and nonlinear)
         if self.kind != "none":
             options: dict[str, Any] = {
-                "use_running_average": not train,
+                "use_running_average": self.frozen or not train,
                 "momentum": self.momentum,
                 "epsilon": self.epsilon,
                 "axis": (-3, -2, -1) if per_activation else -1,

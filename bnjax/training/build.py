@@ -31,6 +31,7 @@ class Program:
         model: gives logits; as it is initialized and evaluated.
         optimizer: of the parameters.
         gather: the batch of some rows of the resident arrays.
+        classes: how many labels there are.
         initial_state: gives the state before the first step.
         train_step: gives the step for a layout on devices.
         scans: says whether many steps are taken in one call to the device.
@@ -39,6 +40,7 @@ class Program:
     model: nn.Module
     optimizer: optax.GradientTransformation
     gather: Gather
+    classes: int
     initial_state: Callable[[], TrainState]
     train_step: Callable[[Spmd], TrainStep]
     scans: Callable[[], bool]
@@ -78,7 +80,9 @@ def build(config: Config, source: Source) -> Program:
             skip_nonfinite=config.on_nan == "skip",
         )
 
-    return Program(model, optimizer, gather, initial_state, train_step, scans)
+    return Program(
+        model, optimizer, gather, source.classes, initial_state, train_step, scans
+    )
 
 
 def _make_model(config: Config, source: Source, sharing: Sharing) -> nn.Module:
@@ -106,5 +110,6 @@ def make_normalization(
         momentum=config.bn.momentum,
         epsilon=config.bn.epsilon,
         unbiased=config.bn.unbiased,
+        frozen=config.init_stats == "freeze",
         **dataclasses.asdict(sharing or Sharing()),
     )

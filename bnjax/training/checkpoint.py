@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from bnjax.training.config import Config
 from bnjax.training.digests import digests, first_change
-from bnjax.training.errors import UserError, first_line
+from bnjax.training.errors import DivergedError, UserError, first_line
 from bnjax.training.record import result_config
 from bnjax.training.state import TrainState
 from bnjax.training.workdir import CHECKPOINTS, read_json, sync_folder, write_json
@@ -97,15 +97,16 @@ class Checkpoints:
             notes: what to write beside it.
 
         Raises:
-            UserError: the state is not finite, or the disk does not take it, or did
-                not take the one before. The last good checkpoint is kept.
+            DivergedError: the state is not finite.
+            UserError: the disk does not take it, or did not take the one before.
+                Whichever it is, the last good checkpoint is kept.
         """
         self.wait()
         step = int(np.asarray(state.step).ravel()[0])
         where = self.folder / str(step)
         state = jax.tree.map(_copy, state)
         if not _is_finite(state):
-            raise UserError(
+            raise DivergedError(
                 f"the state after step {step} is not finite. {self.last_good()} "
                 "Try a lower --learning-rate."
             )
@@ -128,7 +129,7 @@ class Checkpoints:
             saving.result()
 
     def restore(self, target: TrainState) -> tuple[TrainState, Notes]:
-        """Read the newest checkpoint that is whole.
+        """Read the newest checkpoint that is whole, into a state.
 
         A damaged one is named on standard error, put aside unless the run is only
         read, and the one before it is read.
@@ -140,6 +141,21 @@ class Checkpoints:
             UserError: there is none, all are damaged, or it was made with another
                 configuration.
         """
+        tree, notes = self._newest(jax.tree.map(_copy, target))
+        return jax.tree.map(_like, tree, target), notes
+
+    def restore_tree(self) -> dict[str, Any]:
+        """Read the newest checkpoint that is whole, knowing nothing of the network.
+
+        Returns:
+            The fields of a `TrainState`: nested dicts of NumPy arrays.
+
+        Raises:
+            UserError: as `restore`.
+        """
+        return self._newest(None)[0]
+
+    def _newest(self, target: Any) -> tuple[Any, Notes]:
         damaged: list[DamageError] = []
         for step in reversed(self.steps()):
             try:
@@ -211,7 +227,7 @@ class Checkpoints:
     def _score(self, step: int) -> float | None:
         return read_json(self.folder / str(step) / MANIFEST)["test_accuracy"]
 
-    def _read(self, where: Path, target: TrainState) -> tuple[TrainState, Notes]:
+    def _read(self, where: Path, target: Any) -> tuple[Any, Notes]:
         try:
             manifest = read_json(where / MANIFEST)
             config, files = manifest["config"], manifest["files"]
@@ -221,11 +237,9 @@ class Checkpoints:
             if change is not None:
                 raise DamageError(where, change)
             if config == self._config:
-                state: Any = self._checkpointer.restore(
-                    (where / STATE).absolute(),
-                    args=ocp.args.StandardRestore(jax.tree.map(_copy, target)),
-                )
-                return jax.tree.map(_like, state, target), notes
+                path = (where / STATE).absolute()
+                args = ocp.args.StandardRestore(target)
+                return self._checkpointer.restore(path, args=args), notes
         except DamageError:
             raise
         except Exception as error:

@@ -152,6 +152,19 @@ class Config:
     """Of all randomness: first weights, order of the data, augmentation."""
     batch_norm: bool = True
     """Normalize each hidden layer; without, its bias returns."""
+    ema: float | None = None
+    """Evaluate a moving average of the parameters; this is the old average's weight.
+    None: evaluate the parameters themselves."""
+    batch_stats_from: int = 100
+    """Of --ema: over how many training batches the average's statistics are taken."""
+    init_from: Path | None = None
+    """Start from another network: the folder of a run, or weights saved by PyTorch.
+    Its last layer starts anew where the classes are others."""
+    init_stats: Literal["adapt", "freeze", "reset"] = "adapt"
+    """What becomes of the running statistics of --init-from.
+    adapt: they move on from where they are.
+    freeze: they stay, and normalize in training too.
+    reset: they start anew."""
     accumulate: int = 1
     """Micro-batches that a batch is cut into, each normalized by itself."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -24,6 +24,10 @@ class UserError(Exception):
         self.status = status
 
 
+class DivergedError(UserError):
+    """The numbers of a run are no longer finite."""
+
+
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
     """A signal stopped the run, which has been saved.
 

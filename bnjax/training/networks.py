@@ -80,6 +80,8 @@ def check_network(
     if takes_normalization(config):
         return
     flags = []
+    if config.init_stats == "freeze":
+        flags.append("--init-stats freeze")
     if not config.batch_norm:
         flags.append("--no-batch-norm")
     default = BatchNormConfig()

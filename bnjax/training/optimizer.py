@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from bnjax.training.average import keep_average
 from bnjax.training.config import Config
 
 UNDECAYED = frozenset({"bias", "scale"})
@@ -100,7 +101,8 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Return the optimizer that follows `make_schedule`'s learning rate.
 
-    Gradients are clipped by their global norm first, before any weight decay.
+    Gradients are clipped by their global norm first, before any weight decay. With
+    `config.ema` it keeps an average of the parameters.
     """
     schedule, optim = make_schedule(config), config.optim
     chain = []
@@ -109,7 +111,8 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     if optim.weight_decay and optim.name in _COUPLED:
         chain.append(optax.add_decayed_weights(optim.weight_decay, mask=decayed))
     rule = (_COUPLED | _OWN_DECAY)[optim.name](config, schedule)
-    return optax.chain(*chain, rule) if chain else rule
+    optimizer = optax.chain(*chain, rule) if chain else rule
+    return optimizer if config.ema is None else keep_average(optimizer, config.ema)
 
 
 def decayed(params: Any) -> Any:

@@ -40,6 +40,12 @@ def validate(config: Config) -> None:
             "add --bn.no-unbiased.",
             USAGE,
         )
+    if config.init_stats != "adapt" and config.init_from is None:
+        raise UserError(
+            f"--init-stats {config.init_stats}: there are no statistics to start from; "
+            "add --init-from.",
+            USAGE,
+        )
     _statistics(config)
     _hosts(config.hosts)
 
@@ -111,6 +117,7 @@ def _integers(config: Config) -> None:
         "steps",
         "batch_size",
         "accumulate",
+        "batch_stats_from",
         "log_every",
         "eval_every",
         "checkpoint_every",
@@ -132,6 +139,9 @@ def _numbers(config: Config) -> None:
     for name, value in positive.items():
         if not 0 < value < math.inf:
             _refuse(name, value, "a positive number")
+    if config.ema is not None and not 0 <= config.ema < 1:
+        expected = "a number in [0, 1), the weight of the old average"
+        _refuse("ema", config.ema, expected)
     if not 0 <= config.bn.momentum <= 1:
         expected = (
             "a number in [0, 1], the weight of the old value (PyTorch's 0.1 is 0.9 "

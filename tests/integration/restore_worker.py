@@ -14,7 +14,7 @@ from bnjax.training.config import HostsConfig
 from bnjax.training.description import read_config
 from bnjax.training.errors import run_reporting
 from bnjax.training.hosts import join_hosts
-from bnjax.training.loop import Run
+from bnjax.training.run import Run
 from bnjax.training.state import state_sha256
 
 

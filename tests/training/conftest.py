@@ -6,6 +6,7 @@ import pytest
 from bnjax.data.sources import open_source
 from bnjax.training.build import build
 from bnjax.training.config import ModelConfig
+from bnjax.training.loop import train
 from bnjax.training.presets import digits
 from bnjax.training.tracing import keep_compiled
 
@@ -42,3 +43,18 @@ def program(small_config):
 def initial_state(program):
     """The state before the first step, which no test may donate."""
     return program.initial_state()
+
+
+@pytest.fixture
+def run_small(small_config, tmp_path):
+    """Train the small run with some fields changed; return its folder and summary."""
+    count = 0
+
+    def run(**changes):
+        nonlocal count
+        count += 1
+        workdir = tmp_path / f"run{count}"
+        config = dataclasses.replace(small_config, workdir=workdir, **changes)
+        return workdir, train("digits", config)
+
+    return run

@@ -8,31 +8,17 @@ import numpy as np
 import pytest
 
 from bnjax.data.sources import open_source
-from bnjax.training import loop
+from bnjax.training import run as run_module
 from bnjax.training.build import build
 from bnjax.training.config import OptimizerConfig
 from bnjax.training.errors import Stopped, UserError
-from bnjax.training.loop import Run, train
+from bnjax.training.loop import train
 from bnjax.training.metrics import read_metrics
 from bnjax.training.optimizer import make_schedule
+from bnjax.training.run import Run
+from bnjax.training.scoring import evaluate_runs
 from bnjax.training.state import Stream, stream_key
 from bnjax.training.step import make_train_step
-from bnjax.training.trained import evaluate_runs
-
-
-@pytest.fixture
-def run_small(small_config, tmp_path):
-    """Train the small run with some fields changed; return its folder and summary."""
-    count = 0
-
-    def run(**changes):
-        nonlocal count
-        count += 1
-        workdir = tmp_path / f"run{count}"
-        config = dataclasses.replace(small_config, workdir=workdir, **changes)
-        return workdir, train("digits", config)
-
-    return run
 
 
 def test_a_run_is_a_function_of_its_configuration(run_small):
@@ -335,7 +321,7 @@ def test_a_folder_is_claimed_only_once_the_data_are_found(small_config, tmp_path
 
 def test_compiling_is_not_timed(small_config, monkeypatch):
     times = iter([0.0, 100.0, 200.0, 202.0, 300.0, 301.0])
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: next(times))
     run = Run(small_config, open_source("digits"))
     assert run.dispatch(10)[1] == 2.0
     assert run.dispatch(10)[1] == 1.0

@@ -13,8 +13,9 @@ from flax import linen as nn
 from bnjax.data.pipeline import make_feed
 from bnjax.linen import BatchNorm
 from bnjax.models import MLP, Normalization
-from bnjax.training import loop
+from bnjax.training import loop, run
 from bnjax.training.errors import UserError
+from bnjax.training.evaluation import Evaluation
 from bnjax.training.loop import train
 from bnjax.training.metrics import read_metrics
 from bnjax.training.nonfinite import Guard, forward_order, layer_names
@@ -339,9 +340,9 @@ def test_where_nothing_is_kept_the_run_stops(small_config, tmp_path):
 
 def test_a_test_loss_that_is_not_finite_stops(small_config, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        loop.Evaluator,
+        run.Evaluator,
         "__call__",
-        lambda self, state: loop.Evaluation(np.nan, 1, 355),
+        lambda self, state: Evaluation(np.nan, 1, 355),
     )
     config = dataclasses.replace(small_config, workdir=tmp_path / "run")
     with pytest.raises(UserError, match="the test loss is nan after step 30"):

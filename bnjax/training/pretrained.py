@@ -1,0 +1,138 @@
+"""A run that starts from the network of another."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from bnjax.training.build import Program
+from bnjax.training.checkpoint import open_checkpoints
+from bnjax.training.config import Config
+from bnjax.training.description import read_config
+from bnjax.training.errors import USAGE, UserError
+from bnjax.training.state import TrainState
+from bnjax.training.workdir import CHECKPOINTS, CONFIG
+
+Tree = dict[str, Any]
+SHOWN = 6
+"""How many arrays a message names."""
+
+
+def first_state(config: Config, program: Program) -> TrainState:
+    """Return the state before the first step, from `--init-from` where it is given.
+
+    Args:
+        config: of the new run.
+        program: of the new run; its optimizer starts anew.
+
+    Raises:
+        UserError: there is nothing to start from, or it is another network.
+    """
+    state = program.initial_state()
+    if config.init_from is None:
+        return state
+    params, batch_stats = read_network(config.init_from)
+    source = f"--init-from {config.init_from}"
+    adopted, anew = adopt(state.params, params, program.classes, source)
+    if config.init_stats == "reset":
+        batch_stats = state.batch_stats
+    else:
+        batch_stats, _ = adopt(state.batch_stats, batch_stats, None, source)
+    count = len(jax.tree.leaves(adopted))
+    what = f"; new: {', '.join(anew)}" if anew else ""
+    print(
+        f"starting from {count - len(anew)} of {count} arrays of "
+        f"{config.init_from}{what}",
+        file=sys.stderr,
+    )
+    return dataclasses.replace(
+        state,
+        params=adopted,
+        batch_stats=batch_stats,
+        opt_state=program.optimizer.init(adopted),
+    )
+
+
+def read_network(path: Path) -> tuple[Tree, Tree]:
+    """Read parameters and running statistics from the folder of a run.
+
+    Raises:
+        UserError: it is no run, it has no checkpoint, or none is whole.
+    """
+    if not (path / CONFIG).is_file() or not (path / CHECKPOINTS).is_dir():
+        raise UserError(
+            f"--init-from {path}: expected the folder of a run that wrote a checkpoint "
+            f"({CONFIG} and {CHECKPOINTS} in it).",
+            USAGE,
+        )
+    with open_checkpoints(path, read_config(path), read_only=True) as checkpoints:
+        tree = checkpoints.restore_tree()
+    return tree["params"], tree["batch_stats"] or {}
+
+
+def adopt(
+    own: Tree, given: Tree, classes: int | None, source: str
+) -> tuple[Tree, list[str]]:
+    """Return the tree `own` with the values of `given`.
+
+    Args:
+        own: nested dicts of arrays.
+        given: the same of another network. An array whose last axis is not of
+            `classes` entries, where that of `own` is, and which is else of the same
+            shape, belongs to a layer that tells other classes apart: `own`'s stays.
+        classes: how many classes `own` has; None where every array has to fit.
+        source: where `given` is from, for messages.
+
+    Returns:
+        The tree, and the paths of the arrays that stayed.
+
+    Raises:
+        UserError: an array is missing, too many or of another shape.
+
+    Example:
+        >>> import numpy as np
+        >>> own = {"conv": {"bias": np.zeros(2)}, "logits": {"bias": np.zeros(3)}}
+        >>> given = {"conv": {"bias": np.ones(2)}, "logits": {"bias": np.ones(5)}}
+        >>> tree, anew = adopt(own, given, 3, "--init-from run")
+        >>> print(tree["conv"]["bias"], anew)
+        [1. 1.] ['logits/bias']
+    """
+    ours: dict[str, Any] = dict(flatten_dict(own, sep="/"))
+    theirs: dict[str, Any] = dict(flatten_dict(given, sep="/"))
+    anew = [
+        path
+        for path, leaf in ours.items()
+        if path in theirs and _tells_other_classes(leaf, theirs[path], classes)
+    ]
+    problems = [f"{path} is not there" for path in ours if path not in theirs]
+    problems += [f"{path} has no place here" for path in theirs if path not in ours]
+    problems += [
+        f"{path} has the shape {theirs[path].shape}, {leaf.shape} here"
+        for path, leaf in ours.items()
+        if path in theirs and path not in anew and leaf.shape != theirs[path].shape
+    ]
+    if problems:
+        more = len(problems) - SHOWN
+        rest = f"; and {more} more" if more > 0 else ""
+        raise UserError(
+            f"{source} holds another network: {'; '.join(problems[:SHOWN])}{rest}. "
+            "Give the --model and --batch-norm flags that it was trained with.",
+            USAGE,
+        )
+    taken = {
+        path: leaf if path in anew else jnp.asarray(theirs[path], leaf.dtype)
+        for path, leaf in ours.items()
+    }
+    return unflatten_dict(taken, sep="/"), anew
+
+
+def _tells_other_classes(own: Any, given: Any, classes: int | None) -> bool:
+    return (
+        own.shape != given.shape
+        and own.shape[:-1] == given.shape[:-1]
+        and own.shape[-1] == classes
+    )

@@ -27,7 +27,15 @@ def compiled(
     """
 
     def run(variables: Any, batch: Any) -> Any:
-        return function(*known, variables, batch)
+        try:
+            return function(*known, variables, batch)
+        except NameError as error:
+            error.add_note(
+                "recompute_batch_stats: where it is an axis name that is not bound, "
+                "give axis_name=... and batches with a first axis of devices, or map "
+                "inside apply_fn."
+            )
+            raise
 
     if axis_name is None:
         return jax.jit(run)

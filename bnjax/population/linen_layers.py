@@ -103,7 +103,7 @@ def _measured(
     with nn.intercept_methods(_record_input):
         output = apply_fn(variables, batch)
     found = _with_names(output)
-    ends = [name[: -len(paths[0]) - 1] for name in found if name[-1] == NAME]
+    ends = [name[: -len(paths[0]) - 1] for name in found if name[-1:] == (NAME,)]
     for start in ends:
         if all((*start, *path, NAME) in found for path in paths):
             break

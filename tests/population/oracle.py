@@ -1,4 +1,4 @@
-"""Population statistics in float64 NumPy, from the paper, with batch-normalized nets."""
+"""Population statistics of small networks in float64 NumPy, from the paper."""
 
 import numpy as np
 

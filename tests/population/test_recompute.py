@@ -1,4 +1,4 @@
-"""Against a float64 NumPy pass over the same batches; what is chosen and what is kept."""
+"""Against a float64 NumPy pass over the same batches; what is chosen and kept."""
 
 import functools
 
@@ -81,7 +81,7 @@ def test_order_of_batches(method):
 
 
 def test_neither_momentum_nor_old_statistics_matter():
-    model, variables, call, batches = classifier("bnjax")
+    _, variables, call, batches = classifier("bnjax")
     stale = jax.tree.map(lambda leaf: leaf * 0 + 100, variables["batch_stats"])
     found = recompute_batch_stats(
         call, {**variables, "batch_stats": stale}, iter(batches), num_batches=2

@@ -1,0 +1,6 @@
+"""Algorithm 2: the statistics for inference, estimated again with fixed parameters."""
+
+from bnjax.population.recompute import recompute_batch_stats
+from bnjax.population.totals import Method
+
+__all__ = ["Method", "recompute_batch_stats"]

@@ -78,7 +78,7 @@ class Layout:
             order = f"IO{pixels} -> {pixels}IO, flipped"
         if self.channels is None:
             return order
-        rows = f"flattened C,H,W -> H,W,C (C = {self.channels})"
+        rows = f"flattened CHW -> HWC, C = {self.channels}"
         return f"{order}; {rows}" if order else rows
 
 

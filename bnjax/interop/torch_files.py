@@ -1,0 +1,218 @@
+"""State dicts of PyTorch in files: read without running code, written whole."""
+
+import importlib
+import io
+import pickle
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from bnjax.interop.files import check_output, write_output
+from bnjax.training.errors import UserError, first_line
+
+SAFETENSORS = (".safetensors",)
+PICKLES = (".pt", ".pth", ".bin")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "params")
+PREFIXES = ("module.", "_orig_mod.")
+# Before 2.6, weights_only=True could be made to run code (CVE-2025-32434).
+OLDEST_TORCH = (2, 6)
+
+
+def read_state_dict(path: Path | str) -> dict[str, np.ndarray]:
+    """Read the tensors of a PyTorch model by name, and run no code of the file.
+
+    A state dict inside a training checkpoint, under "state_dict" or "model", is found,
+    and what DataParallel or torch.compile put before every name is removed; a note on
+    standard error says so. A .safetensors file is in the order of its names, since it
+    keeps no other; others in that of the modules.
+
+    Args:
+        path: a .safetensors file, which needs the package safetensors, or a .pt, .pth
+            or .bin file of `torch.save`, which needs PyTorch.
+
+    Returns:
+        Arrays by name, of the dtypes of the file; bfloat16 is that of ml_dtypes.
+
+    Raises:
+        UserError: the file is not there, is damaged or of another kind, holds more
+            than tensors, or a package is missing.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "bn.safetensors"
+        >>> write_state_dict(path, {"bn.weight": np.ones(2), "bn.bias": np.zeros(2)})
+        >>> read_state_dict(path)
+        {'bn.bias': array([0., 0.]), 'bn.weight': array([1., 1.])}
+    """
+    path = Path(path)
+    pickled = _is_pickle(path)
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "is not there"
+        raise UserError(f"{path} {reason}; expected a file of PyTorch weights.")
+    state = _read_pickle(path) if pickled else _read_safetensors(path)
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            print(f"note: {path}: removed {prefix!r} before names", file=sys.stderr)
+            state = {name.removeprefix(prefix): state[name] for name in state}
+    return state
+
+
+def write_state_dict(
+    path: Path | str, state: Mapping[str, Any], *, overwrite: bool = False
+) -> None:
+    """Write tensors by name, for `load_state_dict` in PyTorch; whole or not at all.
+
+    Args:
+        path: a .safetensors file, which needs the package safetensors, or a .pt, .pth
+            or .bin file, which needs PyTorch.
+        state: arrays by name, as `bnjax.interop.torch.to_torch` gives them.
+        overwrite: a file that is there may be replaced.
+
+    Raises:
+        UserError: the file is there already or cannot be written, its ending is
+            unknown, or a package is missing.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "bn.npz"
+        >>> write_state_dict(path, {"bn.weight": np.ones(2)})
+        Traceback (most recent call last):
+        bnjax.training.errors.UserError: .../bn.npz ends in '.npz'; expected a file
+        of PyTorch weights: .safetensors, .pt, .pth, .bin.
+    """
+    path = Path(path)
+    pickled = _is_pickle(path)
+    check_output(path, overwrite=overwrite)
+    # np.asarray keeps the rank of a scalar; safetensors writes memory as it lies.
+    arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
+    if pickled:
+        torch = _torch(path)
+        file = io.BytesIO()
+        torch.save({name: _as_tensor(torch, a) for name, a in arrays.items()}, file)
+        content = file.getvalue()
+    else:
+        content = _safetensors(path).save(arrays, metadata={"format": "pt"})
+    write_output(path, content, overwrite=overwrite)
+
+
+def as_array(value: Any) -> np.ndarray:
+    """Return an array of what may be a tensor of PyTorch, with its dtype."""
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    tensor = value.detach().cpu()
+    if str(tensor.dtype) != "torch.bfloat16":
+        return tensor.numpy()
+    torch = sys.modules["torch"]
+    return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Return a key that sorts "layer.10" after "layer.2".
+
+    Example:
+        >>> sorted(["layer.10", "layer.2", "fc"], key=natural)
+        ['fc', 'layer.2', 'layer.10']
+    """
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
+
+def _is_pickle(path: Path) -> bool:
+    if path.suffix not in SAFETENSORS + PICKLES:
+        raise UserError(
+            f"{path} ends in {path.suffix!r}; expected a file of PyTorch weights: "
+            f"{', '.join(SAFETENSORS + PICKLES)}."
+        )
+    return path.suffix in PICKLES
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    load = _safetensors(path).load_file
+    try:
+        state = load(path)
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged, or no safetensors file: {first_line(error)}. Copy or "
+            "download it again."
+        ) from error
+    return {name: state[name] for name in sorted(state, key=natural)}
+
+
+def _read_pickle(path: Path) -> dict[str, np.ndarray]:
+    torch = _torch(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        raise UserError(
+            f"{path} was refused: it is damaged, or holds more than tensors, and to "
+            f"read that could run code from the file "
+            f"({found[1] if found else first_line(error)}). Where you trust it, open "
+            "it in PyTorch and save model.state_dict() alone."
+        ) from error
+    except Exception as error:
+        raise UserError(
+            f"{path} is damaged, or was not written by torch.save: "
+            f"{first_line(error)}. Copy or download it again."
+        ) from error
+    return {name: as_array(value) for name, value in _unwrapped(path, content).items()}
+
+
+def _unwrapped(path: Path, content: Any) -> dict[str, Any]:
+    tensors = _tensors(content)
+    for key in () if tensors else WRAPPERS:
+        tensors = _tensors(content.get(key)) if isinstance(content, Mapping) else {}
+        if tensors:
+            print(f"note: {path}: took the weights under {key!r}", file=sys.stderr)
+            break
+    if not tensors:
+        keys = list(content) if isinstance(content, Mapping) else type(content).__name__
+        raise UserError(
+            f"{path} holds {keys}; expected tensors by name, as model.state_dict() "
+            f"gives them, at the top or under one of {', '.join(WRAPPERS)}."
+        )
+    return tensors
+
+
+def _tensors(content: Any) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        return {}
+    return {str(k): v for k, v in content.items() if hasattr(v, "detach")}
+
+
+def _as_tensor(torch: Any, array: np.ndarray) -> Any:
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        return importlib.import_module("safetensors.numpy")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{path} needs the package safetensors: pip install 'bnjax[torch]', or "
+            "pip install safetensors."
+        ) from error
+
+
+def _torch(path: Path) -> Any:
+    try:
+        torch = importlib.import_module("torch")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{path} needs PyTorch: pip install torch. Or, where PyTorch is, write "
+            "the weights with safetensors.torch.save_file to a .safetensors file."
+        ) from error
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < OLDEST_TORCH:
+        raise UserError(
+            f"{path} was not opened: PyTorch {torch.__version__} can be made to run "
+            "code by a file of weights (CVE-2025-32434); expected 2.6 or newer."
+        )
+    return torch

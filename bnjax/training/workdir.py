@@ -1,13 +1,14 @@
 """The folder of a run: claimed once, written whole."""
 
 import contextlib
+import io
 import json
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from bnjax.training.errors import UserError
 
@@ -89,9 +90,18 @@ def write_json(path: Path, value: Any) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
     """Open a file to write, which takes the place of `path` when it is complete."""
+    with replacing_bytes(path) as raw:
+        file = io.TextIOWrapper(raw, encoding="utf-8", write_through=True)
+        yield file
+        file.detach()
+
+
+@contextlib.contextmanager
+def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write bytes to, as `replacing` does for text."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

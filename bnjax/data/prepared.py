@@ -26,6 +26,7 @@ class Prepared:
         sizes: examples in each split.
         classes: how many labels there are.
         image_shape: height and width, None where they vary, and channels.
+        class_names: of the labels; None where the set does not say.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Prepared:
     sizes: dict[str, int]
     classes: int
     image_shape: tuple[int | None, ...]
+    class_names: tuple[str, ...] | None = None
 
     def records(self, split: str) -> "PreparedRecords":
         """Return the examples of one split, one by one."""
@@ -164,12 +166,14 @@ def _check(name: str, folder: Path, info: Any) -> Prepared:
     features = dict(info.features)
     shape: Any = getattr(features.get("image"), "shape", ())
     classes = getattr(features.get("label"), "num_classes", None)
+    names = getattr(features.get("label"), "names", None)
     if len(shape) != 3 or shape[-1] not in (1, 3) or classes is None:
         raise UserError(
             f"{where} has the features {info.features}; expected an image of 1 or 3 "
             "channels and a class label."
         )
-    return Prepared(info.full_name, folder, sizes, classes, tuple(shape))
+    names = tuple(names) if names else None
+    return Prepared(info.full_name, folder, sizes, classes, tuple(shape), names)
 
 
 def _find_folder(name: str, root: Path) -> Path:

@@ -37,6 +37,7 @@ class Source:
         max_value: the largest value a pixel can take.
         resize: what makes a stored image one of `image_shape`; None where it is.
         cache_key: names the decoded arrays of a split; None where they are at hand.
+        class_names: what the labels stand for; None where nothing says.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Source:
     max_value: int = 255
     resize: CentralCrop | None = None
     cache_key: Callable[[str], str] | None = None
+    class_names: tuple[str, ...] | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -132,6 +134,7 @@ def open_source(
         image_shape=shape,
         resize=resize,
         cache_key=cache_key,
+        class_names=found.class_names,
     )
 
 
@@ -173,6 +176,7 @@ def _open_image_folder(
         image_shape=shape,
         resize=resize,
         cache_key=cache_key,
+        class_names=tuple(classes),
     )
 
 

@@ -1,0 +1,307 @@
+"""An inference function as StableHLO: a file that JAX alone opens and runs."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax._checks import did_you_mean
+from bnjax.interop.files import check_output, write_output
+from bnjax.training.errors import USAGE, UserError, first_line
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
+_TRAILER = b"\nbnjax-export "
+
+
+def export_inference(
+    function: Callable[..., Any],
+    variables: Any,
+    example: Any,
+    *,
+    platforms: Sequence[str] = PLATFORMS,
+    batch_size: int | None = None,
+) -> jax.export.Exported:
+    r"""Lower a function of images to StableHLO, its variables inside as constants.
+
+    .. math:: x \mapsto f(\theta, x), \quad x \in R^{b \times \dots},
+              \quad b = 1, 2, \dots
+
+    Args:
+        function: called as `function(variables, x)`, or `function(x)` where
+            `variables` is None; JAX can trace it.
+        variables: a tree of arrays; None where the function holds its own.
+        example: an array, or a `jax.ShapeDtypeStruct`, of shape (batch, ...) and the
+            dtype of the inputs; its values and its batch size do not count.
+        platforms: any of "cpu", "cuda", "tpu" and "rocm"; none of them needs to be
+            there.
+        batch_size: the only one that the result takes; None: it takes all.
+
+    Returns:
+        What `save` writes; `.call(x)` runs it.
+
+    Raises:
+        UserError: the function cannot be exported, or not for every batch size; a
+            platform is unknown, or the example has no batch.
+
+    Example:
+        >>> x = jnp.ones((2, 3))
+        >>> exported = export_inference(lambda w, x: x @ w, jnp.ones((3, 1)), x)
+        >>> exported.in_avals[0].shape, exported.platforms
+        ((b, 3), ('cpu', 'cuda', 'tpu'))
+        >>> exported.call(jnp.ones((5, 3))).ravel().tolist()
+        [3.0, 3.0, 3.0, 3.0, 3.0]
+    """
+    platforms = _check_platforms(platforms)
+    shape, dtype = _check_example(example)
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size {batch_size}: expected 1 or more, or None.", USAGE)
+    if variables is not None:
+        function = functools.partial(function, jax.tree.map(np.asarray, variables))
+
+    def inference(x: jax.Array) -> Any:
+        return function(x)
+
+    def lower(batch: Any) -> jax.export.Exported:
+        spec = jax.ShapeDtypeStruct((batch, *shape[1:]), dtype)
+        return jax.export.export(jax.jit(inference), platforms=platforms)(spec)
+
+    # What is wrong with the function itself is told as it tells it.
+    fixed = batch_size or max(shape[0], 1)
+    jax.eval_shape(inference, jax.ShapeDtypeStruct((fixed, *shape[1:]), dtype))
+    if batch_size is not None:
+        return _or_refused(lambda: lower(batch_size))
+    (symbol,) = jax.export.symbolic_shape("b")
+    try:
+        return lower(symbol)
+    except Exception as error:
+        _or_refused(lambda: lower(fixed))
+        raise UserError(
+            "the function cannot be exported for every batch size: "
+            f"{first_line(error)} It computes with the number of examples, or "
+            "branches on it. Export it for one: batch_size=N, --batch-size N on the "
+            "command line."
+        ) from error
+
+
+def save(
+    exported: jax.export.Exported, path: str | Path, *, overwrite: bool = False
+) -> None:
+    """Write an exported function to a file, whole or not at all.
+
+    The file is what `exported.serialize()` gives, which `jax.export.deserialize` reads;
+    a line follows it, with the version of JAX and a digest that `load` checks.
+
+    Args:
+        exported: as `export_inference` gives it.
+        path: of the file, in a folder that is there.
+        overwrite: a file that is there may be replaced.
+
+    Raises:
+        UserError: it cannot be written there, or it cannot be serialized.
+    """
+    path = Path(path)
+    check_output(path, overwrite=overwrite)
+    if len(exported.in_avals) != 1:
+        raise UserError(
+            f"{exported.fun_name} takes {len(exported.in_avals)} arrays; expected one, "
+            "the images, as export_inference gives it."
+        )
+    try:
+        content = bytes(exported.serialize())
+    except ImportError as error:
+        raise _needs_flatbuffers() from error
+    except ValueError as error:
+        raise UserError(
+            f"{exported.fun_name} cannot be written: {first_line(error)} Expected a "
+            "function that gives arrays, in tuples, lists or dictionaries."
+        ) from error
+    write_output(path, content + _trailer(content), overwrite=overwrite)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """An exported function, read from a file and ready to be called.
+
+    Args:
+        exported: what `jax.export.deserialize` gave.
+    """
+
+    exported: jax.export.Exported
+
+    @property
+    def input_shape(self) -> tuple[Any, ...]:
+        """Return the shape of its inputs; the batch is "b" where any will do."""
+        return tuple(self.exported.in_avals[0].shape)
+
+    @property
+    def input_dtype(self) -> np.dtype:
+        """Return the dtype of its inputs."""
+        return self.exported.in_avals[0].dtype
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """Return what it runs on."""
+        return tuple(self.exported.platforms)
+
+    def __call__(self, x: Any) -> Any:
+        """Run it.
+
+        Args:
+            x: an array of `input_shape` and `input_dtype`.
+
+        Returns:
+            What the function gave that was exported.
+
+        Raises:
+            UserError: the array is of another shape or dtype.
+        """
+        x = jnp.asarray(x)
+        expected = self.input_shape
+        fits = len(x.shape) == len(expected) and x.shape[1:] == expected[1:]
+        fixed = isinstance(expected[0], int)
+        if not fits or not x.shape[0] or (fixed and x.shape[0] != expected[0]):
+            batch = "" if fixed else ", b being 1 or more"
+            raise UserError(
+                f"x has shape {x.shape}; expected ({', '.join(map(str, expected))})"
+                f"{batch}."
+            )
+        if x.dtype != self.input_dtype:
+            raise UserError(
+                f"x has dtype {x.dtype}; expected {self.input_dtype}: convert it with "
+                f"x.astype({self.input_dtype.name!r}), and scale it as the network was "
+                "trained."
+            )
+        return self.exported.call(x)
+
+
+def load(path: str | Path) -> Loaded:
+    """Read what `save` wrote.
+
+    Args:
+        path: of the file. It holds a program that runs when called: open no file that
+            you do not trust.
+
+    Raises:
+        UserError: it is no such file, is damaged or cut short, was written for other
+            platforms than JAX runs on here, or by a version of JAX too far from this.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "double.stablehlo"
+        >>> x = jnp.ones((1, 2))
+        >>> save(export_inference(lambda x: 2 * x, None, x), path)
+        >>> double = load(path)
+        >>> double(jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
+        [[2.0, 4.0], [6.0, 8.0]]
+        >>> double(x[0])
+        Traceback (most recent call last):
+        bnjax.training.errors.UserError: x has shape (2,); expected (b, 2), b being 1
+        or more.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be read: {error.strerror or error}. Expected a file "
+            "that bnjax.interop.export.save wrote."
+        ) from error
+    content, version = _check_trailer(path, content)
+    try:
+        exported = jax.export.deserialize(bytearray(content))
+    except ImportError as error:
+        raise _needs_flatbuffers() from error
+    except Exception as error:
+        raise UserError(
+            f"{path} was written by JAX {version}, and JAX {jax.__version__} cannot "
+            f"read it: {first_line(error)}. Export it again with this version."
+        ) from error
+    here = jax.export.default_export_platform()
+    if here not in exported.platforms:
+        raise UserError(
+            f"{path} was exported for {', '.join(exported.platforms)}, and JAX runs on "
+            f"{here} here. Export it again with {here} among its platforms."
+        )
+    return Loaded(exported)
+
+
+def _trailer(content: bytes) -> bytes:
+    """Return the last line of a file: flatbuffers reads past none of its own bytes."""
+    digest = hashlib.sha256(content).hexdigest()
+    described = json.dumps({"jax": jax.__version__, "sha256": digest})
+    return _TRAILER + described.encode() + b"\n"
+
+
+def _check_trailer(path: Path, content: bytes) -> tuple[bytes, str]:
+    """Return what precedes the last line, and the version of JAX that wrote it."""
+    body, _, line = content.rpartition(_TRAILER)
+    try:
+        described = json.loads(line)
+        version, digest = described["jax"], described["sha256"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} is no exported function, or is cut short: it does not end as "
+            "bnjax.interop.export.save ends a file. Copy it again, or export again. "
+            "What another program exported is read by jax.export.deserialize."
+        ) from error
+    if hashlib.sha256(body).hexdigest() != digest:
+        raise UserError(
+            f"{path} is damaged: its bytes are not those that were written. Copy it "
+            "again, or export again."
+        )
+    return body, version
+
+
+def _or_refused(lower: Callable[[], jax.export.Exported]) -> jax.export.Exported:
+    try:
+        return lower()
+    except Exception as error:
+        raise UserError(
+            f"the function cannot be exported: {first_line(error)}"
+        ) from error
+
+
+def _check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
+    given = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+    for name in given:
+        if name not in KNOWN_PLATFORMS:
+            hint = (
+                " A GPU is cuda (NVIDIA) or rocm (AMD)."
+                if name == "gpu"
+                else did_you_mean(name, KNOWN_PLATFORMS)
+            )
+            raise UserError(
+                f"platform {name!r} is unknown: expected any of "
+                f"{', '.join(KNOWN_PLATFORMS)}.{hint}",
+                USAGE,
+            )
+    if not given:
+        raise UserError(
+            f"no platform is given: expected any of {', '.join(KNOWN_PLATFORMS)}.",
+            USAGE,
+        )
+    return tuple(dict.fromkeys(given))
+
+
+def _check_example(example: Any) -> tuple[tuple[int, ...], Any]:
+    example = example if hasattr(example, "shape") else np.asarray(example)
+    if not example.shape:
+        raise UserError(
+            "the example has no dimension; expected an array of shape (batch, ...)."
+        )
+    return tuple(example.shape), jax.dtypes.canonicalize_dtype(example.dtype)
+
+
+def _needs_flatbuffers() -> UserError:
+    return UserError(
+        "JAX writes and reads exported functions with the package flatbuffers, which "
+        "is not installed: pip install flatbuffers."
+    )

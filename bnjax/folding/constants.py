@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -158,7 +159,7 @@ def _groups(source: tuple, target: tuple) -> list[tuple[list[int], list[int]]]:
                 break
             try:
                 smaller = left < right
-            except Exception as error:  # noqa: BLE001 (JAX's own, of sizes unknown)
+            except Exception as error:
                 raise NotNumeric("a reshape of axes of unknown size") from error
             if (i if smaller else j) == len(source if smaller else target):
                 raise NotNumeric("a reshape of nothing")
@@ -175,14 +176,17 @@ def _groups(source: tuple, target: tuple) -> list[tuple[list[int], list[int]]]:
 def _on_host(known: Any) -> np.ndarray:
     if isinstance(known, jax.core.Tracer):
         raise NotNumeric("it is traced")
-    if isinstance(known, jax.Array) and jnp.issubdtype(known.dtype, jax.dtypes.extended):
+    if isinstance(known, jax.Array) and jnp.issubdtype(
+        known.dtype, jax.dtypes.extended
+    ):
         raise NotNumeric("it is a random key")
     return _widened(np.asarray(known))
 
 
 def _widened(value: np.ndarray) -> np.ndarray:
     # Not np.floating: bfloat16 is none of NumPy's.
-    return value.astype(np.float64) if jnp.issubdtype(value.dtype, jnp.floating) else value
+    floats = jnp.issubdtype(value.dtype, jnp.floating)
+    return value.astype(np.float64) if floats else value
 
 
 def _evaluate(
@@ -214,8 +218,8 @@ def _in_own_dtype(
     with jax.ensure_compile_time_eval():
         arrays = []
         for operand, value in zip(operands, values, strict=True):
-            shape = operand.aval.shape
+            shape, dtype = operand.aval.shape, operand.aval.dtype
             if not all(isinstance(size, int) for size in shape):
                 raise NotNumeric("it has an axis of unknown size")
-            arrays.append(jnp.asarray(np.broadcast_to(value, shape), operand.aval.dtype))
+            arrays.append(jnp.asarray(np.broadcast_to(value, shape), dtype))
         return [_on_host(found) for found in equation.bind(*arrays)]

@@ -6,31 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from bnjax.folding.program import trace
-from bnjax.folding.rewrite import Layer, Path, Rewriter, Variables
+from bnjax.folding.report import Layer, Report
+from bnjax.folding.rewrite import Rewriter
 from bnjax.folding.stores import Entry, Making, OtherLayersError, Reading
-
-
-class Report(tuple[Layer, ...]):
-    """What became of each batch normalization, in the order they are computed.
-
-    Printed, it is a table.
-    """
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        rows = [("batch normalization", "folded into", "as", "or why not")]
-        rows += [
-            (row.path, row.into or "-", row.operation or "-", row.reason)
-            for row in self
-        ]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
-        )
+from bnjax.folding.variables import Variables, flat, nested
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +61,8 @@ class Folded:
         Raises:
             ValueError: for an input of this shape other layers would be folded.
         """
-        found, _ = _flat(variables)
-        before = _flat(self._before)[1]
+        found, _ = flat(variables)
+        before = flat(self._before)[1]
         program = trace(self._apply_fn, self._before, x)
         store = Reading(found, before, self._entries)
         try:
@@ -162,7 +145,7 @@ def fold_batch_norm(
     """
     _check(variables, dtype)
     dtype = None if dtype is None else jnp.dtype(dtype)
-    before = _flat(variables)[1]
+    before = flat(variables)[1]
     example = jax.tree.map(_shape_of, example)
     program = trace(apply_fn, variables, example)
     store = Making(before, dtype)
@@ -170,7 +153,7 @@ def fold_batch_norm(
     jax.eval_shape(lambda x: rewriter.run(jax.tree.leaves(x)), example)
     report = _report(rewriter, before)
     found, entries = store.finish()
-    return Folded(_nested(found), report, apply_fn, variables, entries, dtype)
+    return Folded(nested(found), report, apply_fn, variables, entries, dtype)
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
@@ -224,25 +207,3 @@ def _report(rewriter: Rewriter, before: Variables) -> Report:
             reason = rewriter.elsewhere.get(path, unused)
             rows.append(Layer(name, False, reason=reason))
     return Report(rows)
-
-
-def _flat(variables: Any) -> tuple[dict[Path, Any], Variables]:
-    """Return the leaves by path, and in order."""
-    leaves = jax.tree_util.tree_leaves_with_path(variables)
-    paths = tuple(tuple(_name(key) for key in keys) for keys, _ in leaves)
-    values = tuple(value for _, value in leaves)
-    return dict(zip(paths, values, strict=True)), Variables(paths, values)
-
-
-def _name(key: Any) -> str:
-    return str(jax.tree_util.keystr((key,), simple=True))
-
-
-def _nested(found: dict[Path, jax.Array]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for path, value in found.items():
-        inner = nested
-        for name in path[:-1]:
-            inner = inner.setdefault(name, {})
-        inner[path[-1]] = value
-    return nested

@@ -1,4 +1,4 @@
-"""How a factor or shift of the input or output of a linear layer moves to its kernel."""
+"""How a factor or shift of what goes in or out of a layer moves to its kernel."""
 
 import dataclasses
 import functools

@@ -102,9 +102,7 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
     literals: dict[Atom, Any] = {}
     equations: list[Equation] = []
 
-    def flatten(
-        jaxpr: core.Jaxpr, consts: Any, inputs: list[Atom]
-    ) -> tuple[Atom, ...]:
+    def flatten(jaxpr: core.Jaxpr, consts: Any, inputs: list[Atom]) -> tuple[Atom, ...]:
         atoms = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             atoms[var] = Atom(var.aval)
@@ -131,9 +129,7 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
     inputs = tuple(Atom(var.aval) for var in closed.jaxpr.invars)
     outputs = flatten(closed.jaxpr, closed.consts, list(inputs))
     needed, uses = _needed(equations, outputs)
-    return Program(
-        inputs, outputs, needed, literals, uses, jax.tree.structure(shapes)
-    )
+    return Program(inputs, outputs, needed, literals, uses, jax.tree.structure(shapes))
 
 
 def _called(equation: core.JaxprEqn) -> tuple[core.Jaxpr, Any] | None:

@@ -6,86 +6,20 @@ goes into the kernel and bias of the linear layer that it follows, or that it pr
 or becomes one multiplication and addition.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from bnjax.folding import constants
 from bnjax.folding.constants import Constant, NotNumeric
+from bnjax.folding.emit import Emitter
 from bnjax.folding.linear import Linear, Refused
 from bnjax.folding.program import Atom, Equation, Program
-from bnjax.folding.steps import (
-    Computed,
-    Held,
-    Path,
-    Site,
-    Step,
-    composed,
-    pulled_back,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """What became of one application of a batch normalization.
-
-    Attributes:
-        path: of the layer, as in the variables.
-        folded: whether it is gone.
-        into: the path of the kernel it went into; empty if it did not.
-        operation: what that kernel does, such as "convolution".
-        reason: why it could not be folded; empty if it was.
-    """
-
-    path: str
-    folded: bool
-    into: str = ""
-    operation: str = ""
-    reason: str = ""
-
-
-class Store(Protocol):
-    """Where the rewritten program has its arrays from."""
-
-    def leaf(self, index: int) -> jax.Array:
-        """Return a variable as it is."""
-        ...
-
-    def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
-        """Return an array that folding makes; `path` is where it belongs."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Variables:
-    """The variables of the model before folding.
-
-    Attributes:
-        paths: of each leaf, the collection first.
-        values: of each leaf.
-    """
-
-    paths: tuple[Path, ...]
-    values: tuple[Any, ...]
-
-    def layers(self, leaves: frozenset[int]) -> list[Path]:
-        """Return the layers that statistics among these leaves belong to."""
-        found = (self.paths[leaf] for leaf in sorted(leaves))
-        return list(dict.fromkeys(p[1:-1] for p in found if p[0] == "batch_stats"))
-
-    def parents(self, constant: Constant) -> list[Path]:
-        """Return the layers whose variables a constant depends on."""
-        return [self.paths[leaf][1:-1] for leaf in sorted(constant.leaves)]
-
-    def belongs(self, constant: Constant, layers: Sequence[Path]) -> bool:
-        """Whether a constant depends on variables, and on those of `layers` alone."""
-        found = self.parents(constant)
-        return bool(found) and all(path in layers for path in found)
+from bnjax.folding.report import Layer
+from bnjax.folding.steps import Computed, Held, Site, Step, composed
+from bnjax.folding.stores import Store
+from bnjax.folding.variables import Path, Variables
 
 
 class Rewriter:
@@ -105,9 +39,7 @@ class Rewriter:
         self.elsewhere: dict[Path, str] = {}
         self._program = program
         self._variables = variables
-        self._store = store
-        self._dtype = dtype
-        self._computed: dict[Equation, list[Any]] = {}
+        self._emit = Emitter(variables, store, dtype)
 
     def run(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         """Compute the outputs of the program, noting what became of each layer."""
@@ -149,7 +81,7 @@ class Rewriter:
         arrays = [self._array(value, f"`{name}` follows") for value in operands]
         reason = f"it follows `{name}`, not a linear layer"
         if name in ("conv_general_dilated", "dot_general"):
-            reason = f"it follows `{name}`, whose kernel is not constant"
+            reason = f"it follows `{name}`, whose kernel is no parameter"
         return [Held(Computed(array, reason)) for array in equation.bind(*arrays)]
 
     def _held_back(
@@ -203,128 +135,40 @@ class Rewriter:
             absorbed = linear.absorb_input(kernel.value, factor, shift)
         except (Refused, NotNumeric) as refused:
             return Site(linear, self._array(value, str(refused)), kernel)
-        array = self._taken(value.base.array, before)
-        array = self._taken(array, [step for step in steps if step.is_move])
+        array = self._emit.taken(value.base.array, before)
+        array = self._emit.taken(array, [step for step in steps if step.is_move])
         return Site(linear, array, kernel, absorbed, tuple(self._layers(steps)))
 
     def _array(self, value: Constant | Held, after: str) -> Any:
         """Compute a value, taking the steps that were held back."""
         if isinstance(value, Constant):
-            return self._constant(value)
+            return self._emit.constant(value)
         base, steps = value.base, value.steps
         first, end = self._span(steps)
         if isinstance(base, Site):
             if base.layers:
                 end = max(end, self._bias_end(base, steps))
-            return self._taken(self._linear(base, steps[:end]), steps[end:])
+            return self._emit.taken(self._linear(base, steps[:end]), steps[end:])
         if first is None:
-            return self._taken(base.array, steps)
-        array = self._taken(base.array, steps[:first])
-        for path in self._layers(steps):
+            return self._emit.taken(base.array, steps)
+        array = self._emit.taken(base.array, steps[:first])
+        layers = self._layers(steps)
+        for path in layers:
             reason = f"{base.reason}; {after}"
             self.layers.append(Layer("/".join(path), False, reason=reason))
-        return self._taken(self._affine(array, steps[first:end]), steps[end:])
+        array = self._emit.affine(array, steps[first:end], ("params", *layers[0]))
+        return self._emit.taken(array, steps[end:])
 
     def _linear(self, site: Site, steps: Sequence[Step]) -> jax.Array:
         """Compute a linear layer with the steps that go into it."""
-        linear = site.linear
         layers = [*site.layers, *self._layers(steps)]
         if not layers:
-            return self._taken(self._product(site, self._constant(site.kernel)), steps)
-        output = linear.equation.outputs[0].aval
-
-        @functools.cache
-        def folded() -> tuple[np.ndarray, np.ndarray]:
-            factor, shift = pulled_back(steps, len(output.shape))
-            kernel, bias = site.absorbed or (site.kernel.value, np.zeros(()))
-            bias = bias * linear.as_bias(factor) + linear.as_bias(shift)
-            return linear.scale_output(kernel, factor), bias
-
-        kernel, path, dtype = self._kernel(site.kernel, lambda: folded()[0])
-        bias = self._store.new((*path[:-1], "bias"), dtype, lambda: folded()[1])
+            return self._emit.taken(self._emit.linear(site), steps)
+        array, path = self._emit.folded(site, steps)
         for layer in layers:
-            into = "/".join(path[1:])
-            self.layers.append(Layer("/".join(layer), True, into, linear.operation))
-        array = _wide(self._product(site, kernel))
-        shape = linear.expand(bias.shape, array.ndim)
-        array = array + bias.reshape(shape).astype(array.dtype)
-        moves = [step for step in steps if step.is_move and not _is_cast(step.equation)]
-        last = steps[-1].equation.outputs[0].aval if steps else output
-        return self._taken(array, moves).astype(last.dtype)
-
-    def _kernel(
-        self, kernel: Constant, make: Callable[[], np.ndarray]
-    ) -> tuple[jax.Array, Path, Any]:
-        """Return the folded kernel, its path, and the dtype of the one it replaces.
-
-        It is kept in the form of the variable that it replaces, if it is of one only.
-        """
-        leaf, moves = kernel.origin or (min(kernel.leaves), ())
-        path, dtype = self._variables.paths[leaf], self._variables.values[leaf].dtype
-        if kernel.origin is None:
-            path = (*path[:-1], "folded_kernel")
-
-        def kept() -> np.ndarray:
-            value = make()
-            for move in reversed(moves):
-                value = constants.backward(move, value)
-            return value
-
-        array = self._store.new(path, dtype, kept)
-        for move in moves:
-            if not _is_cast(move):
-                (array,) = move.bind(array)
-        return array, path, dtype
-
-    def _product(self, site: Site, kernel: jax.Array) -> jax.Array:
-        equation = site.linear.equation
-        operands = [site.data, kernel] if site.linear.kernel else [kernel, site.data]
-        if self._dtype is None:
-            avals = (atom.aval for atom in equation.inputs)
-            cast = [a.astype(v.dtype) for a, v in zip(operands, avals, strict=True)]
-            return equation.bind(*cast)[0]
-        dtype = equation.outputs[0].aval.dtype
-        # Not every platform has convolutions of one dtype that give another.
-        preferred = dtype if equation.name == "dot_general" else None
-        cast = [operand.astype(self._dtype) for operand in operands]
-        return equation.bind(*cast, preferred_element_type=preferred)[0].astype(dtype)
-
-    def _affine(self, array: jax.Array, steps: Sequence[Step]) -> jax.Array:
-        """Compute steps of batch normalization by one multiplication and addition."""
-        factor, shift = composed(steps)
-        path = ("params", *self._layers(steps)[0])
-        array = self._taken(array, [step for step in steps if step.is_move])
-        wide = _wide(array)
-        operands = []
-        for name, value in (("scale", factor), ("bias", shift)):
-            make = functools.partial(_without_ones, value)
-            kept = self._store.new((*path, name), wide.dtype, make)
-            ones = (1,) * (wide.ndim - kept.ndim)
-            operands.append(kept.reshape(ones + kept.shape).astype(wide.dtype))
-        return (wide * operands[0] + operands[1]).astype(array.dtype)
-
-    def _taken(self, array: Any, steps: Sequence[Step]) -> Any:
-        """Take steps as they were written."""
-        for step in steps:
-            operands = [array]
-            if step.constant is not None:
-                operands.insert(1 - step.side, self._constant(step.constant))
-            (array,) = step.equation.bind(*operands)
+            into, operation = "/".join(path[1:]), site.linear.operation
+            self.layers.append(Layer("/".join(layer), True, into, operation))
         return array
-
-    def _constant(self, constant: Constant) -> Any:
-        """Compute a constant from the variables of the new program."""
-        equation = constant.equation
-        if equation is None:
-            if not constant.leaves:
-                return constant.known
-            found = self._store.leaf(min(constant.leaves))
-            same = found.dtype == constant.aval.dtype
-            return found if same else found.astype(constant.aval.dtype)
-        if equation not in self._computed:
-            operands = [self._constant(operand) for operand in constant.operands]
-            self._computed[equation] = equation.bind(*operands)
-        return self._computed[equation][constant.index]
 
     def _layers(self, steps: Sequence[Step]) -> list[Path]:
         leaves = (step.constant.leaves for step in steps if step.constant is not None)
@@ -360,17 +204,3 @@ class Rewriter:
     def _note(self, constant: Constant, where: str) -> None:
         for path in self._variables.layers(constant.leaves):
             self.elsewhere.setdefault(path, where)
-
-
-def _wide(array: jax.Array) -> jax.Array:
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
-def _is_cast(equation: Equation) -> bool:
-    return equation.name == "convert_element_type"
-
-
-def _without_ones(value: np.ndarray) -> np.ndarray:
-    """Drop the leading axes of 1."""
-    first = next((i for i, size in enumerate(value.shape) if size > 1), value.ndim - 1)
-    return value.reshape(value.shape[first:])

@@ -12,8 +12,7 @@ from bnjax.folding import constants
 from bnjax.folding.constants import Constant, NotNumeric
 from bnjax.folding.linear import Linear
 from bnjax.folding.program import Equation
-
-Path = tuple[str, ...]
+from bnjax.folding.variables import Path
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

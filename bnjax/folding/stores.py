@@ -2,13 +2,25 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.folding.rewrite import Path, Variables
+from bnjax.folding.variables import Path, Variables
+
+
+class Store(Protocol):
+    """Where the rewritten program has its arrays from."""
+
+    def leaf(self, index: int) -> jax.Array:
+        """Return a variable as it is."""
+        ...
+
+    def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
+        """Return an array that folding makes; `path` is where it belongs."""
+        ...
 
 
 class Making:
@@ -33,8 +45,6 @@ class Making:
 
     def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
         """Make an array."""
-        if self._dtype is not None and path[-1] != "scale":
-            dtype = self._dtype
         with jax.ensure_compile_time_eval():
             array = jnp.asarray(make(), dtype)
         self._made.append((path, array))
@@ -102,8 +112,9 @@ class Reading:
         """Return a variable as it is."""
         return self._get(self._variables.paths[index])
 
-    def new(self, path: Path, _dtype: Any, _make: Callable[[], Any]) -> jax.Array:
+    def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
         """Return an array made before."""
+        del dtype, make
         if self._read == len(self._entries):
             raise OtherLayersError
         entry = self._entries[self._read]

@@ -1,0 +1,6 @@
+"""Batch normalization folded into the linear layers beside it, for inference."""
+
+from bnjax.folding.fold import Folded as Folded
+from bnjax.folding.fold import fold_batch_norm as fold_batch_norm
+from bnjax.folding.report import Layer as Layer
+from bnjax.folding.report import Report as Report

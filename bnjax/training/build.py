@@ -31,6 +31,7 @@ class Program:
         model: gives logits; as it is initialized and evaluated.
         optimizer: of the parameters.
         gather: the batch of some rows of the resident arrays.
+        images: the shape of a batch of one image.
         classes: how many labels there are.
         initial_state: gives the state before the first step.
         train_step: gives the step for a layout on devices.
@@ -40,6 +41,7 @@ class Program:
     model: nn.Module
     optimizer: optax.GradientTransformation
     gather: Gather
+    images: jax.ShapeDtypeStruct
     classes: int
     initial_state: Callable[[], TrainState]
     train_step: Callable[[Spmd], TrainStep]
@@ -81,7 +83,14 @@ def build(config: Config, source: Source) -> Program:
         )
 
     return Program(
-        model, optimizer, gather, source.classes, initial_state, train_step, scans
+        model,
+        optimizer,
+        gather,
+        jax.ShapeDtypeStruct(images.shape, images.dtype),
+        source.classes,
+        initial_state,
+        train_step,
+        scans,
     )
 
 

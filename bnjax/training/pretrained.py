@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bnjax.interop.torch import from_torch, match, read_state_dict, trace
 from bnjax.training.build import Program
 from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import Config
@@ -35,7 +36,10 @@ def first_state(config: Config, program: Program) -> TrainState:
     state = program.initial_state()
     if config.init_from is None:
         return state
-    params, batch_stats = read_network(config.init_from)
+    if config.init_from.is_file():
+        params, batch_stats = read_weights(config.init_from, program, state)
+    else:
+        params, batch_stats = read_network(config.init_from)
     source = f"--init-from {config.init_from}"
     adopted, anew = adopt(state.params, params, program.classes, source)
     if config.init_stats == "reset":
@@ -74,6 +78,45 @@ def read_network(path: Path) -> tuple[Tree, Tree]:
     return tree["params"], tree["batch_stats"] or {}
 
 
+def read_weights(path: Path, program: Program, state: TrainState) -> tuple[Tree, Tree]:
+    """Read parameters and running statistics from a file of PyTorch's.
+
+    Its arrays are matched with the network's by shape and order, and the table of the
+    matches is printed. A last layer of other classes is left where `state` has it.
+
+    Raises:
+        UserError: the file cannot be read, or holds another network.
+    """
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    tensors = read_state_dict(path)
+    calls = trace(program.model, program.images, train=False)
+    kernels: dict[str, Any] = dict(flatten_dict(state.params, sep="/"))
+    last = next(c.path for c in reversed(calls) if f"{c.path}/kernel" in kernels)
+    replaced = _with_other_classes(tensors, kernels[f"{last}/kernel"].shape)
+    mapping = match(
+        tensors,
+        variables,
+        calls=calls,
+        ignore=replaced[-1:],
+        keep=[f"params/{last}"] if replaced else [],
+    )
+    print(mapping, file=sys.stderr)
+    found = from_torch(tensors, variables, mapping=mapping)
+    return found["params"], found["batch_stats"]
+
+
+def _with_other_classes(tensors: Tree, own: tuple[int, ...]) -> list[str]:
+    """Name the layers that tell other classes apart from the same features."""
+    matrices = {
+        name.removesuffix(".weight"): tensor.shape
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and tensor.ndim == 2
+    }
+    if own[::-1] in matrices.values():
+        return []
+    return sorted(name for name, shape in matrices.items() if shape[1] == own[0])
+
+
 def adopt(
     own: Tree, given: Tree, classes: int | None, source: str
 ) -> tuple[Tree, list[str]]:
@@ -94,9 +137,8 @@ def adopt(
         UserError: an array is missing, too many or of another shape.
 
     Example:
-        >>> import numpy as np
-        >>> own = {"conv": {"bias": np.zeros(2)}, "logits": {"bias": np.zeros(3)}}
-        >>> given = {"conv": {"bias": np.ones(2)}, "logits": {"bias": np.ones(5)}}
+        >>> own = {"conv": {"bias": jnp.zeros(2)}, "logits": {"bias": jnp.zeros(3)}}
+        >>> given = {"conv": {"bias": jnp.ones(2)}, "logits": {"bias": jnp.ones(5)}}
         >>> tree, anew = adopt(own, given, 3, "--init-from run")
         >>> print(tree["conv"]["bias"], anew)
         [1. 1.] ['logits/bias']

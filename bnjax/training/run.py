@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bnjax.data.blocks import load_test
@@ -70,10 +69,9 @@ class Run:
                 parallel,
                 None if several else self._constants,
             )
-        images = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.float32)
         self.guard = Guard(
             skip=config.on_nan == "skip",
-            layers=lambda: forward_order(program.model, images),
+            layers=lambda: forward_order(program.model, program.images),
         )
         self._train_steps = parallel.train_steps(
             program.train_step(parallel), self._feed.batch

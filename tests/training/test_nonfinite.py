@@ -203,7 +203,7 @@ def poisoned(monkeypatch):
         """Return which of 60 steps, counted from 0, take that example."""
         return np.flatnonzero((poisoned.rows(0, 60) == BAD_ROW).any(1)).tolist()
 
-    monkeypatch.setattr(loop, "make_feed", make)
+    monkeypatch.setattr("bnjax.training.feed.make_feed", make)
     return poisoned
 
 

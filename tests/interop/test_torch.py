@@ -1,5 +1,6 @@
 """Networks carried from PyTorch and back: values, by golden files and live."""
 
+import functools
 import itertools
 
 import jax
@@ -212,6 +213,72 @@ def test_a_norm_of_flattened_features():
     y = (y * s["2.weight"] + s["2.bias"]) @ s["3.weight"].T + s["3.bias"]
     np.testing.assert_allclose(net.apply(variables, x), y, rtol=1e-5, atol=1e-5)
     assert_states_equal(to_torch(variables, mapping), torch_state, 0)
+
+
+class Biased(nn.Module):
+    """Convolutions before BN, with biases or without."""
+
+    biases: bool
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        def normalize(x):
+            return BatchNorm(not train, momentum=0.9, unbiased=True)(x)
+
+        y = nn.relu(normalize(nn.Conv(3, (3, 3), use_bias=self.biases)(x)))
+        return normalize(nn.Conv(5, (3, 3), use_bias=self.biases)(y))
+
+
+def test_a_bias_before_a_norm_goes_into_the_mean():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(4, 5, 5, 2)), jnp.float32)
+    theirs, ours = Biased(True), Biased(False)
+    biased = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype),
+        dict(shapes_of(theirs, x, train=False)),
+    )
+    torch_state = to_torch(biased)
+    shapes = shapes_of(ours, x, train=False)
+    with pytest.raises(UserError, match=r"no place for Conv_0\.bias.*into the mean"):
+        match(torch_state, shapes)
+    mapping = match(torch_state, shapes, calls=trace(ours, x, train=False))
+    assert str(mapping).count("subtracted") == 2
+    variables = from_torch(torch_state, shapes, mapping=mapping)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    close(ours.apply(variables, x, train=False), theirs.apply(biased, x, train=False))
+
+    def train(net, variables):
+        y, new = net.apply(variables, x, train=True, mutable=["batch_stats"])
+        return y, {**variables, **new}
+
+    (y, new), (expected, new_biased) = train(ours, variables), train(theirs, biased)
+    close(y, expected)
+    close(ours.apply(new, x, train=False), theirs.apply(new_biased, x, train=False))
+    back = from_torch(to_torch(new, mapping), biased)
+    close(theirs.apply(back, x, train=False), ours.apply(new, x, train=False))
+
+
+class Summed(nn.Module):
+    """A sum between a convolution and BN, or around BN."""
+
+    before: bool
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Conv(3, (1, 1), use_bias=False)(x)
+        z = BatchNorm(use_running_average=True)(x + y if self.before else y)
+        return z if self.before else y + z
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_bias_that_goes_elsewhere_too_is_refused(before):
+    x, net = jnp.ones((1, 2, 2, 3)), Summed(before)
+    shapes = shapes_of(net, x)
+    names = ("weight", "bias", "running_mean", "running_var")
+    torch_state = {f"bn.{name}": np.ones(3) for name in names}
+    torch_state |= {"conv.weight": np.ones((3, 3, 1, 1)), "conv.bias": np.ones(3)}
+    with pytest.raises(UserError, match=r"no place for conv\.bias"):
+        match(torch_state, shapes, calls=trace(net, x))
 
 
 class NnxNet(nnx.Module):

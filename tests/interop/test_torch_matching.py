@@ -230,6 +230,10 @@ def test_what_is_flattened_is_known_by_names_or_asked_for():
     assert layouts() == [None, None, 4, None]
     assert layouts(channels={"dense1": None}) == [None] * 4
     assert layouts(channels={"dense1": 2}) == [None, None, 2, None]
+    with pytest.raises(
+        UserError, match="dense1 has 20 rows, which is no multiple of 3"
+    ):
+        layouts(channels={"dense1": 3})
     variables = variables_of(
         conv1=(3, 3, 1, 4), conv2=(3, 3, 4, 2), dense1=(20, 5), dense2=(5, 2)
     )

@@ -13,7 +13,8 @@ from flax.core import unfreeze
 
 from bnjax.interop.torch_files import as_array, read_state_dict, write_state_dict
 from bnjax.interop.torch_layers import Leaf, layers_of
-from bnjax.interop.torch_matching import COUNTER, NameMapping, Pair, match
+from bnjax.interop.torch_mapping import COUNTER, NameMapping, Pair
+from bnjax.interop.torch_matching import match
 from bnjax.interop.torch_trace import Call, trace
 from bnjax.training.errors import UserError
 
@@ -68,24 +69,17 @@ def from_torch(
     problems, found = [], []
     for pair in mapping.pairs:
         place = _place(result, pair.leaf)
-        tensor = as_array(state[pair.name]) if pair.name in state else None
-        if tensor is None:
-            problems.append(f"{pair.name} is missing, for {pair.path}")
-        elif tensor.shape != pair.leaf.torch_shape:
-            problems.append(
-                f"{pair.name} is {tensor.shape}; {pair.path} needs "
-                f"{pair.leaf.torch_shape}"
-            )
-        elif not jnp.issubdtype(tensor.dtype, np.floating):
-            problems.append(f"{pair.name} is {tensor.dtype}, not floating")
-        elif place is None:
+        if place is None:
             problems.append(f"the variables have no {pair.path} {pair.leaf.shape}")
-        else:
-            found.append((pair, place, tensor))
+        for name in (pair.name, pair.bias) if pair.bias else (pair.name,):
+            problems += _misfit(state, name, pair)
+        found.append((pair, place))
     if problems:
         raise _unlike("state dict", problems)
-    for pair, place, tensor in found:
-        key = pair.leaf.path[-1]
+    for pair, place in found:
+        key, tensor = pair.leaf.path[-1], as_array(state[pair.name])
+        if pair.bias:
+            tensor = np.subtract(tensor, as_array(state[pair.bias]), dtype=np.float64)
         place[key] = jnp.asarray(pair.leaf.layout.from_torch(tensor), place[key].dtype)
     return result
 
@@ -129,6 +123,8 @@ def to_torch(
             continue
         array = pair.leaf.layout.to_torch(np.asarray(place[pair.leaf.path[-1]]))
         state[pair.name] = np.asarray(array, order="C")
+        if pair.bias:
+            state[pair.bias] = np.zeros_like(state[pair.name])
     if problems:
         raise _unlike("model", problems)
     counters = dict.fromkeys(mapping.counters, np.int64(num_batches_tracked))
@@ -239,6 +235,18 @@ def _place(tree: Any, leaf: Leaf) -> dict[Any, Any] | None:
         tree = tree.get(key) if isinstance(tree, dict) else None
     there = isinstance(tree, dict) and leaf.path[-1] in tree
     return tree if there and tree[leaf.path[-1]].shape == leaf.shape else None
+
+
+def _misfit(state: Mapping[str, Any], name: str, pair: Pair) -> list[str]:
+    """Say what keeps a tensor from being the array that it was mapped to."""
+    if name not in state:
+        return [f"{name} is missing, for {pair.path}"]
+    tensor, shape = as_array(state[name]), pair.leaf.torch_shape
+    if tensor.shape != shape:
+        return [f"{name} is {tensor.shape}; {pair.path} needs {shape}"]
+    if not jnp.issubdtype(tensor.dtype, np.floating):
+        return [f"{name} is {tensor.dtype}, not floating"]
+    return []
 
 
 def _unlike(what: str, problems: Sequence[str]) -> UserError:

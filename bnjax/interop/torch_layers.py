@@ -140,7 +140,8 @@ def layers_of(
             where none does.
 
     Raises:
-        UserError: without calls, what reaches a matrix flattened cannot be told.
+        UserError: without calls, what reaches a matrix flattened cannot be told; or
+            the channels given do not divide its rows.
     """
     variables = unfreeze(dict(variables))
     found: dict[str, list[tuple[tuple[Any, ...], tuple[int, ...]]]] = {}
@@ -247,6 +248,12 @@ def _layer(path: str, call: Call, arrays: Sequence[Any]) -> Layer:
         # Of a matrix its rows; of a normalization of flattened features all it has.
         rows = len(shape) == 2 if has_kernel else name in NAMES and name != "embedding"
         if call.channels and rows and len(shape) <= 2:
+            if shape[0] % call.channels:
+                raise UserError(
+                    f"channels: {path} has {shape[0]} rows, which is no multiple of "
+                    f"{call.channels}; expected the channels of the feature map that "
+                    "reaches it flattened, or None where none does."
+                )
             layout = dataclasses.replace(layout, channels=call.channels)
         leaves.append(Leaf(where, shape, NAMES.get(name, ""), layout))
     return Layer(path, tuple(leaves))

@@ -1,7 +1,7 @@
 """Which array of a PyTorch model is which of a Flax model."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,66 +9,11 @@ import numpy as np
 from bnjax._checks import did_you_mean
 from bnjax.interop.torch_files import natural
 from bnjax.interop.torch_layers import Layer, Leaf, layers_of, shortcuts_last
+from bnjax.interop.torch_mapping import COUNTER, NameMapping, Pair
 from bnjax.interop.torch_trace import Call
 from bnjax.training.errors import UserError
 
 LEAVES = ("weight", "bias", "running_mean", "running_var")
-COUNTER = "num_batches_tracked"
-HEADER = ("PyTorch", "shape", "bnjax", "shape", "layout", "by")
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """An array here and there.
-
-    Args:
-        leaf: of the Flax model.
-        name: in the state dict.
-        by: "shape": no other layer has arrays like these; "order": others have;
-            "given": by the caller; "name": the name was made for it.
-    """
-
-    leaf: Leaf
-    name: str
-    by: str
-
-    @property
-    def path(self) -> str:
-        """The path in the variables, "params/conv1/kernel"."""
-        return "/".join(map(str, self.leaf.path))
-
-
-@dataclasses.dataclass(frozen=True)
-class NameMapping:
-    """Which array is which; printed, a table.
-
-    Args:
-        pairs: in the order of the state dict.
-        counters: PyTorch's names that end in num_batches_tracked.
-        ignored: names of the state dict that go nowhere.
-        kept: paths of arrays that keep their values.
-    """
-
-    pairs: tuple[Pair, ...]
-    counters: tuple[str, ...] = ()
-    ignored: tuple[str, ...] = ()
-    kept: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [HEADER]
-        for pair in self.pairs:
-            leaf = pair.leaf
-            shapes = str(leaf.torch_shape), str(leaf.shape)
-            layout = str(leaf.layout) or "as it is"
-            rows.append((pair.name, shapes[0], pair.path, shapes[1], layout, pair.by))
-        rows += [(name, "", "", "", "ignored", "given") for name in self.ignored]
-        rows += [("", "", path, "", "kept", "given") for path in self.kept]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True))
-            for row in rows
-        )
-        return "\n".join(line.rstrip() for line in lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +46,9 @@ def match(
     Layers whose arrays have the same shapes in PyTorch's layout belong together; where
     several have, the first of one is the first of the other, a block's shortcut being
     taken for its last layer. Look at the rows "by order" of the table.
+
+    A bias before a normalization, where there is none here, is subtracted from the
+    running mean, which comes to the same; `calls` are needed to see that it is before.
 
     Args:
         state: arrays or tensors by name.
@@ -154,15 +102,14 @@ def match(
     ignored = [name for name in state if _under(name, ignore, ".")]
     wanted = {p: layer for p, layer in theirs.items() if not _under(p, ignore, ".")}
     needed, kept = _without(ours, keep)
-    pairs = _pairs(wanted, needed, names)
-    found = {pair.name for pair in pairs}
-    for layer in list(wanted.values()):
-        if found.issuperset(layer.names.values()):
-            del wanted[layer.path]
+    pairs = _pairs(wanted, needed, names, calls or ())
+    found = {name for pair in pairs for name in (pair.name, pair.bias)}
+    over = [_rest(layer, found) for layer in wanted.values()]
+    over = [layer for layer in over if layer.names]
     done = {pair.leaf for pair in pairs}
     left = [layer for layer in needed.values() if not done.issuperset(layer.leaves)]
-    if wanted or left:
-        raise _misfit(list(wanted.values()), left)
+    if over or left:
+        raise _misfit(over, left)
     order = {name: i for i, name in enumerate(state)}
     counters = [name for name in state if name.rpartition(".")[2] == COUNTER]
     return NameMapping(
@@ -190,29 +137,49 @@ def _without(
     return needed, kept
 
 
+def _rest(layer: TorchLayer, found: Collection[str]) -> TorchLayer:
+    names = {leaf: name for leaf, name in layer.names.items() if name not in found}
+    shapes = {leaf: layer.shapes[leaf] for leaf in names}
+    return dataclasses.replace(layer, names=names, shapes=shapes)
+
+
 def _pairs(
     theirs: Mapping[str, TorchLayer],
     ours: Mapping[str, Layer],
     names: Mapping[str, str],
+    calls: Sequence[Call],
 ) -> list[Pair]:
     """Pair the arrays of layers that have equal shapes, in order."""
-    there: dict[Any, list[TorchLayer]] = {}
-    for path in shortcuts_last(list(theirs), "."):
-        key = _under(path, names, "."), frozenset(theirs[path].shapes.items())
-        there.setdefault(key, []).append(theirs[path])
     given = {path: name for name, path in names.items()}
     here: dict[Any, list[Layer]] = {}
     for path in shortcuts_last(list(ours), "/"):
         near = _under(path, given, "/")
-        shapes = frozenset((leaf.name, leaf.torch_shape) for leaf in ours[path].leaves)
-        here.setdefault((near and given[near], shapes), []).append(ours[path])
-    pairs = []
+        shapes = {leaf.name: leaf.torch_shape for leaf in ours[path].leaves}
+        key = near and given[near], frozenset(shapes.items())
+        here.setdefault(key, []).append(ours[path])
+    there: dict[Any, list[TorchLayer]] = {}
+    for path in shortcuts_last(list(theirs), "."):
+        label, shapes = _under(path, names, "."), theirs[path].shapes
+        key = label, frozenset(shapes.items())
+        if key not in here and len(shapes.get("weight", ())) > 1:
+            key = label, frozenset({"weight": shapes["weight"]}.items())
+        there.setdefault(key, []).append(theirs[path])
+    pairs: list[Pair] = []
+    biases: dict[str, str] = {}
     for key, layers in here.items():
         others = there.get(key, [])
         alone = len(layers) == len(others) == 1
         by = ("given" if key[0] else "shape") if alone else "order"
         for layer, other in zip(layers, others, strict=False):
             pairs += [Pair(leaf, other.names[leaf.name], by) for leaf in layer.leaves]
+            if len(other.names) > len(layer.leaves):
+                biases[layer.path] = other.names["bias"]
+    before = {call.path: call.follows or "" for call in calls}
+    for i, pair in enumerate(pairs):
+        layer = _paths(pair.leaf)[1].rpartition("/")[0]
+        if pair.leaf.name == "running_mean":
+            bias = biases.get(before.get(layer, ""), "")
+            pairs[i] = dataclasses.replace(pair, bias=bias)
     return pairs
 
 
@@ -283,6 +250,11 @@ def _misfit(theirs: list[TorchLayer], ours: list[Layer]) -> UserError:
     for layer in theirs:
         for name, full in layer.names.items():
             lines.append(f"no place for {full} {layer.shapes[name]}")
+            if list(layer.names) == ["bias"]:
+                lines[-1] += (
+                    ": our layer has no bias. Where a normalization follows it, "
+                    "calls=trace(model, images, train=False) takes it into the mean"
+                )
     return UserError(
         "the state dict does not fit the network; of layers alike the last are named:"
         "\n  "

@@ -1,7 +1,5 @@
 """Networks carried from PyTorch and back: values, by golden files and live."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -23,11 +21,15 @@ from bnjax.interop.torch import (
 from bnjax.linen import BatchNorm
 from bnjax.training.errors import UserError
 from tests.golden import make_torch_convnet
-from tests.interop.torch_convnet import Net, golden, images, state
-
-
-def shapes_of(net, x, **options):
-    return jax.eval_shape(lambda: net.init(jax.random.key(0), x, **options))
+from tests.interop.torch_convnet import (
+    Net,
+    assert_states_equal,
+    golden,
+    images,
+    shapes_of,
+    state,
+    torch_convolution,
+)
 
 
 def carried(net=None, name="trained"):
@@ -37,13 +39,6 @@ def carried(net=None, name="trained"):
     calls = trace(net, images(0), train=False)
     mapping = match(state(name), shapes, calls=calls)
     return from_torch(state(name), shapes, mapping=mapping), mapping
-
-
-def assert_states_equal(actual, expected, atol):
-    assert list(actual) == list(expected)
-    for name, value in expected.items():
-        assert actual[name].dtype == value.dtype, name
-        np.testing.assert_allclose(actual[name], value, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("layer", [BatchNorm, nn.BatchNorm])
@@ -121,97 +116,6 @@ def test_live_torch_gives_our_outputs(tmp_path, ending):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5)
     again = from_torch(model.state_dict(), variables, mapping=mapping)
     jax.tree.map(np.testing.assert_array_equal, again, variables)
-
-
-def torch_convolution(x, weight):
-    """Of x (batch, in, *size) by weight (out, in, *kernel), in float64."""
-    size = [n - k + 1 for n, k in zip(x.shape[2:], weight.shape[2:], strict=True)]
-    y = np.zeros((len(x), weight.shape[0], *size))
-    for k in itertools.product(*map(range, weight.shape[2:])):
-        window = tuple(slice(i, i + n) for i, n in zip(k, size, strict=True))
-        y += np.einsum("bi...,oi->bo...", x[(..., *window)], weight[(..., *k)])
-    return y
-
-
-def torch_transposed_convolution(x, weight):
-    """Of x (batch, in, *size) by weight (in, out, *kernel), in float64."""
-    size = [n + k - 1 for n, k in zip(x.shape[2:], weight.shape[2:], strict=True)]
-    y = np.zeros((len(x), weight.shape[1], *size))
-    for k in itertools.product(*map(range, weight.shape[2:])):
-        window = tuple(slice(i, i + n) for i, n in zip(k, x.shape[2:], strict=True))
-        y[(..., *window)] += np.einsum("bi...,io->bo...", x, weight[(..., *k)])
-    return y
-
-
-@pytest.mark.parametrize("pixels", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["plain", "transposed", "transpose_kernel"])
-def test_kernels_of_every_rank(kind, pixels):
-    rng = np.random.default_rng(pixels)
-    kernel, channels = (
-        (2, 3, 2)[:pixels],
-        (4, 4),
-    )  # as many in as out: shapes tell nothing
-    weight = rng.normal(size=(*channels, *kernel)).astype(np.float32)
-    bias = rng.normal(size=4).astype(np.float32)
-    x = rng.normal(size=(2, 4, *(4, 5, 3)[:pixels])).astype(np.float32)
-    if kind == "plain":
-        net = nn.Conv(4, kernel, padding="VALID")
-        expected = torch_convolution(x, weight)
-    else:
-        swapped = kind == "transpose_kernel"
-        net = nn.ConvTranspose(4, kernel, padding="VALID", transpose_kernel=swapped)
-        expected = torch_transposed_convolution(x, weight)
-    moved = jnp.asarray(np.moveaxis(x, 1, -1))
-    shapes = shapes_of(net, moved)
-    torch_state = {"up.weight": weight, "up.bias": bias}
-    mapping = match(torch_state, shapes, calls=trace(net, moved))
-    variables = from_torch(torch_state, shapes, mapping=mapping)
-    expected += bias.reshape(4, *[1] * pixels)
-    actual = np.moveaxis(np.asarray(net.apply(variables, moved)), -1, 1)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
-    assert_states_equal(to_torch(variables, mapping), torch_state, 0)
-
-
-class FlattenedNorm(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(3, (1, 1))(x)
-        x = BatchNorm(use_running_average=True)(x.reshape(len(x), -1))
-        return nn.Dense(2)(x)
-
-
-def test_a_norm_of_flattened_features():
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 4, 5, 3)), jnp.float32)
-    net = FlattenedNorm()
-    shapes = shapes_of(net, x)
-    mapping = match(
-        {
-            "0.weight": jax.ShapeDtypeStruct((3, 3, 1, 1), np.float32),
-            "0.bias": jax.ShapeDtypeStruct((3,), np.float32),
-            **{
-                f"2.{name}": jax.ShapeDtypeStruct((60,), np.float32)
-                for name in ("weight", "bias", "running_mean", "running_var")
-            },
-            "3.weight": jax.ShapeDtypeStruct((2, 60), np.float32),
-            "3.bias": jax.ShapeDtypeStruct((2,), np.float32),
-        },
-        shapes,
-        calls=trace(net, x),
-    )
-    torch_state = {
-        pair.name: rng.uniform(0.5, 1.5, pair.leaf.torch_shape).astype(np.float32)
-        for pair in mapping.pairs
-    }
-    variables = from_torch(torch_state, shapes, mapping=mapping)
-
-    s = torch_state
-    y = torch_convolution(np.moveaxis(np.asarray(x), -1, 1), s["0.weight"])
-    y = (y + s["0.bias"][:, None, None]).reshape(2, 60)
-    y = (y - s["2.running_mean"]) / np.sqrt(s["2.running_var"] + 1e-5)
-    y = (y * s["2.weight"] + s["2.bias"]) @ s["3.weight"].T + s["3.bias"]
-    np.testing.assert_allclose(net.apply(variables, x), y, rtol=1e-5, atol=1e-5)
-    assert_states_equal(to_torch(variables, mapping), torch_state, 0)
 
 
 class NnxNet(nnx.Module):

@@ -175,6 +175,12 @@ def test_unknown_names(options, message):
         match(state, variables_of(a=(4, 4), b=(4, 4)), **options)
 
 
+ADVICE = (
+    ". Where a normalization follows it, calls=trace(model, images, train=False) takes "
+    "it into the mean"
+)
+
+
 def test_everything_that_does_not_fit_is_named():
     state = {
         "0.weight": shape(8, 3, 3, 3),
@@ -187,9 +193,9 @@ def test_everything_that_does_not_fit_is_named():
     with pytest.raises(UserError) as error:
         match(state, variables, channels={"dense": None})
     assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
-        "no place for 0.bias (8,): our conv has no such array",
         "1.weight (9, 8) for params/dense/kernel, which needs (4, 8)",
         "nothing for params/other/kernel, which needs (6, 5, 1, 1, 1)",
+        "no place for 0.bias (8,): our layer has no bias" + ADVICE,
         "no place for extra.weight (2, 2, 2)",
         "no place for token (1, 1, 7)",
     ]
@@ -224,6 +230,10 @@ def test_what_is_flattened_is_known_by_names_or_asked_for():
     assert layouts() == [None, None, 4, None]
     assert layouts(channels={"dense1": None}) == [None] * 4
     assert layouts(channels={"dense1": 2}) == [None, None, 2, None]
+    with pytest.raises(
+        UserError, match="dense1 has 20 rows, which is no multiple of 3"
+    ):
+        layouts(channels={"dense1": 3})
     variables = variables_of(
         conv1=(3, 3, 1, 4), conv2=(3, 3, 4, 2), dense1=(20, 5), dense2=(5, 2)
     )

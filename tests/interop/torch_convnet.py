@@ -1,8 +1,10 @@
-"""The network of golden/make_torch_convnet.py in linen, and what PyTorch gave."""
+"""The network of golden/make_torch_convnet.py in linen, and what the tests share."""
 
 import functools
+import itertools
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -52,3 +54,24 @@ def state(name):
 
 def images(step):
     return jnp.asarray(golden()["x"][step].transpose(0, 2, 3, 1))
+
+
+def shapes_of(net, x, **options):
+    return jax.eval_shape(lambda: net.init(jax.random.key(0), x, **options))
+
+
+def assert_states_equal(actual, expected, atol):
+    assert list(actual) == list(expected)
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype, name
+        np.testing.assert_allclose(actual[name], value, rtol=0, atol=atol, err_msg=name)
+
+
+def torch_convolution(x, weight):
+    """Of x (batch, in, *size) by weight (out, in, *kernel), in float64."""
+    size = [n - k + 1 for n, k in zip(x.shape[2:], weight.shape[2:], strict=True)]
+    y = np.zeros((len(x), weight.shape[0], *size))
+    for k in itertools.product(*map(range, weight.shape[2:])):
+        window = tuple(slice(i, i + n) for i, n in zip(k, size, strict=True))
+        y += np.einsum("bi...,oi->bo...", x[(..., *window)], weight[(..., *k)])
+    return y

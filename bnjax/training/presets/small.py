@@ -53,7 +53,7 @@ def lenet() -> Config:
 
     LeNet of sigmoids on Fashion-MNIST, 10 epochs at a rate of 1.
     The example of Dive into Deep Learning, whose framework's layer gives a test
-    accuracy of 86.9 % and their own of 80.1 %; ours: see experiments/README.md.
+    accuracy of 86.9 % and their own of 80.1 %; here only lenet-mnist was run.
     """
     return Config(
         steps=2340,  # 10 epochs of 234 whole batches.
@@ -73,6 +73,6 @@ def lenet_mnist() -> Config:
     """lenet-mnist: `python train.py lenet-mnist`.
 
     The same network and settings on MNIST.
-    Test accuracy and time: see experiments/README.md.
+    Test accuracy about 98.6 %, 96.9 % without normalization; 2 minutes on a CPU core.
     """
     return dataclasses.replace(lenet(), data=DataConfig(name="mnist"))

@@ -83,7 +83,7 @@ class LinenLayers:
 
     def with_stats(self, stats: Mapping[Path, tuple[Any, Any]]) -> Any:
         """The collection with another mean and variance for some layers."""
-        new = {
+        new: dict[Path, Any] = {
             (*path, name): value
             for path, pair in stats.items()
             for name, value in zip(("mean", "var"), pair, strict=True)
@@ -109,16 +109,16 @@ def _measured(
             break
     else:
         raise ValueError(
-            f"recompute_batch_stats: apply_fn returns no updated 'batch_stats'; "
+            "recompute_batch_stats: apply_fn returns no updated 'batch_stats'; "
             f"{TRAINING}. What else it returns does not matter."
         )
     old = _with_names(variables[COLLECTION])
     records, moved = {}, {}
     for path in paths:
         records[path] = found[(*start, *path, NAME)]
-        before, after = old[(*path, "mean")], found.get((*start, *path, "mean"))
+        before, after = old[(*path, "mean")], found[(*start, *path, "mean")]
         stacked = jnp.reshape(after, (-1, *before.shape)).astype(before.dtype)
-        moved[path] = jnp.any(stacked != before[None])
+        moved[path] = jnp.any((stacked != before[None]) & jnp.isfinite(stacked))
     return records, moved
 
 

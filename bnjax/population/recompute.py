@@ -157,11 +157,12 @@ def _parts(record: Record, shape: tuple[int, ...]) -> list[Record]:
 
 def _statistics(
     total: Totals, method: Method, path: Path, old: tuple[Any, Any]
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array]:
     """The new mean and variance, of the dtype and on the devices of the old ones."""
-    return tuple(
+    mean, var = (
         placed_like(np.where(total.weight > 0, new, np.asarray(before)), before)
         for new, before in zip(
             total.mean_and_var(method, layer_name(path)), old, strict=True
         )
     )
+    return mean, var

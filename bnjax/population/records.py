@@ -17,7 +17,7 @@ from bnjax.nnx import BatchNorm as NnxBatchNorm
 
 NAME = "population_record"
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +40,7 @@ class Record:
     def empty(cls, shape: tuple[int, ...]) -> "Record":
         """A record of no values, of the shape of the layer's statistics."""
         # NumPy's: it may go beside arrays on any devices.
-        zeros = np.zeros(shape, jnp.result_type(float))
+        zeros: Any = np.zeros(shape, jnp.result_type(float))
         return cls(Moments(zeros, zeros, zeros), zeros)
 
     def joined(self, layer: Any, name: str, x: jax.Array, mask: Any) -> "Record":

@@ -1,5 +1,7 @@
 """A network whose layers may share statistics, its batches, and what NumPy gives."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -9,6 +11,7 @@ from tests.population import oracle
 EXAMPLES, DEVICES = 32, 8
 
 
+@functools.cache
 def make(axis_name=None):
     """The call of a training step, the variables, and three batches."""
     model = MLP((6, 5), 3, 0.5, Normalization(axis_name=axis_name))
@@ -16,7 +19,8 @@ def make(axis_name=None):
     batches = rng.normal(1, 3, (3, EXAMPLES, 4)).astype(np.float32)
     # Devices whose parts differ, so that it matters who shares.
     batches += np.repeat(np.arange(DEVICES), EXAMPLES // DEVICES)[:, None]
-    variables = MLP((6, 5), 3, 0.5).init(jax.random.key(0), batches[0], train=False)
+    init = functools.partial(MLP((6, 5), 3, 0.5).init, train=False)
+    variables = jax.jit(init)(jax.random.key(0), batches[0])
 
     def call(variables, batch):
         return model.apply(variables, batch, train=True, mutable=["batch_stats"])

@@ -20,10 +20,10 @@ NORMS = {"bnjax": bnjax.linen.BatchNorm, "flax": nn.BatchNorm}
 
 
 @functools.cache
-def classifier(norm, param_dtype=jnp.float32):
+def classifier(norm):
     """A network, its variables, the call of a training step, and uneven batches."""
-    model = networks.Classifier(NORMS[norm], param_dtype=param_dtype)
-    x, _ = networks.images(44, dtype=param_dtype)
+    model = networks.Classifier(NORMS[norm])
+    x, _ = networks.images(44)
     if norm == "bnjax":  # Flax's variance would lose digits to the mean.
         x = x + 3
     variables = jax.jit(model.init)(jax.random.key(0), x[:2])
@@ -53,23 +53,32 @@ def test_convolutions_in_float32(norm, method):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(found)} == {"float32"}
 
 
-def test_convolutions_in_float64(x64):
-    _, variables, call, batches = classifier("bnjax", np.float64)
-    variables = dict(variables)
-    variables["batch_stats"] = oracle.as_float64(variables["batch_stats"])
-    for method in METHODS:
-        found = recompute_batch_stats(call, variables, batches, method=method)
-        oracle.assert_relative(found, expected(variables, batches, method), 1e-12)
+@functools.cache
+def dense(dtype):
+    """A network of dense layers in one precision, its variables, call and batches."""
+    model = MLP((6, 5), 3, weight_std=0.5, param_dtype=dtype)
+    batches = np.random.default_rng(1).normal(1, 3, (10, 24, 4)).astype(dtype)
+    init = functools.partial(model.init, train=False)
+    variables = jax.jit(init)(jax.random.key(0), batches[0])
+    stats = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), variables["batch_stats"])
+    return {**variables, "batch_stats": stats}, train_call(model), batches
+
+
+def check_dense(dtype, method, tolerance):
+    variables, call, batches = dense(dtype)
+    found = recompute_batch_stats(call, variables, batches, method=method)
+    inputs = [oracle.mlp_inputs(variables["params"], x) for x in batches]
+    oracle.assert_relative(found, oracle.populations(inputs, method), tolerance)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_dense_layers(method, strict):
-    model = MLP((6, 5), 3, weight_std=0.5)
-    batches = np.random.default_rng(1).normal(1, 3, (10, 24, 4)).astype(np.float32)
-    variables = model.init(jax.random.key(0), batches[0], train=False)
-    found = recompute_batch_stats(train_call(model), variables, batches, method=method)
-    inputs = [oracle.mlp_inputs(variables["params"], x) for x in batches]
-    oracle.assert_relative(found, oracle.populations(inputs, method), 1e-6)
+def test_dense_layers_in_float32(method, strict):
+    check_dense(np.float32, method, 1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dense_layers_in_float64(method, x64):
+    check_dense(np.float64, method, 1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -132,7 +141,7 @@ def test_masks(norm, method):
     )
     masks[:, :2] = True
     model = Masked(NORMS[norm])
-    variables = model.init(jax.random.key(0), xs[0], masks[0])
+    variables = jax.jit(model.init)(jax.random.key(0), xs[0], masks[0])
 
     def call(variables, batch):
         return model.apply(variables, *batch, mutable=["batch_stats"])
@@ -147,7 +156,7 @@ def test_weights_count_as_repeats_and_hidden_values_may_be_nan():
     x = np.float32([[1.0], [2.0], [6.0], [np.nan]])
     mask = np.float32([[2], [1], [1], [0]])
     model = Masked(bnjax.linen.BatchNorm)
-    variables = model.init(jax.random.key(0), x, mask)
+    variables = jax.jit(model.init)(jax.random.key(0), x, mask)
 
     def call(variables, batch):
         return model.apply(variables, *batch, mutable=["batch_stats"])
@@ -185,6 +194,15 @@ class Block(nn.Module):
         return bnjax.linen.BatchNorm(name="bn")(nn.Dense(3)(x), use_running_average)
 
 
+@functools.cache
+def blocks():
+    """Variables, call, batches and the statistics of every layer."""
+    x = np.random.default_rng(0).normal(4, 2, (2, 8, 3)).astype(np.float32)
+    variables = jax.jit(Blocks().init)(jax.random.key(0), x[0])
+    call = train_call(Blocks())
+    return variables, call, x, recompute_batch_stats(call, variables, x)
+
+
 @pytest.mark.parametrize(
     ("layers", "names"),
     [
@@ -195,11 +213,8 @@ class Block(nn.Module):
     ],
 )
 def test_chosen_layers(layers, names):
-    x = np.random.default_rng(0).normal(4, 2, (2, 8, 3)).astype(np.float32)
-    model = Blocks()
-    variables = model.init(jax.random.key(0), x[0])
-    everything = recompute_batch_stats(train_call(model), variables, x)
-    found = recompute_batch_stats(train_call(model), variables, x, layers=layers)
+    variables, call, x, everything = blocks()
+    found = recompute_batch_stats(call, variables, x, layers=layers)
     for name, stats in found.items():
         source = everything if name in names else variables["batch_stats"]
         jax.tree.map(np.testing.assert_array_equal, stats, source[name])
@@ -208,7 +223,7 @@ def test_chosen_layers(layers, names):
 def test_a_frozen_layer_keeps_its_statistics():
     x = np.random.default_rng(0).normal(4, 2, (2, 8, 3)).astype(np.float32)
     model = Blocks(frozen=True)
-    variables = model.init(jax.random.key(0), x[0])
+    variables = jax.jit(model.init)(jax.random.key(0), x[0])
     old = variables["batch_stats"]
     new = recompute_batch_stats(train_call(model), variables, x)
     for name in old:

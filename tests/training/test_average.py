@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from bnjax.data.sources import open_source
 from bnjax.training.average import average_of, keep_average
 from bnjax.training.evaluation import Evaluator
+from bnjax.training.loop import train
 from bnjax.training.population import averaged
 from bnjax.training.run import Run
 from bnjax.training.scoring import evaluate_runs
@@ -88,6 +90,28 @@ def test_the_average_is_evaluated_with_its_own_statistics(small_config):
     found = run.evaluate()
     assert found.correct == by_hand.correct
     assert found.loss == pytest.approx(by_hand.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "spmd"])
+def test_on_several_devices_it_is_the_same(small_config, parallel):
+    def evaluated(**layout):
+        changes = {"ema": DECAY, "batch_stats_from": 3, **layout}
+        run = Run(dataclasses.replace(small_config, **changes), open_source("digits"))
+        run.dispatch(10)
+        return run.evaluate()
+
+    several = evaluated(parallel=parallel, devices=5)
+    assert several.loss == pytest.approx(evaluated().loss, rel=1e-5)
+
+
+def test_a_resumed_run_has_the_same_average(run_small, small_config, tmp_path):
+    changes = {"ema": DECAY, "batch_stats_from": 3}
+    workdir, whole = run_small(**changes)
+    shutil.rmtree(workdir / "checkpoints" / "60")
+    config = dataclasses.replace(small_config, workdir=workdir, resume=True, **changes)
+    resumed = train("digits", config)
+    assert resumed["state_sha256"] == whole["state_sha256"]
+    assert resumed["test_loss"] == whole["test_loss"]
 
 
 @pytest.mark.parametrize("path", ["resident", "streaming"])

@@ -16,7 +16,7 @@ from bnjax.folding.stores import Entry, Making, OtherLayersError, Reading
 from bnjax.folding.variables import Variables, flat, nested
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Folded:
     """A model without batch normalization.
 

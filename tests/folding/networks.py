@@ -10,6 +10,7 @@ import numpy as np
 
 import bnjax.linen
 from bnjax.folding import fold_batch_norm
+from tests.models.helpers import jit
 
 NORMS = {"bnjax": bnjax.linen.BatchNorm, "flax": nn.BatchNorm}
 
@@ -138,7 +139,12 @@ def fold(module: nn.Module, x: Any, case: Case = Case(""), **options: Any) -> An
     """The folded model, what it gives and what the model gives."""
     variables = random_variables(module, x, case)
     folded = fold_batch_norm(module.apply, variables, x, **options)
-    return folded, folded(x), jax.jit(module.apply)(variables, x)
+
+    @jit
+    def both(new, old, x):
+        return folded.apply(new, x), module.apply(old, x)
+
+    return folded, *both(folded.variables, variables, x)
 
 
 def difference(found: Any, expected: Any) -> float:

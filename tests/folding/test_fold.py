@@ -130,17 +130,31 @@ def test_what_is_left():
     assert "whose kernel is no parameter" in reason((Attention(),), (4, 4))
 
 
-def test_what_is_left_is_one_multiplication_and_addition():
+def test_what_is_left_has_constants():
     module = Chain((nn.relu, norm(), nn.relu))
     x = random_input((2, 3))
     folded = fold_batch_norm(module.apply, random_variables(module, x), x)
     assert jax.tree.map(jnp.shape, folded.variables) == {
-        "params": {"parts_1": {"scale": (3,), "bias": (3,)}}
+        "params": {"parts_1": {"mean": (3,), "scale": (3,), "bias": (3,)}}
     }
     names = [
         e.primitive.name for e in jax.make_jaxpr(folded.apply)(folded.variables, x).eqns
     ]
-    assert [name for name in names if name != "reshape"] == ["max", "mul", "add", "max"]
+    names = [name for name in names if name != "reshape"]
+    assert names == ["max", "sub", "mul", "add", "max"]
+
+
+def test_what_is_left_is_exact_where_the_mean_is_large():
+    module = Chain((norm(use_bias=False),))
+    x = 1e4 + random_input((50, 3))
+    variables = random_variables(module, x)
+    variables["batch_stats"]["parts_0"]["mean"] = jnp.full(3, 1e4 + 0.3)
+    folded = fold_batch_norm(module.apply, variables, x)
+    wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
+    stats = wide["batch_stats"]["parts_0"]
+    scale = wide["params"]["parts_0"]["scale"] / np.sqrt(stats["var"] + 1e-5)
+    expected = (np.asarray(x, np.float64) - stats["mean"]) * scale
+    assert difference(folded(x), expected) < 1e-6
 
 
 def test_inside_a_loop():

@@ -88,7 +88,7 @@ def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
 
 def compare(
     model: str = "inception",
-    batch_size: int = 8,
+    batch_sizes: tuple[int, ...] = (1, 8),
     image_size: int = 224,
     width: float = 1.0,
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -100,7 +100,7 @@ def compare(
 
     Args:
         model: A convolutional network of bnjax.models.
-        batch_size: Images in a batch.
+        batch_sizes: Images in a batch, each measured by itself.
         image_size: Height and width of the images.
         width: Factor on the number of filters.
         dtype: Of the computation.
@@ -108,59 +108,69 @@ def compare(
         rounds: Of each program.
         seed: Of the variables and the images.
     """
-    networks = {
-        kind: models.create(
+    functions = {}
+    for kind, normalization in KINDS.items():
+        network = models.create(
             model, width=width, normalization=normalization, dtype=dtype
         )
-        for kind, normalization in KINDS.items()
-    }
-    shape = (batch_size, image_size, image_size, 3)
-    images = jax.random.normal(jax.random.key(seed), shape)
-    variables = random_variables(networks["unfolded"], images, seed)
-    functions = {
-        kind: functools.partial(network.apply, train=False)
-        for kind, network in networks.items()
-    }
+        functions[kind] = functools.partial(network.apply, train=False)
+    example = jnp.zeros((1, image_size, image_size, 3))
+    variables = random_variables(network, example, seed)
     started = time.perf_counter()
     folded = fold_batch_norm(
         functions["unfolded"],
         variables,
-        images,
+        example,
         dtype=None if dtype == "float32" else dtype,
     )
-    result: dict[str, Any] = {
+    seconds = time.perf_counter() - started
+    gone = sum(row.folded for row in folded.report)
+    print(f"{gone} of {len(folded.report)} layers folded in {seconds:.2f} s")
+    rows = []
+    for size in batch_sizes:
+        shape = (size, *example.shape[1:])
+        images = jax.random.normal(jax.random.key(seed), shape)
+        programs = {"folded": compiled(folded.apply, folded.variables, images)}
+        for kind, function in functions.items():
+            programs[kind] = compiled(function, variables, images)
+        if constant:
+            baked = functools.partial(folded.apply, folded.variables)
+            programs["folded, constant"] = compiled(baked, images)
+        rows.append({"batch_size": size} | measured(programs, rounds))
+        report(rows[-1])
+    result = {
         "model": model,
-        "batch_size": batch_size,
         "image_size": image_size,
         "width": width,
         "dtype": dtype,
         "rounds": rounds,
         "layers": len(folded.report),
-        "layers_folded": sum(row.folded for row in folded.report),
-        "seconds_to_fold": time.perf_counter() - started,
+        "layers_folded": gone,
+        "seconds_to_fold": seconds,
+        "rows": rows,
     }
-    programs = {"folded": compiled(folded.apply, folded.variables, images)}
-    for kind, function in functions.items():
-        programs[kind] = compiled(function, variables, images)
-    if constant:
-        baked = functools.partial(folded.apply, folded.variables)
-        programs["folded, constant"] = compiled(baked, images)
+    command = " ".join(["python -m benchmarks.folding", *sys.argv[1:]])
+    write_result(RESULT, command, [seed], result)
+    print(RESULT)
+
+
+def measured(programs: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Run the programs in turn; return times, costs, ratios and how outputs differ."""
     runs = {name: run for name, (run, *_) in programs.items()}
     outputs = {name: np.asarray(run(), np.float64) for name, run in runs.items()}
     difference = np.abs(outputs["folded"] - outputs["unfolded"]).max()
-    result["difference"] = difference / np.abs(outputs["unfolded"]).max()
     seconds = measure(runs, rounds)
+    found: dict[str, Any] = {
+        "difference": difference / np.abs(outputs["unfolded"]).max(),
+        "ratios": ratios(seconds),
+    }
     for name, (_, costs, to_compile) in programs.items():
-        result[name] = costs | {
+        found[name] = costs | {
             "seconds_to_compile": to_compile,
             "seconds_median": statistics.median(seconds[name]),
             "seconds": seconds[name],
         }
-    result["ratios"] = ratios(seconds)
-    report(result)
-    command = " ".join(["python -m benchmarks.folding", *sys.argv[1:]])
-    write_result(RESULT, command, [seed], result)
-    print(RESULT)
+    return found
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -173,6 +183,7 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
                 "median_of_rounds": statistics.median(each),
                 "lowest": min(each),
                 "highest": max(each),
+                "of_fastest": min(times) / min(seconds["folded"]),
             }
     return found
 
@@ -180,8 +191,7 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 def report(result: dict[str, Any]) -> None:
     """Print what was measured."""
     print(
-        f"{result['layers_folded']} of {result['layers']} layers folded in "
-        f"{result['seconds_to_fold']:.2f} s; outputs differ by "
+        f"batch of {result['batch_size']}: outputs differ by "
         f"{result['difference']:.1e} of the greatest"
     )
     for name in ("folded", "folded, constant", *KINDS):
@@ -196,7 +206,8 @@ def report(result: dict[str, Any]) -> None:
     for name, ratio in result["ratios"].items():
         print(
             f"{name}: {ratio['median_of_rounds']:.3f} "
-            f"({ratio['lowest']:.3f} to {ratio['highest']:.3f})"
+            f"({ratio['lowest']:.3f} to {ratio['highest']:.3f}); "
+            f"of the fastest rounds {ratio['of_fastest']:.3f}"
         )
 
 

@@ -53,11 +53,11 @@ class Case:
 
     @property
     def _reads_zeros(self) -> bool:
-        if self.padding != "SAME":
-            # With a stride, zeros come between the inputs of a transposed one.
-            return self.layer.startswith("ConvTranspose")
         if self.layer.startswith("ConvTranspose"):
+            # With a stride, zeros come between the inputs; else around them.
             return self.kernel > 1 or self.stride > 1
+        if self.padding != "SAME":
+            return False
         reach = (self.kernel - 1) * self.dilation + 1
         return any(
             (-(-size // self.stride) - 1) * self.stride + reach > size

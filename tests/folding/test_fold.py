@@ -176,6 +176,24 @@ def test_inside_a_loop():
     assert inner.reason == "its statistics are an operand of `scan`"
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("axis", [-1, (-2, -1)])
+def test_products_of_many_axes(axis, swapped):
+    class Heads(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = norm(axis=axis)(x)
+            kernel = self.param("kernel", nn.initializers.ones, (2, 5, 3, 4))
+            if not swapped:
+                x = jax.lax.dot_general(x, kernel, (((2,), (3,)), ((1,), (2,))))
+            else:
+                x = jax.lax.dot_general(kernel, x, (((3,), (2,)), ((2,), (1,))))
+            return norm(axis=(0, -1) if not swapped else (0, 1))(x)
+
+    folded = check(Heads(), (6, 3, 4))
+    assert all(row.folded for row in folded.report)
+
+
 def test_a_kernel_used_twice():
     class Twice(nn.Module):
         @nn.compact

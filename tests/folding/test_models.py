@@ -1,5 +1,7 @@
 """Every model of the project, folded, and loaded into the same one without BN."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -85,7 +87,9 @@ def test_model_of_half_precision(dtype):
     model = models.create("lenet", dtype=jnp.bfloat16)
     x = random_input((4, 28, 28, 1))
     variables = random_variables(model, x)
-    exact = models.create("lenet").apply(variables, x, train=False)
+    exact = jit(functools.partial(models.create("lenet").apply, train=False))(
+        variables, x
+    )
     folded = fold_batch_norm(
         lambda variables, x: model.apply(variables, x, train=False),
         variables,

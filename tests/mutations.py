@@ -30,6 +30,8 @@ TRANSFORM = "tests/test_transform.py"
 DERIVATIVES = "tests/test_derivatives.py"
 SHARED = "tests/integration/test_shared_statistics.py"
 LAYERS = "tests/test_layers.py"
+FOLDING = "tests/folding/test_fold.py"
+PAIRS = "tests/folding/test_pairs.py"
 
 MUTATIONS = [
     Mutation(
@@ -171,6 +173,97 @@ MUTATIONS = [
         "mean, var = self.mean[...], self.var[...]",
         "pass",
         LAYERS,
+    ),
+    Mutation(
+        "folding: BN before a kernel without its factor",
+        "bnjax/folding/linear.py",
+        "return kernel * by, added.sum(summed).transpose(order)",
+        "return kernel, added.sum(summed).transpose(order)",
+        PAIRS,
+    ),
+    Mutation(
+        "folding: shift through padding",
+        "bnjax/folding/linear.py",
+        "if np.any(shift) and not self._sees_all:",
+        "if np.any(shift) and not shift.size:",
+        PAIRS,
+    ),
+    Mutation(
+        "folding: channels of groups mixed",
+        "bnjax/folding/linear.py",
+        "each = np.repeat(each, shape[axes[0]] // groups, axis=0)",
+        "each = np.tile(each, (shape[axes[0]] // groups, 1))",
+        PAIRS,
+    ),
+    Mutation(
+        "folding: axes of a bias in the kernel's order",
+        "bnjax/folding/linear.py",
+        "order = np.argsort(np.argsort(kept))",
+        "order = np.argsort(kept)",
+        FOLDING,
+    ),
+    Mutation(
+        "folding: a quotient divides the factor alone",
+        "bnjax/folding/steps.py",
+        "return factor / value, shift / value",
+        "return factor / value, shift",
+        FOLDING,
+    ),
+    Mutation(
+        "folding: a constant less a value keeps the sign",
+        "bnjax/folding/steps.py",
+        "return -factor, value - shift",
+        "return factor, value - shift",
+        FOLDING,
+    ),
+    Mutation(
+        "folding: absorbed bias without the later factor",
+        "bnjax/folding/emit.py",
+        "bias = bias * linear.as_bias(factor) + linear.as_bias(shift)",
+        "bias = bias + linear.as_bias(shift)",
+        FOLDING,
+    ),
+    Mutation(
+        "folding: what is left without its mean",
+        "bnjax/folding/emit.py",
+        "mean = np.where(np.isfinite(mean), mean, 0)",
+        "mean = np.zeros_like(mean)",
+        FOLDING,
+    ),
+    Mutation(
+        "folding: kernel not in the variable's form",
+        "bnjax/folding/emit.py",
+        "value = constants.backward(move, value)",
+        "pass",
+        FOLDING,
+    ),
+    Mutation(
+        "folding: an output with other uses scaled",
+        "bnjax/folding/rewrite.py",
+        "if uses < 2 or isinstance(value, Constant) or value.is_computed:",
+        "if isinstance(value, Constant) or value.is_computed:",
+        FOLDING,
+    ),
+    Mutation(
+        "folding: two kernels at one path",
+        "bnjax/folding/stores.py",
+        "while path in found and not _same(found[path], value):",
+        "while path in found and not path:",
+        FOLDING,
+    ),
+    Mutation(
+        "folding: arithmetic in float32",
+        "bnjax/folding/constants.py",
+        '"rsqrt": lambda x: 1 / np.sqrt(x),',
+        '"rsqrt": lambda x: 1 / np.sqrt(np.float32(x)),',
+        FOLDING,
+    ),
+    Mutation(
+        "folding: a transposition not undone",
+        "bnjax/folding/constants.py",
+        'return value.transpose(np.argsort(equation.params["permutation"]))',
+        'return value.transpose(equation.params["permutation"])',
+        "tests/folding/test_constants.py",
     ),
 ]
 

@@ -83,17 +83,31 @@ class Emitter:
         return self.taken(array, moves).astype(last.dtype), path
 
     def affine(self, array: jax.Array, steps: Sequence[Step], path: Path) -> jax.Array:
-        """Compute steps by one multiplication and addition, of variables at `path`."""
-        factor, shift = composed(steps)
+        """Compute steps as (x - mean) * scale + bias, of variables at `path`.
+
+        The mean is there for what one multiplication and addition would lose to
+        rounding where it is large beside the spread.
+        """
         array = self.taken(array, [step for step in steps if step.is_move])
         wide = _wide(array)
-        operands = []
-        for name, value in (("scale", factor), ("bias", shift)):
-            make = functools.partial(_without_ones, value)
-            kept = self._store.new((*path, name), wide.dtype, make)
-            ones = (1,) * (wide.ndim - kept.ndim)
-            operands.append(kept.reshape(ones + kept.shape).astype(wide.dtype))
-        return (wide * operands[0] + operands[1]).astype(array.dtype)
+
+        @functools.cache
+        def made() -> dict[str, np.ndarray]:
+            scale, shift = np.broadcast_arrays(*composed(steps))
+            with np.errstate(all="ignore"):
+                mean = (-shift / scale).astype(wide.dtype).astype(np.float64)
+            mean = np.where(np.isfinite(mean), mean, 0)
+            return {"mean": mean, "scale": scale, "bias": shift + scale * mean}
+
+        def kept(name: str) -> jax.Array:
+            value = self._store.new(
+                (*path, name), wide.dtype, lambda: _without_ones(made()[name])
+            )
+            ones = (1,) * (wide.ndim - value.ndim)
+            return value.reshape(ones + value.shape).astype(wide.dtype)
+
+        wide = (wide - kept("mean")) * kept("scale") + kept("bias")
+        return wide.astype(array.dtype)
 
     def _product(self, site: Site, kernel: jax.Array) -> jax.Array:
         equation = site.linear.equation

@@ -16,7 +16,7 @@ from bnjax.folding.stores import Entry, Making, OtherLayersError, Reading
 from bnjax.folding.variables import Variables, flat, nested
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Folded:
     """A model without batch normalization.
 
@@ -101,8 +101,9 @@ def fold_batch_norm(
     kind, transposed ones and matrix products, with reshapes and transpositions between
     them and the normalization. One that precedes a linear layer goes into that one,
     W' = W diag(a) and b' = b + W c for an input a * u + c, where each output sees all
-    of the kernel. What cannot be folded becomes one multiplication and addition; the
-    report says why. The arithmetic is float64, on the host.
+    of the kernel. What cannot be folded stays as (x - mean) * scale + bias with
+    constants computed once; the report says why. The arithmetic is float64, on the
+    host.
 
     Args:
         apply_fn: `apply_fn(variables, x)` gives the outputs of the model in inference,

@@ -3,7 +3,7 @@
 The equations are gone through in order. What only scales, shifts or rearranges a value
 is held back until another kind of equation needs the value: what was held back then
 goes into the kernel and bias of the linear layer that it follows, or that it precedes,
-or becomes one multiplication and addition.
+or becomes a subtraction, multiplication and addition of constants.
 """
 
 from collections.abc import Sequence

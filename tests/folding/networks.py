@@ -10,6 +10,7 @@ import numpy as np
 
 import bnjax.linen
 from bnjax.folding import fold_batch_norm
+from tests.models.helpers import jit
 
 NORMS = {"bnjax": bnjax.linen.BatchNorm, "flax": nn.BatchNorm}
 
@@ -52,11 +53,11 @@ class Case:
 
     @property
     def _reads_zeros(self) -> bool:
-        if self.padding != "SAME":
-            # With a stride, zeros come between the inputs of a transposed one.
-            return self.layer.startswith("ConvTranspose")
         if self.layer.startswith("ConvTranspose"):
+            # With a stride, zeros come between the inputs; else around them.
             return self.kernel > 1 or self.stride > 1
+        if self.padding != "SAME":
+            return False
         reach = (self.kernel - 1) * self.dilation + 1
         return any(
             (-(-size // self.stride) - 1) * self.stride + reach > size
@@ -138,7 +139,12 @@ def fold(module: nn.Module, x: Any, case: Case = Case(""), **options: Any) -> An
     """The folded model, what it gives and what the model gives."""
     variables = random_variables(module, x, case)
     folded = fold_batch_norm(module.apply, variables, x, **options)
-    return folded, folded(x), jax.jit(module.apply)(variables, x)
+
+    @jit
+    def both(new, old, x):
+        return folded.apply(new, x), module.apply(old, x)
+
+    return folded, *both(folded.variables, variables, x)
 
 
 def difference(found: Any, expected: Any) -> float:

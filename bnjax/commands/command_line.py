@@ -15,6 +15,8 @@ Command = Callable[[], None]
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+File = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+Flags = Annotated[tuple[str, ...], tyro.conf.Suppress]
 Images = Annotated[
     tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")
 ]
@@ -49,7 +51,13 @@ def parse(words: Sequence[str]) -> Command:
             USAGE,
         )
     prog = f"python -m bnjax {name}"
-    return tyro.cli(_ARGUMENTS[name], prog=prog, args=list(words[1:]))
+    own, flags = list(words[1:]), ()
+    arguments = _ARGUMENTS[name]
+    if name == "import-torch" and "--" in own:
+        place = own.index("--")
+        own, flags = own[:place], tuple(own[place + 1 :])
+        arguments = functools.partial(arguments, flags=flags)
+    return tyro.cli(arguments, prog=prog, args=own)
 
 
 def _inspect(
@@ -161,8 +169,123 @@ def _export(
     )
 
 
+def _fold(
+    run: Run,
+    out: Out,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    force: Flag = False,
+    data_dir: Path | None = None,
+) -> Command:
+    """Write the weights of the newest checkpoint with BN folded into them.
+
+    What was folded into what, or why not, is printed, and written as JSON beside OUT.
+
+    Args:
+        run: A folder that train.py wrote.
+        out: The file to write, .npz or .safetensors.
+        dtype: Of the weights. None: as the network has them.
+        force: Replace files that are there.
+        data_dir: Where tfds sets are. None: where the run had them.
+    """
+    from bnjax.commands.fold import fold_run
+
+    return functools.partial(
+        fold_run, run, out, dtype=dtype, force=force, data_dir=data_dir
+    )
+
+
+def _recompute_stats(
+    run: Run,
+    output: Path,
+    batches: int = 100,
+    method: Literal["paper", "pooled"] = "paper",
+    layers: tuple[str, ...] = (),
+    force: Flag = False,
+    data_dir: Path | None = None,
+) -> Command:
+    """Estimate the population statistics again, over batches of the training set.
+
+    The result is a new run, which eval.py and the other commands read. Its parameters
+    are those of the newest checkpoint.
+
+    Args:
+        run: A folder that train.py wrote.
+        output: The folder to write.
+        batches: How many, of the run's batch size, from its first step on.
+        method: paper: Algorithm 2, means of the batches' statistics.
+            pooled: statistics of all their values, more exact for small batches.
+        layers: Names or patterns of the layers, such as bn_0 "block1/*". Without: all.
+        force: Replace a run that is in --output.
+        data_dir: Where tfds sets are. None: where the run had them.
+    """
+    from bnjax.commands.recompute_stats import recompute_run
+
+    return functools.partial(
+        recompute_run,
+        run,
+        output,
+        batches=batches,
+        method=method,
+        layers=layers,
+        force=force,
+        data_dir=data_dir,
+    )
+
+
+def _import_torch(
+    file: File,
+    output: Path,
+    preset: str,
+    model: str | None = None,
+    names: tuple[str, ...] = (),
+    ignore: tuple[str, ...] = (),
+    keep: tuple[str, ...] = (),
+    force: Flag = False,
+    data_dir: Path | None = None,
+    flags: Flags = (),
+) -> Command:
+    """Make a run of weights and statistics from PyTorch, which eval.py reads.
+
+    Which tensor became which array is printed as a table: look at the rows "by order".
+    After -- may follow flags of train.py that the preset needs, such as --data.name.
+
+    Args:
+        file: Of PyTorch: .safetensors, or a state_dict() in .pt, .pth or .bin.
+        output: The folder to write.
+        preset: Of train.py: says which network, and on which data.
+        model: Another network than the preset's.
+        names: Layers or blocks that belong together, such as layer1=stage1.
+        ignore: Layers or blocks of PyTorch that go nowhere.
+        keep: Layers or arrays of ours that keep their first values.
+        force: Replace a run that is in --output.
+        data_dir: Where tfds sets are. None: $TFDS_DATA_DIR, else
+            ~/tensorflow_datasets.
+        flags: What follows --.
+    """
+    from bnjax.commands.import_torch import import_torch
+
+    if model is not None:
+        flags = ("--model", model, *flags)
+    if data_dir is not None:
+        flags = ("--data-dir", str(data_dir), *flags)
+    return functools.partial(
+        import_torch,
+        file,
+        output,
+        preset=preset,
+        flags=flags,
+        names=names,
+        ignore=ignore,
+        keep=keep,
+        force=force,
+    )
+
+
 _ARGUMENTS: dict[str, Callable[..., Command]] = {
     "inspect": _inspect,
     "predict": _predict,
     "export": _export,
+    "fold": _fold,
+    "recompute-stats": _recompute_stats,
+    "import-torch": _import_torch,
 }

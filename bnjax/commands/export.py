@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from bnjax.commands.fold import fold_state
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.interop.export import export_inference, save
 from bnjax.interop.files import check_output
@@ -48,20 +49,14 @@ def export_run(
     run = open_trained(workdir, data_dir)
     program, state = run.restore()
     to_inputs = make_to_inputs(run.config.data, run.source.max_value)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-
-    def apply(variables: Any, x: jax.Array) -> Any:
-        return program.model.apply(variables, x, train=False)
-
-    network = functools.partial(apply, variables)
-    if fold:
-        example = jnp.zeros((1, *run.source.image_shape), jnp.float32)
-        from bnjax.folding import fold_batch_norm  # noqa: PLC0415
-
-        network = fold_batch_norm(apply, variables, example)
+    if fold and state.batch_stats:
+        network, _ = fold_state(program, state, run.source.image_shape)
+    else:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        network = functools.partial(program.model.apply, variables, train=False)
 
     def inference(images: jax.Array) -> jax.Array:
-        logits = network(to_inputs(images) if inputs == "pixels" else images)
+        logits: Any = network(to_inputs(images) if inputs == "pixels" else images)
         if not softmax:
             return logits
         return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, "float32")))

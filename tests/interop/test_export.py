@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bnjax import models
+from bnjax.folding import fold_batch_norm
 from bnjax.interop import export
 from bnjax.interop.export import export_inference, load, save
 from bnjax.training.errors import UserError
@@ -26,11 +27,14 @@ sys.meta_path.insert(0, Refuse())
 import jax
 import numpy as np
 
-program, inputs, outputs = sys.argv[1:]
-with open(program, "rb") as file:
-    exported = jax.export.deserialize(bytearray(file.read()))
+inputs, outputs, *programs = sys.argv[1:]
 given = np.load(inputs)
-np.savez(outputs, **{name: exported.call(given[name]) for name in given})
+found = {}
+for number, program in enumerate(programs):
+    with open(program, "rb") as file:
+        exported = jax.export.deserialize(bytearray(file.read()))
+    found |= {f"{number} {name}": exported.call(given[name]) for name in given}
+np.savez(outputs, **found)
 assert not {"flax", "bnjax"} & set(sys.modules)
 """
 
@@ -84,14 +88,20 @@ def test_runs_where_jax_alone_is(network, written, tmp_path):
         for size in (1, 7, 64)
     }
     np.savez(tmp_path / "inputs.npz", **inputs)
-    argv = [written, tmp_path / "inputs.npz", tmp_path / "outputs.npz"]
+    folded = fold_batch_norm(apply, variables, inputs["1"])
+    save(export_inference(folded, None, inputs["1"]), tmp_path / "folded")
+    argv = [tmp_path / "inputs.npz", tmp_path / "outputs.npz"]
+    argv += [written, tmp_path / "folded"]
     subprocess.run([sys.executable, "-c", READER, *map(str, argv)], check=True)
     outputs = np.load(tmp_path / "outputs.npz")
     run = jax.jit(apply)
     for name, x in inputs.items():
         expected = run(variables, x)
-        assert outputs[name].shape == (int(name), 10)
-        np.testing.assert_allclose(outputs[name], expected, rtol=0, atol=1e-6)
+        plain, without = outputs[f"0 {name}"], outputs[f"1 {name}"]
+        assert plain.shape == (int(name), 10)
+        np.testing.assert_allclose(plain, expected, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(without, folded(x), rtol=0, atol=1e-6)
+        np.testing.assert_allclose(without, expected, rtol=0, atol=1e-5)
         assert np.ptp(expected) > 0.1
 
 

@@ -1,0 +1,148 @@
+"""Runs written from variables: whole or not there, and eval.py reads them."""
+
+import json
+
+import numpy as np
+import pytest
+
+import eval as eval_program
+from bnjax.commands.new_run import check_new_run, write_run
+from bnjax.data.pipeline import make_feed
+from bnjax.interop.torch import to_torch, write_state_dict
+from bnjax.training.errors import UserError
+from bnjax.training.state import Stream, stream_key
+from bnjax.training.trained import open_trained
+from tests.commands.conftest import FLAGS
+
+
+def evaluated(workdir, tmp_path):
+    output = tmp_path / "eval.json"
+    assert eval_program.main([str(workdir), "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+@pytest.mark.parametrize("method", ["paper", "pooled"])
+def test_statistics_of_the_first_layer(trained, run, tmp_path, method):
+    opened = open_trained(trained("digits"))
+    _, before = opened.restore()
+    new = tmp_path / "new"
+    flags = ["--output", new, "--batches", 7, "--method", method]
+    printed = run("recompute-stats", trained("digits"), *flags)
+    assert printed.splitlines()[-1] == (
+        f"{new} holds step 60 with statistics over 7 batches of 30: "
+        f"python eval.py {new}"
+    )
+    _, after = open_trained(new).restore()
+    # What the steps of the training were given, in float64.
+    feed = make_feed(
+        opened.config,
+        opened.source,
+        lambda epoch: stream_key(before.rng, Stream.ORDER, epoch),
+    )
+    kernel = np.float64(before.params["dense_0"]["kernel"])
+    images = np.float64(feed.constants.images)[feed.chunk(0, 7)] / 16
+    u = images.reshape(7, 30, -1) @ kernel
+    mean = u.mean((0, 1))
+    var = u.var(1).mean(0) * 30 / 29
+    if method == "pooled":
+        var = u.reshape(210, -1).var(0, ddof=1)
+    stats = after.batch_stats["bn_0"]
+    np.testing.assert_allclose(stats["mean"], mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(stats["var"], var, rtol=1e-4)
+    kernels = [each.params["dense_1"]["kernel"] for each in (before, after)]
+    np.testing.assert_array_equal(*kernels)
+    recorded = json.loads((new / "config.json").read_text())
+    assert recorded["preset"] == "digits"
+    assert recorded["made_by"]["command"] == "recompute-stats"
+    assert evaluated(new, tmp_path)["test_examples"] == 355
+
+
+def test_some_layers(trained, run, fails, tmp_path):
+    new = tmp_path / "new"
+    flags = ["--output", new, "--batches", 2, "--layers"]
+    run("recompute-stats", trained("digits"), *flags, "bn_1")
+    (_, before), (_, after) = (
+        open_trained(each).restore() for each in (trained("digits"), new)
+    )
+    for name, changed in (("bn_0", False), ("bn_1", True)):
+        pair = [state.batch_stats[name]["mean"] for state in (before, after)]
+        assert np.any(pair[0] != pair[1]) == changed
+    argv = ["recompute-stats", trained("digits"), *flags, "bn_9", "--force"]
+    assert "bn_9" in fails(*argv)
+
+
+def test_weights_from_pytorch(trained, run, fails, tmp_path):
+    _, state = open_trained(trained("digits")).restore()
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    file, new = tmp_path / "weights.safetensors", tmp_path / "new"
+    write_state_dict(file, to_torch(variables))
+    argv = ["import-torch", file, "--preset", "digits", "--output", new]
+    flags = ["--", *FLAGS]
+    printed = run(*argv, *flags).splitlines()
+    assert printed[0].split()[:2] == ["PyTorch", "shape"]
+    assert any(
+        line.split()[0] == "dense_0.weight" and "params/dense_0/kernel" in line
+        for line in printed
+    )
+    assert printed[-1].endswith(f"python eval.py {new}")
+    _, imported = open_trained(new).restore()
+    for name in ("mean", "var"):
+        found, expected = (each.batch_stats["bn_1"][name] for each in (imported, state))
+        np.testing.assert_array_equal(found, expected)
+    expected = evaluated(trained("digits"), tmp_path)
+    assert evaluated(new, tmp_path) == {**expected, "step": 0}
+
+    assert "holds a run already" in fails(*argv, *flags, status=2)
+    argv[-1] = tmp_path / "other"
+    # Another width than the weights have.
+    assert "(12, 64)" in fails(*argv)
+    message = fails(*argv, "--names", "dense_0", *flags, status=2)
+    assert "expected THEIRS=OURS" in message
+    argv[3] = "digts"
+    assert "Did you mean 'digits'?" in fails(*argv, *flags, status=2)
+    assert not (tmp_path / "other").exists()
+
+
+def test_faults(trained, fails, tmp_path):
+    argv = ["recompute-stats", trained("digits"), "--output"]
+    assert "expected 1 or more" in fails(*argv, "x", "--batches", 0, status=2)
+    message = fails(*argv, trained("digits"), "--force", status=2)
+    assert "is the run itself" in message
+    assert "is not there" in fails(*argv, tmp_path / "no" / "new", status=2)
+    (tmp_path / "file").write_text("old")
+    message = fails(*argv, tmp_path, "--force", status=2)
+    assert "is there and holds no run" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_replaced_or_left_as_it_was(trained, tmp_path, monkeypatch):
+    opened = open_trained(trained("digits"))
+    _, state = opened.restore()
+    new = tmp_path / "new"
+
+    def write(**options):
+        write_run(new, "digits", opened.config, state, {"command": "x"}, **options)
+
+    def fail(*args, **kwargs):
+        raise UserError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bnjax.training.checkpoint.Checkpoints.save", fail)
+        with pytest.raises(UserError, match="the disk is full"):
+            write()
+        assert list(tmp_path.iterdir()) == []
+    new.mkdir()
+    write()
+    (new / "eval.json").write_text("old")
+    with pytest.raises(UserError, match="holds a run already"):
+        write()
+    with monkeypatch.context() as patched:
+        patched.setattr("bnjax.training.checkpoint.Checkpoints.save", fail)
+        with pytest.raises(UserError, match="the disk is full"):
+            write(force=True)
+        assert (new / "eval.json").exists()
+    write(force=True)
+    assert sorted(path.name for path in new.iterdir()) == ["checkpoints", "config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    with pytest.raises(UserError, match="holds a run already"):
+        check_new_run(new)

@@ -228,7 +228,8 @@ def load(path: str | Path) -> Loaded:
     if here not in exported.platforms:
         raise UserError(
             f"{path} was exported for {', '.join(exported.platforms)}, and JAX runs on "
-            f"{here} here. Export it again with {here} among its platforms."
+            f"{here} here. Export it again with {here} among its platforms, or set "
+            "JAX_PLATFORMS to one of them."
         )
     return Loaded(exported)
 

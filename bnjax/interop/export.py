@@ -217,12 +217,15 @@ def load(path: str | Path) -> Loaded:
     content, version = _check_trailer(path, content)
     try:
         exported = jax.export.deserialize(bytearray(content))
+        if version != jax.__version__:
+            _check_readable(exported)
     except ImportError as error:
         raise _needs_flatbuffers() from error
     except Exception as error:
         raise UserError(
             f"{path} was written by JAX {version}, and JAX {jax.__version__} cannot "
-            f"read it: {first_line(error)}. Export it again with this version."
+            f"read it: {first_line(error)}. Export it again with this version, or run "
+            "it with that one or a newer one."
         ) from error
     here = jax.export.default_export_platform()
     if here not in exported.platforms:
@@ -259,6 +262,15 @@ def _check_trailer(path: Path, content: bytes) -> tuple[bytes, str]:
             "again, or export again."
         )
     return body, version
+
+
+def _check_readable(exported: jax.export.Exported) -> None:
+    """Raise where the program is in words that this version does not know."""
+    [given] = exported.in_avals
+    batch, *rest = given.shape
+    sides = (batch if isinstance(batch, int) else 1, *rest)
+    traced = jax.jit(exported.call).trace(jax.ShapeDtypeStruct(sides, given.dtype))
+    traced.lower(lowering_platforms=exported.platforms[:1])
 
 
 def _or_refused(lower: Callable[[], jax.export.Exported]) -> jax.export.Exported:

@@ -12,8 +12,8 @@ import pytest
 
 from bnjax import models
 from bnjax.folding import fold_batch_norm
-from bnjax.interop import export
 from bnjax.interop.export import export_inference, load, save
+from bnjax.interop.trailer import trailer
 from bnjax.training.errors import UserError
 
 READER = """
@@ -241,7 +241,7 @@ def test_another_version(network, exported, refused, tmp_path, monkeypatch):
         patched.setattr(jax, "__version__", "9.9")
         save(exported, path)
         save(later, tmp_path / "later")
-        (tmp_path / "other").write_bytes(bytes(100) + export._trailer(bytes(100)))
+        (tmp_path / "other").write_bytes(bytes(100) + trailer(bytes(100)))
     np.testing.assert_array_equal(load(path)(x), expected)
     for name in ("later", "other"):
         message = refused(load, tmp_path / name)

@@ -12,6 +12,7 @@ from bnjax.commands.fold import fold_state
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.interop.export import export_inference, save
 from bnjax.interop.files import check_output
+from bnjax.training.errors import UserError
 from bnjax.training.trained import open_trained
 
 
@@ -50,7 +51,10 @@ def export_run(
     program, state = run.restore()
     to_inputs = make_to_inputs(run.config.data, run.source.max_value)
     if fold and state.batch_stats:
-        network, _ = fold_state(program, state, run.source.image_shape)
+        try:
+            network, _ = fold_state(program, state, run.source.image_shape)
+        except UserError as error:
+            raise UserError(f"{error} Or export it as it is: --no-fold.") from error
     else:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         network = functools.partial(program.model.apply, variables, train=False)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bnjax.commands.table import format_table
+from bnjax.interop.torch_files import natural
 from bnjax.training.errors import USAGE, UserError
 from bnjax.training.trained import open_trained
 
@@ -87,7 +87,7 @@ def find_layers(
         if path[-1] == "mean" and (*path[:-1], "var") in statistics
     ]
     layers = []
-    for path in sorted(found, key=_natural):
+    for path in sorted(found, key=lambda path: natural("/".join(path))):
         mean, var = (statistics[(*path, name)] for name in ("mean", "var"))
         scale, bias = (parameters.get((*path, name)) for name in ("scale", "bias"))
         flat = var < var_below
@@ -175,9 +175,3 @@ def inspect_run(
 
 def _range(values: np.ndarray) -> Range:
     return Range(float(values.min()), float(values.max()))
-
-
-def _natural(path: tuple[str, ...]) -> list[Any]:
-    """Sort numbers in names by their value: bn_2 before bn_10."""
-    parts = re.split(r"(\d+)", "/".join(path))
-    return [int(part) if part.isdigit() else part for part in parts]

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,11 @@ import numpy as np
 
 from bnjax._checks import did_you_mean
 from bnjax.interop.files import check_output, write_output
+from bnjax.interop.trailer import check_trailer, trailer
 from bnjax.training.errors import USAGE, UserError, first_line
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
-_TRAILER = b"\nbnjax-export "
 
 
 def export_inference(
@@ -123,7 +121,7 @@ def save(
             f"{exported.fun_name} cannot be written: {first_line(error)} Expected a "
             "function that gives arrays, in tuples, lists or dictionaries."
         ) from error
-    write_output(path, content + _trailer(content), overwrite=overwrite)
+    write_output(path, content + trailer(content), overwrite=overwrite)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,50 +212,36 @@ def load(path: str | Path) -> Loaded:
             f"{path} could not be read: {error.strerror or error}. Expected a file "
             "that bnjax.interop.export.save wrote."
         ) from error
-    content, version = _check_trailer(path, content)
+    content, version = check_trailer(path, content)
     try:
         exported = jax.export.deserialize(bytearray(content))
+        if version != jax.__version__:
+            _check_readable(exported)
     except ImportError as error:
         raise _needs_flatbuffers() from error
     except Exception as error:
         raise UserError(
             f"{path} was written by JAX {version}, and JAX {jax.__version__} cannot "
-            f"read it: {first_line(error)}. Export it again with this version."
+            f"read it: {first_line(error)}. Export it again with this version, or run "
+            "it with that one or a newer one."
         ) from error
     here = jax.export.default_export_platform()
     if here not in exported.platforms:
         raise UserError(
             f"{path} was exported for {', '.join(exported.platforms)}, and JAX runs on "
-            f"{here} here. Export it again with {here} among its platforms."
+            f"{here} here. Export it again with {here} among its platforms, or set "
+            "JAX_PLATFORMS to one of them."
         )
     return Loaded(exported)
 
 
-def _trailer(content: bytes) -> bytes:
-    """Return the last line of a file: flatbuffers reads past none of its own bytes."""
-    digest = hashlib.sha256(content).hexdigest()
-    described = json.dumps({"jax": jax.__version__, "sha256": digest})
-    return _TRAILER + described.encode() + b"\n"
-
-
-def _check_trailer(path: Path, content: bytes) -> tuple[bytes, str]:
-    """Return what precedes the last line, and the version of JAX that wrote it."""
-    body, _, line = content.rpartition(_TRAILER)
-    try:
-        described = json.loads(line)
-        version, digest = described["jax"], described["sha256"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} is no exported function, or is cut short: it does not end as "
-            "bnjax.interop.export.save ends a file. Copy it again, or export again. "
-            "What another program exported is read by jax.export.deserialize."
-        ) from error
-    if hashlib.sha256(body).hexdigest() != digest:
-        raise UserError(
-            f"{path} is damaged: its bytes are not those that were written. Copy it "
-            "again, or export again."
-        )
-    return body, version
+def _check_readable(exported: jax.export.Exported) -> None:
+    """Raise where the program is in words that this version does not know."""
+    [given] = exported.in_avals
+    batch, *rest = given.shape
+    sides = (batch if isinstance(batch, int) else 1, *rest)
+    traced = jax.jit(exported.call).trace(jax.ShapeDtypeStruct(sides, given.dtype))
+    traced.lower(lowering_platforms=exported.platforms[:1])
 
 
 def _or_refused(lower: Callable[[], jax.export.Exported]) -> jax.export.Exported:

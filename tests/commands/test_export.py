@@ -63,7 +63,10 @@ def test_options(trained, run, expected, tmp_path):
     np.testing.assert_allclose(found, probabilities, rtol=0, atol=1e-5)
 
 
-def test_faults(trained, fails, tmp_path):
+def test_faults(trained, fails, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("no layer.")
+
     taken = tmp_path / "taken"
     taken.write_text("old")
     assert "is there already" in fails("export", trained("digits"), taken, status=2)
@@ -71,6 +74,10 @@ def test_faults(trained, fails, tmp_path):
     missing = tmp_path / "no" / "file"
     assert "not there" in fails("export", trained("digits"), missing, status=2)
     assert "is no run" in fails("export", tmp_path, tmp_path / "new")
+    with monkeypatch.context() as patched:
+        patched.setattr("bnjax.commands.fold.fold_batch_norm", refuse)
+        message = fails("export", trained("digits"), tmp_path / "new")
+    assert "the network cannot be folded: no layer. Or export" in message
     flags = ["--no-fold", "--batch-size", 0]
     message = fails("export", trained("digits"), tmp_path / "new", *flags, status=2)
     assert "expected 1 or more" in message

@@ -12,7 +12,7 @@ from bnjax.commands.predict import list_images
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import open_source
 from bnjax.training.trained import open_trained
-from tests.data import image_folder
+from tests.data import image_folder, prepared_set
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +129,10 @@ def test_faults(trained, digits, images, fails, tmp_path):
 
 def test_names_of_classes(images, tmp_path):
     assert open_source("digits").class_names is None
+    prepared = prepared_set.write(tmp_path)
+    assert open_source(str(prepared)).class_names == ("0", "1", "2")
+    (prepared / "label.labels.txt").write_text("ant\nbee\ncat\n")
+    assert open_source(str(prepared)).class_names == ("ant", "bee", "cat")
     source = open_source(str(images), image_size=16)
     assert source.class_names == image_folder.CLASSES
     # Folders are searched at every depth, in order.

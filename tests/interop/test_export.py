@@ -1,5 +1,6 @@
 """Exported functions: the same numbers, where neither Flax nor bnjax is."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,8 +12,8 @@ import pytest
 
 from bnjax import models
 from bnjax.folding import fold_batch_norm
-from bnjax.interop import export
 from bnjax.interop.export import export_inference, load, save
+from bnjax.interop.trailer import trailer
 from bnjax.training.errors import UserError
 
 READER = """
@@ -228,12 +229,24 @@ def test_another_platform(refused, tmp_path):
     assert f"was exported for {other}, and JAX runs on {here} here" in message
 
 
-def test_a_version_that_cannot_be_read(refused, tmp_path, monkeypatch):
+def test_another_version(network, exported, refused, tmp_path, monkeypatch):
+    x = np.ones((3, 28, 28, 1), np.float32)
+    expected = exported.call(x)
     path = tmp_path / "file"
-    path.write_bytes(bytes(100) + export._trailer(bytes(100)))
-    monkeypatch.setattr(jax, "__version__", "9.9")
-    message = refused(load, path)
-    assert re.search(r"was written by JAX 0\..*, and JAX 9.9 cannot read it", message)
+    program = bytearray(exported.mlir_module_serialized)
+    # As one of a later version: MLIR refuses the bytecode's number.
+    program[4] = 99
+    later = dataclasses.replace(exported, mlir_module_serialized=bytes(program))
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "__version__", "9.9")
+        save(exported, path)
+        save(later, tmp_path / "later")
+        (tmp_path / "other").write_bytes(bytes(100) + trailer(bytes(100)))
+    np.testing.assert_array_equal(load(path)(x), expected)
+    for name in ("later", "other"):
+        message = refused(load, tmp_path / name)
+        assert "was written by JAX 9.9, and JAX " in message
+        assert f"JAX {jax.__version__} cannot read it" in message
 
 
 def test_more_than_one_input(refused, tmp_path):

@@ -30,7 +30,7 @@ from bnjax.population import recompute_batch_stats
 from bnjax.training.build import build
 from bnjax.training.config import Config
 from bnjax.training.errors import run_reporting
-from bnjax.training.presets import lenet_mnist
+from bnjax.training.presets.small import lenet_mnist
 from experiments.figures import new_figure, save
 from experiments.runs import once, rounded, visit
 

@@ -153,8 +153,8 @@ def draw(result: dict[str, Any]) -> Path:
             points = [100 * run["accuracy"][domain][name] for domain in DOMAINS]
             axes.plot(at, points, ".", color="k", ms=3)
     axes.set_xticks(places, list(DOMAINS))
-    axes.set(title="LeNet trained on MNIST", ylabel="test accuracy (%)", ylim=(0, 115))
-    axes.legend(loc="upper center", ncols=3, fontsize="small", title="statistics")
+    axes.set(title="LeNet trained on MNIST", ylabel="test accuracy (%)", ylim=(0, 100))
+    figure.legend(loc="outside lower center", ncols=3, title="statistics")
     return save(figure, "adabn")
 
 

@@ -30,7 +30,7 @@ from bnjax.population import recompute_batch_stats
 from bnjax.training.build import build
 from bnjax.training.config import Config
 from bnjax.training.errors import run_reporting
-from bnjax.training.presets import lenet_mnist
+from bnjax.training.presets.small import lenet_mnist
 from experiments.figures import new_figure, save
 from experiments.runs import once, rounded, visit
 
@@ -92,7 +92,10 @@ def accuracies(config: Config) -> dict[str, Any]:
     (run,) = visit(config, [config.steps])
     source = open_data(config.data, config.data_dir)
     program = build(config, source)
-    train, test = (source.load(name, lambda *_: None) for name in ("train", "test"))
+    train, test = (
+        jax.device_put(source.load(name, lambda *_: None)) for name in ("train", "test")
+    )
+    gather = jax.jit(program.gather)
     variables = {"params": run.state.params, "batch_stats": run.state.batch_stats}
 
     def call(variables: Any, images: jax.Array) -> Any:
@@ -112,14 +115,14 @@ def accuracies(config: Config) -> dict[str, Any]:
     def accuracy(change: Callable[[jax.Array], jax.Array], stats: Any) -> float:
         adapted = {**variables, "batch_stats": stats}
         right = [
-            predicted(adapted, change(program.gather(test, part)["image"])) == truth
+            predicted(adapted, change(gather(test, part)["image"])) == truth
             for part, truth in zip(tests, labels, strict=True)
         ]
         return rounded(float(np.mean(right)))
 
     found: dict[str, Any] = {}
     for domain, change in DOMAINS.items():
-        target = [change(program.gather(train, part)["image"]) for part in rows]
+        target = [change(gather(train, part)["image"]) for part in rows]
         found[domain] = {TRAINING: accuracy(change, variables["batch_stats"])}
         for name, layers in LAYERS.items():
             stats = recompute_batch_stats(call, variables, target, layers=layers)
@@ -153,8 +156,8 @@ def draw(result: dict[str, Any]) -> Path:
             points = [100 * run["accuracy"][domain][name] for domain in DOMAINS]
             axes.plot(at, points, ".", color="k", ms=3)
     axes.set_xticks(places, list(DOMAINS))
-    axes.set(title="LeNet trained on MNIST", ylabel="test accuracy (%)", ylim=(0, 115))
-    axes.legend(loc="upper center", ncols=3, fontsize="small", title="statistics")
+    axes.set(title="LeNet trained on MNIST", ylabel="test accuracy (%)", ylim=(0, 100))
+    figure.legend(loc="outside lower center", ncols=3, title="statistics")
     return save(figure, "adabn")
 
 

@@ -33,7 +33,7 @@ from benchmarks.report import ROOT, write_result
 from bnjax.data.resident import Arrays
 from bnjax.data.sources import open_data
 from bnjax.population import recompute_batch_stats
-from bnjax.training.build import Program, build
+from bnjax.training.build import build
 from bnjax.training.config import Config
 from bnjax.training.errors import run_reporting
 from bnjax.training.presets import mnist
@@ -62,14 +62,14 @@ class Scorer:
     """Gives the statistics and the test accuracy of a network.
 
     Args:
-        program: of the network.
         train: training examples.
+        gather: gives the inputs of some rows of them.
         accuracy: test accuracy, a function of params and batch_stats.
         call: of a training step, for `recompute_batch_stats`.
     """
 
-    program: Program
     train: Arrays
+    gather: Callable[[Arrays, Any], Any]
     accuracy: Callable[[Any, Any], float]
     call: Callable[[Any, Any], Any]
 
@@ -78,7 +78,10 @@ class Scorer:
         """Load the data of a run and build its network."""
         source = open_data(config.data, config.data_dir)
         program = build(config, source)
-        train, test = (source.load(name, lambda *_: None) for name in ("train", "test"))
+        train, test = (
+            jax.device_put(source.load(name, lambda *_: None))
+            for name in ("train", "test")
+        )
 
         @jax.jit
         def correct(params: Any, batch_stats: Any, test: Arrays) -> jax.Array:
@@ -93,8 +96,8 @@ class Scorer:
             )
 
         return cls(
-            program,
             train,
+            jax.jit(program.gather),
             lambda params, stats: rounded(float(correct(params, stats, test))),
             call,
         )
@@ -103,7 +106,7 @@ class Scorer:
         """Yield batches of training images, `EXAMPLES` in all."""
         rows = np.random.default_rng(seed).permutation(len(self.train.labels))
         for start in range(0, min(EXAMPLES, len(rows)) - size + 1, size):
-            yield self.program.gather(self.train, rows[start : start + size])["image"]
+            yield self.gather(self.train, rows[start : start + size])["image"]
 
     def population(
         self, params: Any, stats: Any, method: Any, size: int, seed: int

@@ -32,6 +32,7 @@ SHARED = "tests/integration/test_shared_statistics.py"
 LAYERS = "tests/test_layers.py"
 FOLDING = "tests/folding/test_fold.py"
 PAIRS = "tests/folding/test_pairs.py"
+TOTALS = "tests/population/test_totals.py"
 
 MUTATIONS = [
     Mutation(
@@ -264,6 +265,34 @@ MUTATIONS = [
         'return value.transpose(np.argsort(equation.params["permutation"]))',
         'return value.transpose(equation.params["permutation"])',
         "tests/folding/test_constants.py",
+    ),
+    Mutation(
+        "population: the means' differences lost",
+        "bnjax/population/totals.py",
+        "(self.within + self.between) / np.maximum",
+        "self.within / np.maximum",
+        TOTALS,
+    ),
+    Mutation(
+        "population: the paper's m / (m - 1) lost",
+        "bnjax/population/totals.py",
+        "self.unbiased + weight * var * (count / np.maximum(count - 1, 1))",
+        "self.unbiased + weight * var",
+        TOTALS,
+    ),
+    Mutation(
+        "population: a value counted by every device",
+        "bnjax/population/records.py",
+        "old.weight + found.count / devices",
+        "old.weight + found.count",
+        "tests/population/test_devices.py",
+    ),
+    Mutation(
+        "population: an input noted twice",
+        "bnjax/population/linen_layers.py",
+        "if is_training(layer, args, kwargs) and not noted:",
+        "if is_training(layer, args, kwargs):",
+        "tests/population/test_transforms.py",
     ),
 ]
 

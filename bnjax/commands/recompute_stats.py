@@ -1,25 +1,23 @@
 """A trained run with its population statistics estimated again."""
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bnjax.commands.new_run import check_new_run, write_run
 from bnjax.commands.table import format_table
-from bnjax.data.pipeline import make_feed
-from bnjax.data.sources import Source
-from bnjax.population import recompute_batch_stats
 from bnjax.training.build import build
 from bnjax.training.checkpoint import open_checkpoints
-from bnjax.training.config import Config
 from bnjax.training.errors import USAGE, UserError
+from bnjax.training.feed import make_run_feed
+from bnjax.training.parallel import evaluation_parallel
+from bnjax.training.population import Population
 from bnjax.training.progress import Loading
-from bnjax.training.state import Stream, stream_key
 from bnjax.training.trained import open_trained
 from bnjax.training.workdir import CONFIG, read_json
 
@@ -60,34 +58,30 @@ def recompute_run(
             f"--output {output} is the run itself. Give another folder.", USAGE
         )
     run = open_trained(workdir, data_dir)
+    if run.config.ema is not None:
+        raise UserError(
+            f"{workdir} was trained with --ema: eval.py takes its statistics again "
+            "each time, over --batch-stats-from batches."
+        )
     program = build(run.config, run.source)
     with open_checkpoints(workdir, run.config, read_only=True) as found:
         state, notes = found.restore(program.initial_state())
-
-    def train_call(variables: Any, batch: dict[str, jax.Array]) -> Any:
-        return program.model.apply(
-            variables,
-            batch["image"],
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": stream_key(state.rng, Stream.NOISE)},
+    if not state.batch_stats:
+        raise UserError(
+            f"{workdir} was trained without batch normalization: it has no statistics."
         )
-
-    try:
-        batch_stats = recompute_batch_stats(
-            train_call,
-            {"params": state.params, "batch_stats": state.batch_stats},
-            _training_batches(run.config, run.source, batches),
-            method=method,
-            layers=layers or None,
+    parallel = evaluation_parallel(run.config)
+    report = Loading(run.source.name, seconds=5, verb="estimating from")
+    with contextlib.closing(make_run_feed(run.config, run.source)) as feed:
+        population = Population(run.config, program, feed, parallel)
+        new = population.estimated(
+            state, batches, method=method, layers=layers or None, report=report
         )
-    except ValueError as error:
-        raise UserError(str(error)) from error
     write_run(
         output,
         read_json(workdir / CONFIG).get("preset", ""),
         dataclasses.replace(run.config, workdir=output),
-        dataclasses.replace(state, batch_stats=batch_stats),
+        new,
         {
             "command": "recompute-stats",
             "run": str(workdir),
@@ -98,7 +92,7 @@ def recompute_run(
         notes=dataclasses.replace(notes, test_accuracy=None),
         force=force,
     )
-    print(describe_change(state.batch_stats, batch_stats))
+    print(describe_change(state.batch_stats, new.batch_stats))
     print(
         f"{output} holds step {int(state.step):,} with statistics over {batches:,} "
         f"batches of {run.config.batch_size:,}: python eval.py {output}"
@@ -143,28 +137,3 @@ def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
             )
         )
     return format_table(("layer", "mean moved by (std)", "var times"), rows)
-
-
-def _training_batches(
-    config: Config, source: Source, count: int
-) -> Iterator[dict[str, jax.Array]]:
-    """Give the batches of the first steps of a run, as its steps were given them."""
-    rng = jax.random.key(config.seed)
-    report = Loading(source.name)
-    feed = make_feed(
-        config,
-        source,
-        lambda epoch: stream_key(rng, Stream.ORDER, epoch),
-        report=report,
-    )
-    try:
-        make = jax.jit(feed.batch)
-        constants = jax.device_put(feed.constants)
-        seen = Loading(source.name, seconds=5, verb="estimating from")
-        for step in range(count):
-            item = jax.tree.map(lambda leaf: leaf[0], feed.chunk(step, 1))
-            yield make(constants, item, stream_key(rng, Stream.AUGMENT, step))
-            done = (step + 1) * config.batch_size
-            seen(done, count * config.batch_size)
-    finally:
-        feed.close()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
@@ -85,4 +86,4 @@ def placed_like(value: np.ndarray, old: Any) -> jax.Array:
     value = value.astype(old.dtype)
     if getattr(old, "committed", False):
         return jax.device_put(value, old.sharding)
-    return jax.numpy.asarray(value)
+    return jnp.asarray(value)

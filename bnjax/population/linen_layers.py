@@ -130,17 +130,18 @@ def _record_input(
 ) -> Any:
     """Call a module; note what it was given if it is a layer that trains."""
     layer = context.module
-    if (
-        not isinstance(layer, nn.BatchNorm)
-        or context.method_name != "__call__"
-        or not layer.has_variable(COLLECTION, NAME)
-        or not is_training(layer, args, kwargs)
-    ):
+    recorded = (
+        isinstance(layer, nn.BatchNorm)
+        and context.method_name == "__call__"
+        and layer.has_variable(COLLECTION, NAME)
+    )
+    if not recorded:
         return call(*args, **kwargs)
     record = layer.get_variable(COLLECTION, NAME)
     y = call(*args, **kwargs)
-    # A call of the class it extends, or in a transform, has noted it already.
-    if layer.get_variable(COLLECTION, NAME) is record:
+    # A call of the class it extends, or in a transform, may have noted it already.
+    noted = layer.get_variable(COLLECTION, NAME) is not record
+    if is_training(layer, args, kwargs) and not noted:
         name = f"BatchNorm layer {layer_name(layer.path)}"
         x = args[0] if args else kwargs["x"]
         joined = record.joined(layer, name, x, kwargs.get("mask"))

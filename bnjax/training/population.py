@@ -13,7 +13,7 @@ import jax
 
 from bnjax.data.pipeline import Feed
 from bnjax.data.resident import Report
-from bnjax.population import recompute_batch_stats
+from bnjax.population import Layers, Method, recompute_batch_stats
 from bnjax.training.average import AveragedState, average_of
 from bnjax.training.build import Program
 from bnjax.training.config import Config
@@ -79,6 +79,9 @@ class Population:
         self,
         state: TrainState,
         batches: int | None = None,
+        *,
+        method: Method = "paper",
+        layers: Layers = None,
         report: Report = lambda done, total: None,  # noqa: ARG005
     ) -> TrainState:
         """Return the state with statistics over some training batches.
@@ -86,10 +89,12 @@ class Population:
         Args:
             state: one copy; its parameters stay.
             batches: how many; those of `--batch-stats-from` if None.
+            method: see `bnjax.population.recompute_batch_stats`.
+            layers: likewise.
             report: called with the examples done and all of them.
 
         Raises:
-            UserError: the statistics are frozen.
+            UserError: the statistics are frozen, are none, or cannot be had.
         """
         if not state.batch_stats:
             return state
@@ -101,11 +106,16 @@ class Population:
             )
         count = self._config.batch_stats_from if batches is None else batches
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        batch_stats = recompute_batch_stats(
-            self._apply,
-            self._parallel.place(variables),
-            self._batches(self._parallel.place(state.rng), count, report),
-        )
+        try:
+            batch_stats = recompute_batch_stats(
+                self._apply,
+                self._parallel.place(variables),
+                self._batches(self._parallel.place(state.rng), count, report),
+                method=method,
+                layers=layers,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return dataclasses.replace(state, batch_stats=batch_stats)
 
     def close(self) -> None:

@@ -89,6 +89,21 @@ def test_order_of_batches(method):
     oracle.assert_relative(one, oracle.as_float64(other), 1e-6)
 
 
+def test_a_mean_of_a_million_deviations():
+    model = bnjax.linen.BatchNorm(use_running_average=False)
+    x = 1e6 + np.random.default_rng(0).normal(size=(4, 50, 3))
+    x = x.astype(np.float32)
+    variables = model.init(jax.random.key(0), x[0])
+
+    def call(variables, batch):
+        return model.apply(variables, batch, mutable=["batch_stats"])
+
+    found = recompute_batch_stats(call, variables, x)
+    want = oracle.population(x, "paper")
+    np.testing.assert_allclose(found["mean"], want["mean"], rtol=1e-7)
+    np.testing.assert_allclose(found["var"], want["var"], rtol=1e-5)
+
+
 def test_neither_momentum_nor_old_statistics_matter():
     _, variables, call, batches = classifier("bnjax")
     stale = jax.tree.map(lambda leaf: leaf * 0 + 100, variables["batch_stats"])

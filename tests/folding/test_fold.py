@@ -109,7 +109,7 @@ def test_written_by_hand():
             var = self.variable("batch_stats", "var", jnp.ones, 3).value
             gamma = self.param("gamma", nn.initializers.ones, 3)
             beta = self.param("beta", nn.initializers.ones, 3)
-            return beta - gamma * ((mu - x) / jnp.sqrt(var + 1e-3))
+            return gamma * ((mu - x) / -jnp.sqrt(var + 1e-3)) + beta
 
     folded = check((nn.Dense(3), HandWritten()), (2, 4))
     assert sorted(folded.params) == ["parts_0"]

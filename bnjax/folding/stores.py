@@ -46,7 +46,8 @@ class Making:
     def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
         """Make an array."""
         with jax.ensure_compile_time_eval():
-            array = jnp.asarray(make(), dtype)
+            # jnp.asarray would compile a program for each shape.
+            array = jax.device_put(make().astype(dtype))
         self._made.append((path, array))
         return array
 

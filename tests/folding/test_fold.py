@@ -101,6 +101,22 @@ def test_through_rearrangements(parts, shape):
     assert all(row.folded for row in check(parts, shape).report)
 
 
+def test_written_by_hand():
+    class HandWritten(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            mu = self.variable("batch_stats", "mu", jnp.zeros, 3).value
+            var = self.variable("batch_stats", "var", jnp.ones, 3).value
+            gamma = self.param("gamma", nn.initializers.ones, 3)
+            beta = self.param("beta", nn.initializers.ones, 3)
+            return gamma * ((mu - x) / -jnp.sqrt(var + 1e-3)) + beta
+
+    folded = check((nn.Dense(3), HandWritten()), (2, 4))
+    assert sorted(folded.params) == ["parts_0"]
+    folded = check((HandWritten(), nn.Dense(4)), (2, 3))
+    assert sorted(folded.params) == ["parts_1"]
+
+
 def test_each_pixel_its_own_normalization():
     parts = (nn.Conv(3, (2, 2)), lambda x: x.reshape(len(x), -1), norm())
     assert reason(parts, (2, 3, 3, 2)).startswith("its constants differ")

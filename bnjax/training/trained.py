@@ -74,7 +74,7 @@ class Trained:
             if kind is None:
                 return population.evaluated(state)
             state = averaged(self.config, state)
-            return population.estimated(state, batches, report)
+            return population.estimated(state, batches, report=report)
 
     def tested_on(self) -> str:
         """Name the test set as decoded: its files, split and size of images."""

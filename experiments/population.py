@@ -253,7 +253,7 @@ def curves(
     axes.minorticks_off()
     axes.legend(
         loc="upper center",
-        bbox_to_anchor=(0.5, -0.15),
+        bbox_to_anchor=(0.5, -0.2),
         fontsize="small",
         title=f"median and range, seeds: {len(runs)}",
     )

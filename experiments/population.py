@@ -251,7 +251,12 @@ def curves(
     axes.set_xscale("log")
     axes.set_xticks(places, [str(place) for place in places])
     axes.minorticks_off()
-    axes.legend(loc="lower right", fontsize="small", title=f"{len(runs)} seeds")
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.2),
+        fontsize="small",
+        title=f"median and range, seeds: {len(runs)}",
+    )
 
 
 if __name__ == "__main__":

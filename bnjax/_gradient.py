@@ -26,7 +26,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bnjax._operation import operation
 from bnjax._statistics import Moments, Reduction, live, moments_about_origin, named
+from bnjax._sums import batch_sums
 
 _remat = functools.partial(jax.checkpoint, prevent_cse=False)
 
@@ -86,10 +88,7 @@ def normalize_by(
 
     @_remat
     def affine(operands, mean, var):
-        mean, var = transform.cast(mean), transform.cast(var)
-        distance, _ = _distance(transform, operands, mean)
-        inverse = lax.rsqrt(var + operands.epsilon)
-        return _output(transform, operands, distance, inverse)
+        return _output(transform, operands, _channels(transform, operands, mean, var))
 
     return affine(operands, mean, var)
 
@@ -97,7 +96,7 @@ def normalize_by(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _by_batch(transform, operands):
     origin, moments = moments_about_origin(
-        transform.cast(operands.x), operands.mask, transform.reduction
+        operands.x, operands.mask, transform.reduction, transform.compute_dtype
     )
     return _normalized(transform, operands, origin, moments), origin, moments
 
@@ -123,16 +122,15 @@ def _by_batch_jvp(transform, primals, tangents):
 
 
 def _normalized(transform, operands, origin, moments):
-    distance, _ = _distance(transform, operands, origin, moments.mean)
-    inverse = lax.rsqrt(moments.var + operands.epsilon)
-    return _output(transform, operands, distance, inverse)
+    channels = _channels(transform, operands, moments.mean, moments.var, origin)
+    return _output(transform, operands, channels)
 
 
 def _tangents(transform, operands, origin, moments, doperands):
-    reduction, expand = transform.reduction, transform.reduction.expand
-    distance, hidden = _distance(transform, operands, origin, moments.mean)
-    inverse = lax.rsqrt(moments.var + operands.epsilon)
-    xhat = distance * expand(inverse)
+    reduction = transform.reduction
+    channels = _channels(transform, operands, moments.mean, moments.var, origin)
+    distance, hidden = _distance(transform, operands, channels)
+    xhat = distance * channels.inverse
     dx = transform.cast(doperands.x)
     weighted = dx
     if operands.mask is not None:
@@ -143,48 +141,124 @@ def _tangents(transform, operands, origin, moments, doperands):
     sums = [jnp.sum(weighted, reduction.axes), jnp.sum(weighted * xhat, reduction.axes)]
     count = jnp.where(moments.count > 0, moments.count, 1)
     means = reduction.total(jnp.stack(sums)) / count[None]
+    inverse, gain = (
+        lax.squeeze(value, reduction.axes)
+        for value in (channels.inverse, channels.gain)
+    )
     dmean, dvar = means[0], 2 * means[1] / inverse
 
-    a = _gain(transform, operands, inverse)
-    dbias = jnp.zeros_like(a) if doperands.bias is None else doperands.bias
-    dscale = jnp.zeros_like(a) if doperands.scale is None else doperands.scale
+    dbias = jnp.zeros_like(gain) if doperands.bias is None else doperands.bias
+    dscale = jnp.zeros_like(gain) if doperands.scale is None else doperands.scale
     dparams = jnp.stack([transform.cast(dbias), transform.cast(dscale)])
-    change = _varying_like(distance, dparams - a[None] * means)
-    dgain = change[1] - 0.5 * a * inverse * doperands.epsilon
-    dz = expand(a) * dx + xhat * expand(dgain) + expand(change[0])
-    if doperands.residual is not None:
-        dz = dz + transform.cast(doperands.residual)
+    arrays = jax.tree.leaves((operands, channels, dx, doperands.residual))
+    change = _varying_like(arrays, dparams - gain[None] * means)
+    dgain = change[1] - 0.5 * gain * inverse * doperands.epsilon
+    tangents = _Tangents(
+        _varying_like(arrays, dx),
+        reduction.expand(change[0]),
+        reduction.expand(dgain),
+        _varying_like(arrays, doperands.residual),
+    )
+    if operands.mask is None and not operands.consts:
+        spread = _spread
+    else:
+        spread = functools.partial(_spread_plainly, dconsts=doperands.consts)
+    (dy,) = spread(operands, channels, tangents, transform=transform)
+    return dy, dmean, dvar
+
+
+class _Channels(NamedTuple):
+    """What is one number per channel, of the rank of the input."""
+
+    mean: jax.Array
+    inverse: jax.Array
+    gain: jax.Array
+    bias: jax.Array | None
+    origin: jax.Array | None
+
+
+class _Tangents(NamedTuple):
+    """Those of input and residual, and what a whole channel adds to an output's."""
+
+    x: jax.Array
+    bias: jax.Array
+    gain: jax.Array
+    residual: jax.Array | None
+
+
+def _spread_plainly(operands, channels, tangents, *, transform, dconsts=()):
+    distance, _ = _distance(transform, operands, channels)
+    xhat = distance * channels.inverse
+    dz = channels.gain * tangents.x + xhat * tangents.gain + tangents.bias
+    if tangents.residual is not None:
+        dz = dz + transform.cast(tangents.residual)
     if transform.activation is not None:
-        z = _affine(transform, operands, distance, inverse)
-        inputs, dinputs = (z, *operands.consts), (dz, *doperands.consts)
+        z = _affine(transform, operands, channels, distance)
+        inputs, dinputs = (z, *operands.consts), (dz, *dconsts)
         dz = jax.jvp(transform.activation, inputs, dinputs)[1]
-    return dz.astype(transform.dtype), dmean, dvar
+    return [dz.astype(transform.dtype)]
 
 
-def _distance(transform, operands, *centres) -> tuple[jax.Array, Any]:
-    """`x` less the centres, 0 where a mask hides what is not finite, and where it does.
+def _gather(cotangents, operands, channels, tangents, *, transform):
+    """The transpose of `_spread_plainly`: the backward pass, with one pass for sums."""
 
-    Each centre is subtracted by itself: their sum would round where the mean is large.
+    def pulled_back(dy, x, residual, *channels):
+        part, channels = operands._replace(x=x, residual=residual), _Channels(*channels)
+        distance, _ = _distance(transform, part, channels)
+        dz = transform.cast(dy)
+        if transform.activation is not None:
+            z = _affine(transform, part, channels, distance)
+            (dz,) = jax.vjp(transform.activation, z)[1](dz)
+        return dz, distance * channels.inverse
+
+    def terms(*arrays):
+        dz, xhat = pulled_back(*arrays)
+        return dz, dz * xhat
+
+    reduction = transform.reduction
+    rows = (*cotangents, operands.x, operands.residual)
+    dbias, dgain = map(
+        reduction.expand, batch_sums(terms, rows, channels, reduction.axes)
+    )
+    dz, _ = pulled_back(*rows, *channels)
+    residual = tangents.residual
+    dresidual = None if residual is None else dz.astype(residual.dtype)
+    return _Tangents(channels.gain * dz, dbias, dgain, dresidual)
+
+
+_spread = operation("batch_norm_tangent", _spread_plainly, transpose=_gather)
+
+
+def _channels(transform, operands, mean, var, origin=None):
+    expand = transform.reduction.expand
+    mean, var, scale, bias = map(
+        transform.cast, (mean, var, operands.scale, operands.bias)
+    )
+    inverse = lax.rsqrt(var + operands.epsilon)
+    gain = inverse if scale is None else scale * inverse
+    every = mean, inverse, gain, bias, origin
+    return _Channels(*(None if one is None else expand(one) for one in every))
+
+
+def _distance(transform, operands, channels) -> tuple[jax.Array, Any]:
+    """`x` less its mean, 0 where a mask hides what is not finite, and where it does.
+
+    Origin and mean are subtracted one by one: their sum would round where it is large.
     """
     distance = transform.cast(operands.x)
-    for centre in centres:
-        distance = distance - transform.reduction.expand(centre)
+    if channels.origin is not None:
+        distance = distance - channels.origin
+    distance = distance - channels.mean
     if operands.mask is None:
         return distance, None
     hidden = _hidden(distance, operands.mask)
     return jnp.where(hidden, 0, distance), hidden
 
 
-def _gain(transform, operands, inverse):
-    scale = transform.cast(operands.scale)
-    return inverse if scale is None else scale * inverse
-
-
-def _affine(transform, operands, distance, inverse):
-    expand = transform.reduction.expand
-    z = distance * expand(_gain(transform, operands, inverse))
-    if operands.bias is not None:
-        z = z + expand(transform.cast(operands.bias))
+def _affine(transform, operands, channels, distance):
+    z = distance * channels.gain
+    if channels.bias is not None:
+        z = z + channels.bias
     if operands.residual is not None:
         residual = transform.cast(operands.residual)
         if operands.mask is not None:
@@ -193,8 +267,9 @@ def _affine(transform, operands, distance, inverse):
     return z
 
 
-def _output(transform, operands, distance, inverse):
-    z = _affine(transform, operands, distance, inverse)
+def _output(transform, operands, channels):
+    distance, _ = _distance(transform, operands, channels)
+    z = _affine(transform, operands, channels, distance)
     if transform.activation is not None:
         z = transform.activation(z, *operands.consts)
     return z.astype(transform.dtype)
@@ -205,15 +280,21 @@ def _hidden(value, mask):
     return ~live(mask) & ~jnp.isfinite(jnp.square(value))
 
 
-def _varying_like(x, value):
-    """`value` as varying over the mesh axes that `x` varies over.
+def _varying_like(arrays, value):
+    """`value` as varying over the mesh axes that any of the arrays varies over.
 
     Done before the broadcast, so that the transpose is one sum over devices of a
     per-channel array.
     """
-    varying, present = (jax.typeof(a).manual_axis_type.varying for a in (x, value))
-    missing = tuple(varying - present)
+    if value is None:
+        return None
+    varying = frozenset().union(*map(_varying, arrays))
+    missing = tuple(varying - _varying(value))
     return lax.pcast(value, missing, to="varying") if missing else value
+
+
+def _varying(x):
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def _hoist(transform, operands):

@@ -10,6 +10,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, auto_axes
 
+from bnjax._sums import batch_sums
+
 AxisName = str | tuple[str, ...]
 
 # A remat policy that saves this name repeats neither the sums nor the collectives.
@@ -178,7 +180,7 @@ class Reduction:
 
 
 def moments_about_origin(
-    x: jax.Array, mask: jax.Array | None, reduction: Reduction
+    x: jax.Array, mask: jax.Array | None, reduction: Reduction, dtype: jnp.dtype
 ) -> tuple[jax.Array, Moments]:
     """One pass over `x`: an origin close to the mean, and the moments of x - origin.
 
@@ -186,9 +188,10 @@ def moments_about_origin(
     mean is itself off by several hundredths of a standard deviation.
 
     Args:
-        x: float32 or float64, of any rank.
+        x: of any rank and dtype.
         mask: None, or booleans or weights of the rank of `x`.
         reduction: the axes and devices to take the moments over.
+        dtype: of the computation and the results: float32 or float64.
 
     Returns:
         The origin and the Moments, of shape (features,), equal on every device that
@@ -196,26 +199,33 @@ def moments_about_origin(
     """
     count = reduction.local_count(x.shape)
     if mask is None:
-        origin = lax.squeeze(_first(x, reduction.axes), reduction.axes)
-        distance = x - reduction.expand(origin)
+        first_row = lax.stop_gradient(_first(x, reduction.axes).astype(dtype))
+        origin = lax.squeeze(first_row, reduction.axes)
         weight = jnp.full_like(origin, count)
-        weighted = distance
+
+        def powers(x, origin):
+            distance = x.astype(dtype) - origin
+            return distance, jnp.square(distance)
+
+        first, second = batch_sums(powers, [x], [first_row], reduction.axes)
     else:
+        x = x.astype(dtype)
         seen = live(mask)
         thin = tuple(axis for axis in reduction.axes if mask.shape[axis] == 1)
         candidates = jnp.where(seen, _first(x, thin), 0)
         found = jnp.broadcast_to(seen, candidates.shape).astype(x.dtype)
-        origin = _mean_of_live(
-            jnp.sum(candidates, reduction.axes), jnp.sum(found, reduction.axes)
+        origin = lax.stop_gradient(
+            _mean_of_live(
+                jnp.sum(candidates, reduction.axes), jnp.sum(found, reduction.axes)
+            )
         )
         distance = jnp.where(seen, x - reduction.expand(origin), 0)
         weights = jnp.where(seen, mask, jnp.zeros_like(mask)).astype(x.dtype)
         repeats = count / reduction.local_count(mask.shape)
         weight = jnp.sum(weights, reduction.axes) * repeats + jnp.zeros_like(origin)
         weighted = weights * distance
-    origin = lax.stop_gradient(origin)
-    first = jnp.sum(weighted, reduction.axes)
-    second = jnp.sum(weighted * distance, reduction.axes)
+        first = jnp.sum(weighted, reduction.axes)
+        second = jnp.sum(weighted * distance, reduction.axes)
     local = _from_sums(weight, first, second)
     if reduction.axis_name is None:
         return origin, local

@@ -194,7 +194,7 @@ def moments(
     )
     origin, centred = named(
         moments_about_origin(
-            transform.cast(operands.x), operands.mask, transform.reduction
+            operands.x, operands.mask, transform.reduction, transform.compute_dtype
         )
     )
     return Moments(origin + centred.mean, centred.var, centred.count)

@@ -109,7 +109,9 @@ def draw(rows: dict[str, Any]) -> Path:
     figure, axes = new_figure()
     names = [name for name in rows if name not in (REFERENCE, CROPPED)][::-1]
     points = [rows[name]["points_from_reference"] for name in names]
-    bars = axes.barh(names, points, color=["C3" if p < 0 else "C2" for p in points])
+    cropped = f" (of {100 * rows[CROPPED]['accuracy']:.1f} %)"
+    labels = [name + cropped if "crops" in name else name for name in names]
+    bars = axes.barh(labels, points, color=["C3" if p < 0 else "C2" for p in points])
     axes.bar_label(bars, [f"{p:+.1f}" for p in points], padding=3)
     axes.axvline(0, color="black", lw=1)
     axes.margins(x=0.15)

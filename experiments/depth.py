@@ -103,21 +103,25 @@ def row(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, Any]) -> Path:
-    """Draw the training losses; without normalization, of the best learning rate."""
+    """Draw the training losses, each network's at its best learning rate."""
     figure, axes = new_figure()
+    lowest = []
     for depth, style in DEPTHS.items():
         for name in RATES:
             start = f"ResNet-{depth} {name},"
-            ended = [
+            tried = [
                 run
                 for key, run in runs.items()
-                if key.startswith(start) and not run["diverged"]
+                if key.startswith(start) and run["train_loss"]
             ]
-            if not ended:
+            if not tried:
                 continue
-            best = min(ended, key=lambda run: row(run)["train_loss_of_last_tenth"])
+            best = min(tried, key=lambda run: row(run)["train_loss_of_last_tenth"])
             label = f"ResNet-{depth}, {name}"
+            if best["diverged"]:
+                label += " (not finite in the end)"
             steps, losses = best["train_steps"], best["train_loss"]
+            lowest.append(min(losses))
             axes.plot(steps, losses, style, color=COLORS[name], label=label)
     axes.axhline(np.log(10), color="gray", ls=":", lw=1)
     axes.annotate("chance", (0, np.log(10)), xytext=(2, 3), textcoords="offset points")
@@ -125,7 +129,7 @@ def draw(runs: dict[str, Any]) -> Path:
         title="CIFAR-10 (JPEG): training loss by depth",
         xlabel=f"training steps of {BATCH} examples",
         ylabel="cross-entropy",
-        ylim=(None, 2.6),
+        ylim=(0.95 * min(lowest), 2.6),
     )
     axes.legend()
     return save(figure, "depth")

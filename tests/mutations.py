@@ -29,6 +29,7 @@ class Mutation:
 TRANSFORM = "tests/test_transform.py"
 DERIVATIVES = "tests/test_derivatives.py"
 SHARED = "tests/integration/test_shared_statistics.py"
+SUMS = "tests/test_sums.py"
 LAYERS = "tests/test_layers.py"
 FOLDING = "tests/folding/test_fold.py"
 PAIRS = "tests/folding/test_pairs.py"
@@ -66,8 +67,8 @@ MUTATIONS = [
     Mutation(
         "origin of zero",
         "bnjax/_statistics.py",
-        "origin = lax.squeeze(_first(x, reduction.axes), reduction.axes)",
-        "origin = 0 * lax.squeeze(_first(x, reduction.axes), reduction.axes)",
+        "first_row = lax.stop_gradient(_first(x, reduction.axes).astype(dtype))",
+        "first_row = 0 * lax.stop_gradient(_first(x, reduction.axes).astype(dtype))",
         TRANSFORM,
     ),
     Mutation(
@@ -122,22 +123,22 @@ MUTATIONS = [
     Mutation(
         "no gradient through the variance",
         "bnjax/_gradient.py",
-        "dgain = change[1] - 0.5 * a * inverse * doperands.epsilon",
-        "dgain = transform.cast(dscale) - 0.5 * a * inverse * doperands.epsilon",
+        "dgain = change[1] - 0.5 * gain * inverse * doperands.epsilon",
+        "dgain = transform.cast(dscale) - 0.5 * gain * inverse * doperands.epsilon",
         TRANSFORM,
     ),
     Mutation(
         "no gradient through the mean",
         "bnjax/_gradient.py",
-        "dz = expand(a) * dx + xhat * expand(dgain) + expand(change[0])",
-        "dz = expand(a) * dx + xhat * expand(dgain) + expand(transform.cast(dbias))",
+        "        reduction.expand(change[0]),",
+        "        reduction.expand(dparams[0]),",
         TRANSFORM,
     ),
     Mutation(
         "gradient of epsilon of the wrong sign",
         "bnjax/_gradient.py",
-        "dgain = change[1] - 0.5 * a * inverse * doperands.epsilon",
-        "dgain = change[1] + 0.5 * a * inverse * doperands.epsilon",
+        "dgain = change[1] - 0.5 * gain * inverse * doperands.epsilon",
+        "dgain = change[1] + 0.5 * gain * inverse * doperands.epsilon",
         DERIVATIVES,
     ),
     Mutation(
@@ -293,6 +294,34 @@ MUTATIONS = [
         "if is_training(layer, args, kwargs) and not noted:",
         "if is_training(layer, args, kwargs):",
         "tests/population/test_transforms.py",
+    ),
+    Mutation(
+        "sums: what is left after the blocks",
+        "bnjax/_sums.py",
+        "blocks, rest = divmod(examples, length)",
+        "blocks, rest = examples // length, 0",
+        SUMS,
+    ),
+    Mutation(
+        "sums: a gradient through the origin",
+        "bnjax/_statistics.py",
+        "first_row = lax.stop_gradient(_first(x, reduction.axes).astype(dtype))",
+        "first_row = _first(x, reduction.axes).astype(dtype)",
+        SUMS,
+    ),
+    Mutation(
+        "sums: blocks of a batch that is divided among devices",
+        "bnjax/_operation.py",
+        "return devices > 1",
+        "return False",
+        SUMS,
+    ),
+    Mutation(
+        "the activation's derivative left out of the residual's gradient",
+        "bnjax/_gradient.py",
+        "return _Tangents(channels.gain * dz, dbias, dgain, dresidual)",
+        "return _Tangents(channels.gain * dz, dbias, dgain, cotangents[0])",
+        SUMS,
     ),
 ]
 

@@ -238,9 +238,9 @@ def test_rematerialization_with_the_policy_repeats_no_sum():
             return jnp.sum(jnp.sin(y))
 
         jaxpr = jax.make_jaxpr(jax.grad(loss))(variables["params"])
-        return str(jaxpr).count("reduce_sum")
+        return str(jaxpr).count("batch_sums[")
 
-    assert sums(remat) - sums(remat_that_keeps_statistics) == 2
+    assert sums(remat) - sums(remat_that_keeps_statistics) == 1
 
 
 def test_a_layer_called_twice():

@@ -41,6 +41,7 @@ def test_each_configuration_is_measured_once(config, tmp_path, monkeypatch):
     assert measured == [0, 7, 0]
 
 
+@pytest.mark.slow
 def test_a_run_is_that_of_train_watched_or_taken_up_again(config, tmp_path):
     kept = dataclasses.replace(config, workdir=tmp_path / "run")
     found = run_once("digits", kept)

@@ -57,6 +57,7 @@ def finish(*processes, seconds=150):
 SLOW_SPMD = ["pmap", pytest.param("spmd", marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", SLOW_SPMD)
 def test_fifty_steps_are_the_same_in_float64(strategy, port, tmp_path, x64):
     outs = [tmp_path / str(index) for index in range(2)]

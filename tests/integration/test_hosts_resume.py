@@ -53,9 +53,8 @@ def test_a_checkpoint_of_eight_devices_on_fewer(
     assert_goes_on(found, expected)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["pmap", pytest.param("spmd", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["pmap", "spmd"])
 def test_a_checkpoint_of_eight_devices_on_two_hosts(
     eight_devices, expected, strategy, port, tmp_path
 ):

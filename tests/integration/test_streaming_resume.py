@@ -29,6 +29,7 @@ def undisturbed(tmp_path_factory, cache):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_next_example(undisturbed, cache, tmp_path):
     killed = tmp_path / "killed"
     for checkpoint, workers in (("80", 1), ("240", 2)):

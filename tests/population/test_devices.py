@@ -72,6 +72,7 @@ def test_vmap_that_shares_statistics():
     oracle.assert_relative(found, want, 1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes(port, tmp_path):
     outs = [tmp_path / str(index) for index in range(2)]
     worker = ("-m", "tests.population.hosts_worker", f"127.0.0.1:{port}")

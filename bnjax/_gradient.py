@@ -229,15 +229,22 @@ def _gather(cotangents, operands, channels, tangents, *, transform):
 _spread = operation("batch_norm_tangent", _spread_plainly, transpose=_gather)
 
 
-def _channels(transform, operands, mean, var, origin=None):
-    expand = transform.reduction.expand
-    mean, var, scale, bias = map(
-        transform.cast, (mean, var, operands.scale, operands.bias)
+def _channels(transform, operands, mean, var, origin=None) -> _Channels:
+    def expand(value: Any) -> Any:
+        return None if value is None else transform.reduction.expand(value)
+
+    inverse = lax.rsqrt(transform.cast(var) + operands.epsilon)
+    return _Channels(
+        expand(transform.cast(mean)),
+        expand(inverse),
+        expand(
+            inverse
+            if operands.scale is None
+            else transform.cast(operands.scale) * inverse
+        ),
+        expand(transform.cast(operands.bias)),
+        expand(origin),
     )
-    inverse = lax.rsqrt(var + operands.epsilon)
-    gain = inverse if scale is None else scale * inverse
-    every = mean, inverse, gain, bias, origin
-    return _Channels(*(None if one is None else expand(one) for one in every))
 
 
 def _distance(transform, operands, channels) -> tuple[jax.Array, Any]:
@@ -280,7 +287,7 @@ def _hidden(value, mask):
     return ~live(mask) & ~jnp.isfinite(jnp.square(value))
 
 
-def _varying_like(arrays, value):
+def _varying_like(arrays, value) -> Any:
     """`value` as varying over the mesh axes that any of the arrays varies over.
 
     Done before the broadcast, so that the transpose is one sum over devices of a

@@ -303,13 +303,6 @@ MUTATIONS = [
         SUMS,
     ),
     Mutation(
-        "sums: a gradient through the origin",
-        "bnjax/_statistics.py",
-        "first_row = lax.stop_gradient(_first(x, reduction.axes).astype(dtype))",
-        "first_row = _first(x, reduction.axes).astype(dtype)",
-        SUMS,
-    ),
-    Mutation(
         "sums: blocks of a batch that is divided among devices",
         "bnjax/_operation.py",
         "return devices > 1",

@@ -212,7 +212,7 @@ def _equinox(case: Case, values: dict[str, Any]) -> Layer:
 
     def apply(params, state, x, residual, train):
         layer = eqx.nn.inference_mode(eqx.combine(params, static), not train)
-        # It sums in the dtype it is given: of bfloat16 sums the gradient is off by 40 %.
+        # It sums in the dtype it is given; from bfloat16 sums dx is off by 40 %.
         x = x.astype("float32")
         y, state = jax.vmap(
             layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 
+from benchmarks.folding import random_variables
 from bnjax import models
 from bnjax.models import Normalization
 
@@ -90,8 +91,8 @@ class Stack(nn.Module):
 
 def initial(model: nn.Module, images: jax.Array, seed: int = 0) -> dict[str, Any]:
     """Return params and batch_stats; the latter empty without BN."""
-    make = jax.jit(lambda images: model.init(jax.random.key(seed), images, train=False))
-    variables = make(images)
+    # Not the model's own, whose random numbers take minutes to compile.
+    variables = random_variables(model, images, seed)
     return {"params": variables["params"], "stats": variables.get("batch_stats", {})}
 
 

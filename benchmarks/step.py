@@ -209,7 +209,7 @@ def kept_bytes(layers: int, shape: Sequence[int]) -> dict[str, Any]:
     for kind in ("bnjax", "flax"):
         model = Stack(layers, shape[-1], kind, dtype=jnp.bfloat16)
         loss = loss_of(model)
-        variables = jax.eval_shape(lambda x, model=model: initial(model, x), x)
+        variables = initial(model, x)
 
         def both(params, stats, x, loss=loss):
             return jax.grad(loss, argnums=(0, 2), has_aux=True)(params, stats, x, None)
@@ -231,11 +231,8 @@ def residual_bytes(loss: Any, params: Any, stats: Any, x: Any) -> int:
 
     jaxpr = jax.make_jaxpr(pull)(params, stats, x).jaxpr
     own = set(jaxpr.invars[: len(jax.tree.leaves(params))])
-    kept = {
-        variable
-        for variable in jaxpr.outvars
-        if hasattr(variable, "count") or not hasattr(variable, "val")
-    }
+    # A literal has a value and takes no memory.
+    kept = {value for value in jaxpr.outvars if not hasattr(value, "val")}
     return sum(
         math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
         for variable in kept - own

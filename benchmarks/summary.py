@@ -54,7 +54,10 @@ def row_of(
         "over_floor": {name: ratio(times[name], least) for name in libraries},
         "over_elementwise": ratio(ours, times["elementwise"]),
         "rounds": len(ours),
-        "seconds": times,
+        "seconds": {
+            name: [float(f"{second:.4g}") for second in taken]
+            for name, taken in times.items()
+        },
     }
 
 

@@ -66,7 +66,8 @@ def _heading(path: Path, record: dict[str, Any]) -> str:
         f"### {path.name}\n\n"
         f"`{record['command']}`\n\n"
         f"{machine['cpu']}, {machine['cores']} cores, {machine['device']}; "
-        f"{libraries}; {record['date'][:10]}, commit {(record['commit'] or 'unknown')[:10]}.{busy}"
+        f"{libraries}; {record['date'][:10]}, "
+        f"commit {(record['commit'] or 'unknown')[:10]}.{busy}"
     )
 
 

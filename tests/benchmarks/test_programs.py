@@ -69,15 +69,14 @@ def test_scaling(tmp_path):
     scaling.compare(
         batches=(2,), channels=(4,), devices=(2, 999), rounds=1, quick=True, output=path
     )
-    assert "| 2 | bnjax |" in table.tables(tmp_path)
-
-
-def test_sharing_costs_three_collectives_of_channels():
-    row = scaling.over_devices(2, (2, 3, 3, 8), rounds=1, seconds=0)
-    ours = row["collectives"]["bnjax"]
+    result = json.loads(path.read_text())["result"]
+    assert result["devices_absent"] == [999]
+    (row,) = result["rows"]["devices"]
     # Origin and offers, three sums of the moments, two of the gradient.
-    assert ours == {"count": 3, "bytes": 4 * 8 * (2 + 3 + 2)}
+    assert row["collectives"]["bnjax"] == {"count": 3, "bytes": 4 * 8 * (2 + 3 + 2)}
     assert row["predicted"]["bnjax"] == 3 * row["all_reduce_seconds"]
+    assert [row["shape"] for row in result["rows"]["batch"]] == ["2x14x14x128"]
+    assert "| 2 | bnjax |" in table.tables(tmp_path)
 
 
 def test_all_reduces_are_counted_with_their_bytes():

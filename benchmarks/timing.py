@@ -19,6 +19,7 @@ def interleaved(
     seconds: float | None = None,
     calls: int = 1,
     settle: float = 0.0,
+    warm: bool = True,
 ) -> dict[str, list[float]]:
     """Time each of the runs once a round, in an order that rotates and turns round.
 
@@ -29,13 +30,15 @@ def interleaved(
         calls: in a sample, whose time is divided by them.
         settle: seconds to wait before each sample, so that threads which the run
             before left spinning have gone to sleep.
+        warm: call each once before the first round.
 
     Returns:
         The seconds of a call, by run, a number a round.
     """
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
+    if warm:
+        for run in runs.values():
+            run()
     names = list(runs)
     begun = time.perf_counter()
     for turn in range(rounds):

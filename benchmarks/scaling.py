@@ -249,7 +249,8 @@ def draw(rows: dict[str, Sequence[dict[str, Any]]]) -> None:
                 ]
                 axes.plot(sizes, times, marker="o", label=library + ending)
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="milliseconds")
-        axes.set_xticks(sizes, map(str, sizes), minor=False)
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axes.legend()
     save(figure, "scaling")
 

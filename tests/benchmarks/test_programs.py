@@ -34,6 +34,11 @@ def test_step(tmp_path):
     assert "| mlp | 4x28x28x1 | bnjax |" in table.tables(tmp_path)
 
 
+def test_what_is_added_has_no_ratio_where_noise_hides_it():
+    assert step.over([1.0, 2.0, 9.0], [4.0, 1.0, 5.0]) == 0.5
+    assert step.over([1.0], [-0.1]) is None
+
+
 def test_bytes_kept_are_those_of_distinct_arrays():
     def loss(params, stats, x, _):
         del stats

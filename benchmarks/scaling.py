@@ -44,6 +44,7 @@ def compare(
     batches: tuple[int, ...] = BATCHES,
     channels: tuple[int, ...] = CHANNELS,
     devices: tuple[int, ...] = DEVICES,
+    device_shape: tuple[int, int, int, int] = (8, 14, 14, 256),
     rounds: int = 15,
     seconds: float = 2.0,
     quick: bool = False,
@@ -55,6 +56,7 @@ def compare(
         batches: Sizes, of images of 14x14 with 128 channels.
         channels: Of 16 images of 14x14.
         devices: That share a batch; those that are not there are left out.
+        device_shape: Of the input of each of the devices.
         rounds: Of each program, at most.
         seconds: Of each comparison, after three rounds.
         quick: Two small sizes of each.
@@ -62,7 +64,7 @@ def compare(
     """
     if quick:
         batches, channels, devices = QUICK_BATCHES, QUICK_CHANNELS, QUICK_DEVICES
-        rounds, seconds = min(rounds, 3), min(seconds, 0.1)
+        rounds, seconds, device_shape = min(rounds, 3), min(seconds, 0.1), (2, 4, 4, 8)
     load = timing.load()
     shapes = {
         "batch": [(size, 14, 14, 128) for size in batches],
@@ -75,9 +77,10 @@ def compare(
         ]
         for name, several in shapes.items()
     }
-    shape = (2, 4, 4, 8) if quick else (8, 14, 14, 256)
     present = [count for count in devices if count <= len(jax.devices())]
-    rows["devices"] = [over_devices(n, shape, rounds, seconds) for n in present]
+    rows["devices"] = [
+        over_devices(count, device_shape, rounds, seconds) for count in present
+    ]
     report(rows)
     result = {
         "devices_absent": [count for count in devices if count not in present],

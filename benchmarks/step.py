@@ -257,9 +257,10 @@ def report(row: dict[str, Any]) -> None:
             f"peak {memory['peak'] / 2**20:.1f} MiB"
         )
     share = row["added_over_flax"]
+    told = "hidden by noise" if share is None else f"{share:.2f}"
     print(
-        f"{row['network']:10} what bnjax adds / what Flax adds: "
-        f"{'hidden by noise' if share is None else f'{share:.2f}'}; step / Flax's step: {row['step_over_flax']:.3f}"
+        f"{row['network']:10} what bnjax adds / what Flax adds: {told}; "
+        f"step / Flax's step: {row['step_over_flax']:.3f}"
     )
 
 

@@ -195,6 +195,8 @@ def _scaling(result: dict[str, Any]) -> list[str]:
     found = []
     for name in ("batch", "channels"):
         rows = result["rows"][name]
+        if not rows:
+            continue
         libraries = list(rows[0]["ratios"])
         found += [
             f"Milliseconds against {name}, one device:",

@@ -72,7 +72,12 @@ def test_a_stack_has_its_layers():
 def test_scaling(tmp_path):
     path = tmp_path / "scaling-cpu.json"
     scaling.compare(
-        batches=(2,), channels=(4,), devices=(2, 999), rounds=1, quick=True, output=path
+        batches=(1,),
+        channels=(),
+        devices=(2, 999),
+        device_shape=(2, 3, 3, 8),
+        rounds=1,
+        output=path,
     )
     result = json.loads(path.read_text())["result"]
     assert result["devices_absent"] == [999]
@@ -80,7 +85,7 @@ def test_scaling(tmp_path):
     # Origin and offers, three sums of the moments, two of the gradient.
     assert row["collectives"]["bnjax"] == {"count": 3, "bytes": 4 * 8 * (2 + 3 + 2)}
     assert row["predicted"]["bnjax"] == 3 * row["all_reduce_seconds"]
-    assert [row["shape"] for row in result["rows"]["batch"]] == ["2x14x14x128"]
+    assert [row["shape"] for row in result["rows"]["batch"]] == ["1x14x14x128"]
     assert "| 2 | bnjax |" in table.tables(tmp_path)
 
 

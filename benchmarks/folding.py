@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 
 from benchmarks.report import ROOT, write_result
+from benchmarks.timing import interleaved
 from bnjax import models
 from bnjax.folding import fold_batch_norm
 from bnjax.models import Normalization
@@ -51,7 +52,7 @@ def random_variables(model: Any, images: jax.Array, seed: int) -> Any:
         return jnp.asarray(value, leaf.dtype)
 
     shapes = jax.eval_shape(
-        lambda: model.init(jax.random.key(seed), images, train=False)
+        lambda images: model.init(jax.random.key(seed), images, train=False), images
     )
     return jax.tree_util.tree_map_with_path(fill, dict(shapes))
 
@@ -69,21 +70,6 @@ def compiled(
         "bytes_accessed": found.get("bytes accessed", float("nan")),
     }
     return functools.partial(program, *args), costs, seconds
-
-
-def measure(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Time each of the programs once a round, the order rotating."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for run in runs.values():
-        jax.block_until_ready(run())
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            started = time.perf_counter()
-            jax.block_until_ready(runs[name]())
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def compare(
@@ -159,7 +145,10 @@ def measured(programs: dict[str, Any], rounds: int) -> dict[str, Any]:
     runs = {name: run for name, (run, *_) in programs.items()}
     outputs = {name: np.asarray(run(), np.float64) for name, run in runs.items()}
     difference = np.abs(outputs["folded"] - outputs["unfolded"]).max()
-    seconds = measure(runs, rounds)
+    waiting = {
+        name: lambda run=run: jax.block_until_ready(run()) for name, run in runs.items()
+    }
+    seconds = interleaved(waiting, rounds)
     found: dict[str, Any] = {
         "difference": difference / np.abs(outputs["unfolded"]).max(),
         "ratios": ratios(seconds),

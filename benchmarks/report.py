@@ -21,7 +21,11 @@ PACKAGES = (
     "numpy",
     "grain",
     "opencv-python-headless",
+    "dm-haiku",
+    "equinox",
+    "torch",
 )
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def write_result(path: Path, command: str, seeds: list[int], result: Any) -> None:
@@ -34,12 +38,19 @@ def write_result(path: Path, command: str, seeds: list[int], result: Any) -> Non
         "machine": machine(),
         "versions": {
             "python": platform.python_version(),
-            **{package: metadata.version(package) for package in PACKAGES},
+            **{package: _version(package) for package in PACKAGES},
         },
         "seeds": seeds,
         "result": result,
     }
     path.write_text(_numbers_on_a_line(json.dumps(record, indent=2)) + "\n", "utf-8")
+
+
+def result_path(name: str) -> Path:
+    """Return where the result of a benchmark on this device is kept."""
+    device = jax.devices()[0]
+    kind = "cpu" if device.platform == "cpu" else device.device_kind
+    return RESULTS / f"{name}-{re.sub('[^a-z0-9]+', '-', kind.lower())}.json"
 
 
 def machine() -> dict[str, Any]:
@@ -63,6 +74,13 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head}-dirty" if changed else head
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*words: str) -> str:

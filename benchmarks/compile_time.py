@@ -1,0 +1,128 @@
+"""Seconds to trace, lower and compile a deep network: our layer, Flax's, and none.
+
+    python -m benchmarks.compile_time
+    python -m benchmarks.compile_time --quick
+
+The network is 100 layers of a dense layer (or a convolution), BN and ReLU; the program
+its gradient, with the new statistics. Every repeat begins with cleared caches, and the
+kinds take turns. The result is benchmarks/results/compile_time-<platform>.json; with
+--quick nothing is written unless --output says where.
+"""
+
+import itertools
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from benchmarks import timing
+from benchmarks.networks import KINDS, Stack, initial, loss_of
+from benchmarks.report import result_path, write_result
+from bnjax.training.errors import run_reporting
+
+STAGES = ("trace", "lower", "compile")
+SHAPES = {"dense": (32, 64), "convolution": (4, 8, 8, 16)}
+
+
+def compare(
+    layers: int = 100,
+    networks: tuple[str, ...] = tuple(SHAPES),
+    rounds: int = 7,
+    quick: bool = False,
+    output: Path | None = None,
+) -> None:
+    """Measure, print and write.
+
+    Args:
+        layers: Of the network.
+        networks: Of dense and convolution.
+        rounds: Of each kind.
+        quick: Ten dense layers, three rounds.
+        output: Where to write the result instead.
+    """
+    if quick:
+        layers, networks, rounds = min(layers, 10), networks[:1], min(rounds, 3)
+    load = timing.load()
+    rows = []
+    for name in networks:
+        rows.append({"network": name} | measured(name, layers, rounds))
+        report(rows[-1])
+    result = {
+        "layers": layers,
+        "rounds": rounds,
+        "load_average_at_start": load,
+        "rows": rows,
+    }
+    path = output or (None if quick else result_path("compile_time"))
+    if path is not None:
+        command = " ".join(["python -m benchmarks.compile_time", *sys.argv[1:]])
+        write_result(path, command, [0], result)
+        print(path)
+
+
+def measured(name: str, layers: int, rounds: int) -> dict[str, Any]:
+    """Return the seconds of each stage by kind, and the ratios to Flax's."""
+    shape = SHAPES[name]
+    x = jnp.zeros(shape)
+    stacks = {
+        kind: Stack(layers, shape[-1], kind, dense=name == "dense") for kind in KINDS
+    }
+    variables = {kind: initial(stack, x) for kind, stack in stacks.items()}
+    seconds: dict[str, dict[str, list[float]]] = {
+        kind: {stage: [] for stage in (*STAGES, "total")} for kind in KINDS
+    }
+
+    def repeat(kind: str) -> None:
+        taken = stages(stacks[kind], variables[kind], x)
+        for stage, time_of_stage in zip(STAGES, taken, strict=True):
+            seconds[kind][stage].append(time_of_stage)
+        seconds[kind]["total"].append(sum(taken))
+
+    timing.interleaved({kind: lambda kind=kind: repeat(kind) for kind in KINDS}, rounds)
+    # The first of each is not of a round.
+    rounds_of = {
+        kind: {stage: times[1:] for stage, times in by_stage.items()}
+        for kind, by_stage in seconds.items()
+    }
+    return {
+        "shape": list(shape),
+        "seconds_median": {
+            kind: timing.medians(times) for kind, times in rounds_of.items()
+        },
+        "over_flax": {
+            stage: timing.ratio(rounds_of["bnjax"][stage], rounds_of["flax"][stage])
+            for stage in (*STAGES, "total")
+        },
+        "seconds": rounds_of,
+    }
+
+
+def stages(stack: Stack, variables: dict[str, Any], x: jax.Array) -> list[float]:
+    """Trace, lower and compile with cleared caches; return the seconds of each."""
+    jax.clear_caches()
+    program = jax.jit(jax.grad(loss_of(stack), has_aux=True))
+    times = [time.perf_counter()]
+    traced = program.trace(variables["params"], variables["stats"], x, None)
+    times.append(time.perf_counter())
+    lowered = traced.lower()
+    times.append(time.perf_counter())
+    lowered.compile()
+    times.append(time.perf_counter())
+    return [end - start for start, end in itertools.pairwise(times)]
+
+
+def report(row: dict[str, Any]) -> None:
+    """Print the seconds of each stage."""
+    for kind, medians in row["seconds_median"].items():
+        each = ", ".join(f"{stage} {taken:.2f}" for stage, taken in medians.items())
+        print(f"{row['network']:12} {kind:6} {each} s")
+    over = ", ".join(f"{stage} {of:.2f}" for stage, of in row["over_flax"].items())
+    print(f"{row['network']:12} bnjax / Flax: {over}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting(lambda: tyro.cli(compare)))

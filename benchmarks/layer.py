@@ -1,0 +1,297 @@
+"""One batch-normalization layer alone, beside its peers and the memory floor.
+
+    python -m benchmarks.layer
+    python -m benchmarks.layer --quick
+
+Passes: "train" is forward and backward, with the output, the gradients of x, scale and
+bias and the new statistics; "forward" is forward in training; "inference" normalizes by
+the running statistics. Settings: "fresh" calls the pass by itself, its outputs in new
+buffers from the default malloc; "reused" iterates it so that every buffer is used
+again, and tells glibc to keep memory, for PyTorch's sake: allocation is in the one and
+not in the other. The floor is the time of a copy, measured in the same rounds, times
+the number of times that the pass must read or write an array of the input's size (8 in
+train, 3 in forward, 2 in inference).
+
+The programs run in turn, round after round, in an order that rotates. A ratio is the
+median of the rounds' ratios, a mean over shapes is geometric. Outputs and gradients
+are compared first, so that nobody is timed on other work. A library that is not
+installed is named as absent. The result is benchmarks/results/layer-<platform>.json;
+with --quick nothing is written unless --output says where.
+"""
+
+import dataclasses
+import functools
+import gc
+import importlib.util
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from benchmarks import passes, peers, timing, torch_peer
+from benchmarks.passes import PASSES, Program
+from benchmarks.peers import PEERS, Case
+from benchmarks.report import result_path, write_result
+from benchmarks.summary import row_of, summarize
+from bnjax.training.errors import UserError, run_reporting
+
+SHAPES = (
+    "256x28x28x64",
+    "128x14x14x512",
+    "64x56x56x64",
+    "4096x1024",
+    "32x112x112x64",
+    "32x28x28x192",
+    "32x7x7x1024",
+    "32x56x56x256",
+    "32x14x14x1024",
+    "60x100",
+    "32x32x32x8",
+    "32x8x8x48",
+    "4x4x4x8",
+)
+VARIED = ("32x28x28x192", "32x14x14x1024")
+QUICK = ("32x28x28x192", "1024x1024", "60x100", "4x4x4x8")
+MODULES = {"flax.linen": "flax", "flax.nnx": "flax", "torch": "torch"}
+# How far two libraries may be apart, by the norm of an array. Where a rounding moves a
+# value over the ReLU's kink, one gradient is there and the other is not.
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
+# What follows a PyTorch program is not slowed by OpenMP's spinning threads.
+SETTLE = 0.003
+_MIB = 2**20
+# Of a large array so many values are compared, those of the first examples.
+_COMPARED = 2**20
+
+Setting = Literal["fresh", "reused"]
+
+
+def compare(
+    shapes: tuple[str, ...] = SHAPES,
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
+    kinds: tuple[Literal["train", "forward", "inference"], ...] = PASSES,
+    settings: tuple[Setting, ...] = ("fresh", "reused"),
+    libraries: tuple[str, ...] = (*PEERS, "torch"),
+    varied: tuple[str, ...] = VARIED,
+    rounds: int = 15,
+    seconds: float = 1.0,
+    quick: bool = False,
+    output: Path | None = None,
+) -> None:
+    """Measure, print and write.
+
+    Args:
+        shapes: Of the input, channels last, such as 32x28x28x192.
+        dtypes: Of input and output.
+        kinds: Passes.
+        settings: Buffers.
+        libraries: What to compare; the first is what the others are compared with.
+        varied: Shapes that are measured with a ReLU and with a residual and a ReLU too.
+        rounds: Of each program, at most.
+        seconds: Of each comparison, after three rounds.
+        quick: A few small shapes and rounds, in about a minute.
+        output: Where to write the result instead.
+    """
+    if quick:
+        shapes = QUICK if shapes == SHAPES else shapes
+        varied = varied if varied != VARIED else QUICK[:1]
+        rounds, seconds = min(rounds, 5), min(seconds, 0.2)
+    present, absent = installed(libraries)
+    for name in absent:
+        print(f"{name} is absent: not installed here")
+    load = timing.load()
+    kept = None
+    rows = []
+    for setting in settings:
+        # From here on glibc keeps memory: what has new buffers comes first.
+        if setting == "reused":
+            kept = timing.keep_memory()
+        for case in cases(shapes, dtypes, varied):
+            for kind in kinds:
+                row = measured(case, kind, setting, present, rounds, seconds)
+                rows.append(row)
+                print(line(row), flush=True)
+    result = {
+        "absent": absent,
+        "load_average_at_start": load,
+        "malloc_keeps_memory_when_reused": kept,
+        "rounds_at_most": rounds,
+        "summary": summarize(rows),
+        "rows": rows,
+    }
+    print_summary(result["summary"])
+    path = output or (None if quick else result_path("layer"))
+    if path is not None:
+        command = " ".join(["python -m benchmarks.layer", *sys.argv[1:]])
+        write_result(path, command, [0], result)
+        print(path)
+
+
+def installed(libraries: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return which of the libraries are here, and which are not."""
+    known = (*PEERS, "torch")
+    for name in libraries:
+        if name not in known:
+            raise UserError(
+                f"--libraries {name}: expected some of {', '.join(known)}.", 2
+            )
+    present = [
+        name
+        for name in libraries
+        if importlib.util.find_spec(MODULES.get(name, name)) is not None
+    ]
+    return present, [name for name in libraries if name not in present]
+
+
+def cases(
+    shapes: Sequence[str], dtypes: Sequence[str], varied: Sequence[str]
+) -> list[Case]:
+    """Return the cases to measure: every shape plain, some of them varied."""
+    found = []
+    for dtype in dtypes:
+        found += [Case(parse(shape), dtype) for shape in shapes]
+        for shape in shapes:
+            if shape in varied:
+                found += [
+                    Case(parse(shape), dtype, name) for name in peers.VARIATIONS[1:]
+                ]
+    return found
+
+
+def parse(shape: str) -> tuple[int, ...]:
+    """Read a shape as the command line has it."""
+    try:
+        sizes = tuple(int(size) for size in shape.split("x"))
+    except ValueError:
+        sizes = ()
+    if len(sizes) < 2 or min(sizes) < 1:
+        raise UserError(
+            f"--shapes {shape}: expected two or more sizes, such as 32x28x28x192.", 2
+        )
+    return sizes
+
+
+def measured(
+    case: Case,
+    kind: str,
+    setting: Setting,
+    libraries: Sequence[str],
+    rounds: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """Check and time one pass of one case, of every library and the floor."""
+    values = peers.arrays(case)
+    # The work of a sample is about the same whatever the shape.
+    again = int(np.clip(128 * _MIB // case.bytes, 2, 256))
+    calls = int(np.clip(32 * _MIB // case.bytes, 1, 64)) if setting == "fresh" else 1
+    count = again if setting == "reused" else 1
+    programs = {
+        name: compile_one(name, case, kind, values, count) for name in libraries
+    }
+    bounds = passes.bounds(case, values)
+    programs["copy"] = passes.reused(*bounds["copy"], again)
+    programs["elementwise"] = passes.reused(*bounds["elementwise"], again)
+    if setting == "fresh":
+        programs["copy, fresh"] = passes.fresh(*bounds["copy"])
+        programs["elementwise"] = passes.fresh(*bounds["elementwise"])
+    check(case, kind, {name: programs[name] for name in libraries})
+    for name in programs.keys() - set(libraries):
+        programs[name].run()
+    times = timing.interleaved(
+        {name: program.run for name, program in programs.items()},
+        rounds,
+        seconds=seconds,
+        calls=calls,
+        settle=SETTLE,
+        warm=False,
+    )
+    for name, program in programs.items():
+        times[name] = [taken / program.count for taken in times[name]]
+    temporary = {name: programs[name].temporary_bytes for name in libraries}
+    del programs
+    gc.collect()
+    return row_of(case, kind, setting, times) | {"temporary_bytes": temporary}
+
+
+def compile_one(
+    library: str, case: Case, kind: str, values: dict[str, np.ndarray], count: int
+) -> Program:
+    """Return the program of one library, iterated where `count` is not 1."""
+    if library == "torch":
+        return torch_peer.programs(case, kind, values, count)
+    layer = peers.make(library, case, values)
+    given = passes.operands(case, layer, values)
+    one = functools.partial(passes.one_pass, layer, kind)
+    if count == 1:
+        program = passes.fresh(one, given)
+    else:
+        program = passes.reused(one, given, count)
+    if not layer.channels_first:
+        return program
+    return dataclasses.replace(program, read=passes.channels_last)
+
+
+def check(case: Case, kind: str, programs: dict[str, Program]) -> None:
+    """Raise where two libraries differ in an output or a gradient.
+
+    Raises:
+        UserError: with the name of the library that is far from the first.
+    """
+    (first, program), *others = programs.items()
+    examples = max(1, _COMPARED // math.prod(case.shape[1:]))
+
+    def outputs(program: Program) -> dict[str, np.ndarray]:
+        return {
+            name: program.read(value[:examples] if value.ndim > 1 else value)
+            for name, value in program.run().items()
+            if name != "state"
+        }
+
+    expected = outputs(program)
+    for other, program in others:
+        found = outputs(program)
+        for name, value in expected.items():
+            got = found[name]
+            far = np.linalg.norm(got - value) / np.linalg.norm(value)
+            if not far <= TOLERANCE[case.dtype]:
+                raise UserError(
+                    f"{other} and {first} do other work: {name} of {kind}, "
+                    f"{case.variation}, {case.dtype}[{case.name}], is {far:.1e} of its "
+                    f"norm apart; expected at most {TOLERANCE[case.dtype]:.0e}. Leave "
+                    "one of them out with --libraries, or mend it."
+                )
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row of the table that is printed."""
+    times = "  ".join(
+        f"{name} {1e3 * row['seconds_median'][name]:.3g}"
+        for name in (*row["ratios"], "elementwise")
+    )
+    return (
+        f"{row['setting']:6} {row['pass']:9} {row['dtype']:8} {row['variation']:8} "
+        f"{row['shape']:14} ms: {times}  floor {1e3 * row['floor_seconds']:.3g}"
+    )
+
+
+def print_summary(summary: list[dict[str, Any]]) -> None:
+    """Print, for each group of rows, how many times as long as ours each took."""
+    print("\ntimes as long as the first library: mean over shapes (lowest)")
+    for group in summary:
+        each = "  ".join(
+            f"{name} {found['mean']:.2f} ({found['lowest']:.2f})"
+            for name, found in group["ratios"].items()
+        )
+        over = group["over_floor"]
+        print(
+            f"{group['setting']:6} {group['pass']:9} {group['dtype']:8} "
+            f"{group['variation']:8} {each}; the first over the floor "
+            f"{over['mean']:.2f} ({over['highest']:.2f} at most)"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting(lambda: tyro.cli(compare)))

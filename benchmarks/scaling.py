@@ -1,0 +1,263 @@
+"""Time of a layer's training pass as batch, channels and devices grow.
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --quick
+
+Batch and channels grow on one device, in buffers that are used again. Over 1, 2, 4 and
+8 devices each device has the same share of the batch, and the layer shares its
+statistics (axis_name) or not: the difference is what the collectives cost, beside their
+count and bytes in the compiled program and the time of as many bare all-reduces of as
+many bytes. A CPU is asked for eight devices that share its cores. Ours and Flax's run
+in turn. The result is benchmarks/results/scaling-<platform>.json, the figure
+docs/figures/scaling.png; with --quick nothing is written unless --output says where.
+"""
+
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import linen
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+import bnjax.linen
+from benchmarks import peers, timing
+from benchmarks.layer import measured
+from benchmarks.peers import Case
+from benchmarks.report import result_path, write_result
+from bnjax.training.errors import run_reporting
+
+AXIS = "batch"
+LIBRARIES = {"bnjax": bnjax.linen.BatchNorm, "flax.linen": linen.BatchNorm}
+BATCHES, CHANNELS, DEVICES = (8, 16, 32, 64, 128), (16, 64, 256, 1024), (1, 2, 4, 8)
+QUICK_BATCHES, QUICK_CHANNELS, QUICK_DEVICES = (2, 4), (8, 16), (1, 2)
+
+
+def compare(
+    batches: tuple[int, ...] = BATCHES,
+    channels: tuple[int, ...] = CHANNELS,
+    devices: tuple[int, ...] = DEVICES,
+    device_shape: tuple[int, int, int, int] = (8, 14, 14, 256),
+    rounds: int = 15,
+    seconds: float = 2.0,
+    quick: bool = False,
+    output: Path | None = None,
+) -> None:
+    """Measure, print, write and draw.
+
+    Args:
+        batches: Sizes, of images of 14x14 with 128 channels.
+        channels: Of 16 images of 14x14.
+        devices: That share a batch; those that are not there are left out.
+        device_shape: Of the input of each of the devices.
+        rounds: Of each program, at most.
+        seconds: Of each comparison, after three rounds.
+        quick: Two small sizes of each.
+        output: Where to write the result instead, without a figure.
+    """
+    if quick:
+        batches, channels, devices = QUICK_BATCHES, QUICK_CHANNELS, QUICK_DEVICES
+        rounds, seconds, device_shape = min(rounds, 3), min(seconds, 0.1), (2, 4, 4, 8)
+    load = timing.load()
+    shapes = {
+        "batch": [(size, 14, 14, 128) for size in batches],
+        "channels": [(16, 14, 14, size) for size in channels],
+    }
+    rows: dict[str, list[dict[str, Any]]] = {
+        name: [
+            measured(Case(shape), "train", "reused", list(LIBRARIES), rounds, seconds)
+            for shape in several
+        ]
+        for name, several in shapes.items()
+    }
+    present = [count for count in devices if count <= len(jax.devices())]
+    rows["devices"] = [
+        over_devices(count, device_shape, rounds, seconds) for count in present
+    ]
+    report(rows)
+    result = {
+        "devices_absent": [count for count in devices if count not in present],
+        "load_average_at_start": load,
+        "rows": rows,
+    }
+    path = output or (None if quick else result_path("scaling"))
+    if path is not None:
+        command = " ".join(["python -m benchmarks.scaling", *sys.argv[1:]])
+        write_result(path, command, [0], result)
+        print(path)
+    if output is None and not quick:
+        draw(rows)
+
+
+def over_devices(
+    count: int, shape: tuple[int, ...], rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Time a training pass over `count` devices, each with an input of `shape`."""
+    mesh = Mesh(jax.devices()[:count], (AXIS,))
+    case = Case((count * shape[0], *shape[1:]))
+    values = {name: jnp.asarray(value) for name, value in peers.arrays(case).items()}
+    runs: dict[str, Callable[[], Any]] = {}
+    collectives = {}
+    for library in LIBRARIES:
+        for shares in (True, False):
+            name = f"{library}, {'shared' if shares else 'local'}"
+            function = sharded(train_pass(library, shares, values), mesh)
+            runs[name], text = compiled(function, values["x"], values["dy"])
+            if shares:
+                collectives[library] = all_reduces(text)
+    # A layer's collective: the sums of its channels, once by itself.
+    sums = jnp.zeros((count, 2, shape[-1]))
+    bare = sharded(lambda sums, _: lax.psum(sums, AXIS), mesh)
+    runs["all-reduce"], _ = compiled(bare, sums, sums)
+    idle = sharded(lambda sums, _: sums * 2, mesh)
+    runs["no all-reduce"], _ = compiled(idle, sums, sums)
+    times = timing.interleaved(runs, rounds, seconds=seconds)
+    one = statistics.median(
+        with_it - without
+        for with_it, without in zip(
+            times["all-reduce"], times["no all-reduce"], strict=True
+        )
+    )
+    shared, local = "{}, shared", "{}, local"
+    return {
+        "devices": count,
+        "shape_of_a_device": list(shape),
+        "seconds_median": timing.medians(times),
+        "collectives": collectives,
+        "all_reduce_seconds": one,
+        "added_by_sharing": {
+            library: statistics.median(
+                a - b
+                for a, b in zip(
+                    times[shared.format(library)],
+                    times[local.format(library)],
+                    strict=True,
+                )
+            )
+            for library in LIBRARIES
+        },
+        "predicted": {
+            library: found["count"] * one for library, found in collectives.items()
+        },
+        "rounds": len(times["all-reduce"]),
+        "seconds": times,
+    }
+
+
+def train_pass(
+    library: str, shares: bool, values: dict[str, jax.Array]
+) -> Callable[[jax.Array, jax.Array], Any]:
+    """Return forward and backward of a layer on one device's part of the batch."""
+    layer = LIBRARIES[library](
+        use_running_average=False, axis_name=AXIS if shares else None
+    )
+
+    def train(x, dy):
+        # Varying: without the sum of the gradients over devices that training adds.
+        params, state = lax.pcast(
+            (
+                {name: values[name] for name in ("scale", "bias")},
+                {name: values[name] for name in ("mean", "var")},
+            ),
+            AXIS,
+            to="varying",
+        )
+
+        def forward(params, x):
+            variables = {"params": params, "batch_stats": state}
+            y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+            return y, updates["batch_stats"]
+
+        y, pull, new = jax.vjp(forward, params, x, has_aux=True)
+        y, dy = lax.optimization_barrier((y, dy))
+        dparams, dx = pull(dy)
+        vectors = jax.tree.map(lambda vector: vector[None], (dparams, new))
+        return y, dx, vectors
+
+    return train
+
+
+def sharded(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Map a function over the devices, its first axes split."""
+    spec = PartitionSpec(AXIS)
+    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec)
+
+
+def compiled(
+    function: Callable[..., Any], *args: jax.Array
+) -> tuple[Callable[[], Any], str]:
+    """Compile; return how to run it and its HLO."""
+    program = jax.jit(function).lower(*args).compile()
+    placed = [
+        jax.device_put(value, sharding)
+        for value, sharding in zip(args, program.input_shardings[0], strict=True)
+    ]
+    return lambda: jax.block_until_ready(program(*placed)), program.as_text()
+
+
+def all_reduces(text: str) -> dict[str, int]:
+    """Count the all-reduces of a compiled program, and the bytes of their results."""
+    count = size = 0
+    for found in re.finditer(r" = (.*?) all-reduce(?:-start)?\(", text):
+        count += 1
+        for kind, dims in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", found[1]):
+            bits = int(re.sub(r"\D", "", kind))
+            size += math.prod(int(n) for n in dims.split(",") if n) * bits // 8
+    return {"count": count, "bytes": size}
+
+
+def report(rows: dict[str, Sequence[dict[str, Any]]]) -> None:
+    """Print times, and what sharing statistics adds."""
+    for name in ("batch", "channels"):
+        for row in rows[name]:
+            each = ", ".join(
+                f"{library} {1e3 * row['seconds_median'][library]:.3g}"
+                for library in LIBRARIES
+            )
+            print(f"{name:9} {row['shape']:14} {each} ms")
+    for row in rows["devices"]:
+        for library, found in row["collectives"].items():
+            added = row["added_by_sharing"][library]
+            print(
+                f"devices {row['devices']}: {library:10} "
+                f"{1e3 * row['seconds_median'][f'{library}, shared']:.3g} ms, of these "
+                f"{1e3 * added:.3g} by {found['count']} all-reduces of "
+                f"{found['bytes']} bytes; so many alone "
+                f"{1e3 * row['predicted'][library]:.3g} ms"
+            )
+
+
+def draw(rows: dict[str, Sequence[dict[str, Any]]]) -> None:
+    """Draw time against batch, channels and devices."""
+    from experiments.figures import new_figure, save  # noqa: PLC0415 (matplotlib)
+
+    figure, panels = new_figure(3)
+    for axes, name in zip(panels, rows, strict=True):
+        last = name == "devices"
+        sizes = [
+            row["devices"] if last else int(row["shape"].split("x")[-(name != "batch")])
+            for row in rows[name]
+        ]
+        for library in LIBRARIES:
+            for ending in (", shared", ", local") if last else ("",):
+                times = [
+                    1e3 * row["seconds_median"][library + ending] for row in rows[name]
+                ]
+                axes.plot(sizes, times, marker="o", label=library + ending)
+        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="milliseconds")
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        axes.legend()
+    save(figure, "scaling")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", max(DEVICES))
+    sys.exit(run_reporting(lambda: tyro.cli(compare)))

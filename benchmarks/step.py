@@ -1,0 +1,279 @@
+"""What batch normalization adds to a training step: ours, Flax's, and none.
+
+    python -m benchmarks.step
+    python -m benchmarks.step --quick
+
+The networks are the MNIST network, Inception at the size of CIFAR-10, and ResNet-50 on
+a few small images. A step is forward, backward and SGD with momentum, its state
+donated. The three kinds run in turn, round after round; what a kind adds is the time of
+its step less that of the network without BN in the same round. Bytes are XLA's for the
+compiled step; on a GPU the allocator's peak is measured too, each step in a process of
+its own.
+
+"kept" is what a stack of convolution, BN and ReLU in bfloat16 keeps between forward and
+backward: the distinct arrays that the function of `jax.vjp` holds, less the parameters.
+The result is benchmarks/results/step-<platform>.json; with --quick nothing is written
+unless --output says where.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from benchmarks import timing
+from benchmarks.networks import (
+    KINDS,
+    NETWORKS,
+    Network,
+    Stack,
+    batch_of,
+    first_state,
+    initial,
+    loss_of,
+    make_step,
+)
+from benchmarks.passes import Program
+from benchmarks.report import ROOT, result_path, write_result
+from bnjax.training.errors import UserError, run_reporting
+
+STACK_SHAPE = (64, 56, 56, 64)
+QUICK_STACK_SHAPE = (4, 16, 16, 64)
+
+
+def compare(
+    networks: tuple[str, ...] = tuple(NETWORKS),
+    batch_size: int | None = None,
+    stack_layers: int = 8,
+    stack_shape: tuple[int, int, int, int] = STACK_SHAPE,
+    rounds: int = 21,
+    seconds: float = 60.0,
+    quick: bool = False,
+    output: Path | None = None,
+    peak: tuple[str, str] | None = None,
+) -> None:
+    """Measure, print and write.
+
+    Args:
+        networks: Of mlp, inception and resnet50.
+        batch_size: In place of each network's own.
+        stack_layers: Of the stack whose kept bytes are counted.
+        stack_shape: Of its input.
+        rounds: Of each kind, at most.
+        seconds: Of each network, after three rounds.
+        quick: Few rounds, without ResNet-50.
+        output: Where to write the result instead.
+        peak: Print the allocator's peak of one network and kind, in this process.
+    """
+    chosen = {name: sized(name, batch_size) for name in networks}
+    if peak is not None:
+        print(json.dumps(allocator_peak(sized(peak[0], batch_size), peak[1])))
+        return
+    if quick:
+        chosen.pop("resnet50", None)
+        rounds, stack_shape = min(rounds, 5), QUICK_STACK_SHAPE
+    load = timing.load()
+    rows = []
+    for name, network in chosen.items():
+        rows.append({"network": name} | measured(network, rounds, seconds))
+        if jax.devices()[0].platform == "gpu":
+            rows[-1]["allocator_peak_bytes"] = {
+                kind: peak_in_process(name, kind, batch_size) for kind in KINDS
+            }
+        report(rows[-1])
+    kept = kept_bytes(stack_layers, stack_shape)
+    report_kept(kept)
+    result = {"load_average_at_start": load, "rows": rows, "kept": kept}
+    path = output or (None if quick else result_path("step"))
+    if path is not None:
+        command = " ".join(["python -m benchmarks.step", *sys.argv[1:]])
+        write_result(path, command, [0], result)
+        print(path)
+
+
+def sized(name: str, batch_size: int | None) -> Network:
+    """Return the network called `name`, with a batch of the size given."""
+    if name not in NETWORKS:
+        raise UserError(f"--networks {name}: expected some of {', '.join(NETWORKS)}.")
+    network = NETWORKS[name]
+    if batch_size is None:
+        return network
+    return Network(
+        network.model,
+        network.options,
+        (batch_size, *network.shape[1:]),
+        network.classes,
+    )
+
+
+def step_program(network: Network, kind: str) -> tuple[Program, dict[str, int]]:
+    """Compile a training step; each run goes on from the state of the one before."""
+    model = network.create(kind)
+    images, labels = batch_of(network)
+    state = first_state(model, images)
+    leaves, tree = jax.tree.flatten(state)
+
+    def step(leaves, images, labels):
+        state = jax.tree.unflatten(tree, leaves)
+        return jax.tree.leaves(make_step(model)(state, images, labels))
+
+    compiled = jax.jit(step, donate_argnums=0).lower(leaves, images, labels).compile()
+
+    def run() -> dict[str, Any]:
+        leaves[:] = jax.block_until_ready(compiled(leaves, images, labels))
+        return {"state": leaves}
+
+    found = bytes_of(compiled)
+    return Program(run, found["temporary"]), found
+
+
+def bytes_of(compiled: Any) -> dict[str, int]:
+    """Return XLA's count for a compiled program: what it allots, and with all else."""
+    found = compiled.memory_analysis()
+    temporary = int(found.temp_size_in_bytes)
+    held = (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+    )
+    return {"temporary": temporary, "peak": temporary + int(held)}
+
+
+def measured(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
+    """Time the steps of the three kinds in turn."""
+    programs, memory = {}, {}
+    for kind in KINDS:
+        programs[kind], memory[kind] = step_program(network, kind)
+    runs = {kind: program.run for kind, program in programs.items()}
+    times = timing.interleaved(runs, 1)
+    # A sample of a step that takes less than 20 ms is of several.
+    calls = max(1, math.ceil(0.02 / times["none"][0]))
+    times = timing.interleaved(runs, rounds, seconds=seconds, calls=calls)
+    added = {
+        kind: [
+            with_bn - without
+            for with_bn, without in zip(times[kind], times["none"], strict=True)
+        ]
+        for kind in ("bnjax", "flax")
+    }
+    return {
+        "shape": network.shape,
+        "seconds_median": timing.medians(times),
+        "added_seconds_median": timing.medians(added),
+        "added_over_flax": over(added["bnjax"], added["flax"]),
+        "step_over_flax": timing.ratio(times["bnjax"], times["flax"]),
+        "bytes": memory,
+        "rounds": len(times["none"]),
+        "steps_per_sample": calls,
+        "seconds": times,
+    }
+
+
+def over(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
+    """Return the ratio of the medians; None where noise hides what Flax's adds."""
+    base = statistics.median(theirs)
+    return statistics.median(ours) / base if base > 0 else None
+
+
+def allocator_peak(network: Network, kind: str) -> int | None:
+    """Return the most bytes that the device's allocator has held, steps taken."""
+    program, _ = step_program(network, kind)
+    program.run()
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
+
+
+def peak_in_process(name: str, kind: str, batch_size: int | None) -> int | None:
+    """Return `allocator_peak`, from a process of its own."""
+    words = ["-m", "benchmarks.step", "--peak", name, kind]
+    if batch_size is not None:
+        words += ["--batch-size", str(batch_size)]
+    done = subprocess.run(  # noqa: S603 (the words are those above)
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def kept_bytes(layers: int, shape: Sequence[int]) -> dict[str, Any]:
+    """Return what a stack in bfloat16 keeps for backward, ours and Flax's."""
+    found: dict[str, Any] = {"layers": layers, "shape": list(shape), "dtype": "bf16"}
+    x = jax.ShapeDtypeStruct(tuple(shape), jnp.bfloat16)
+    for kind in ("bnjax", "flax"):
+        model = Stack(layers, shape[-1], kind, dtype=jnp.bfloat16)
+        loss = loss_of(model)
+        variables = initial(model, x)
+
+        def both(params, stats, x, loss=loss):
+            return jax.grad(loss, argnums=(0, 2), has_aux=True)(params, stats, x, None)
+
+        compiled = jax.jit(both).lower(*variables.values(), x).compile()
+        found[kind] = {
+            "kept": residual_bytes(loss, *variables.values(), x),
+            **bytes_of(compiled),
+        }
+    found["kept_over_flax"] = found["bnjax"]["kept"] / found["flax"]["kept"]
+    return found
+
+
+def residual_bytes(loss: Any, params: Any, stats: Any, x: Any) -> int:
+    """Return the bytes of the distinct arrays kept for backward, less `params`."""
+
+    def pull(params, stats, x):
+        return jax.vjp(lambda p, x: loss(p, stats, x, None), params, x, has_aux=True)[1]
+
+    jaxpr = jax.make_jaxpr(pull)(params, stats, x).jaxpr
+    own = set(jaxpr.invars[: len(jax.tree.leaves(params))])
+    # A literal has a value and takes no memory.
+    kept = {value for value in jaxpr.outvars if not hasattr(value, "val")}
+    return sum(
+        math.prod(variable.aval.shape) * variable.aval.dtype.itemsize
+        for variable in kept - own
+    )
+
+
+def report(row: dict[str, Any]) -> None:
+    """Print what was measured of a network."""
+    for kind, taken in row["seconds_median"].items():
+        added = row["added_seconds_median"].get(kind)
+        beside = "" if added is None else f", adds {1e3 * added:.3g} ms"
+        memory = row["bytes"][kind]
+        print(
+            f"{row['network']:10} {kind:6} {1e3 * taken:9.3g} ms{beside}; "
+            f"temporary {memory['temporary'] / 2**20:.1f} MiB, "
+            f"peak {memory['peak'] / 2**20:.1f} MiB"
+        )
+    share = row["added_over_flax"]
+    told = "hidden by noise" if share is None else f"{share:.2f}"
+    print(
+        f"{row['network']:10} what bnjax adds / what Flax adds: {told}; "
+        f"step / Flax's step: {row['step_over_flax']:.3f}"
+    )
+
+
+def report_kept(kept: dict[str, Any]) -> None:
+    """Print what is kept between forward and backward."""
+    for kind in ("bnjax", "flax"):
+        print(
+            f"{kept['layers']} layers {tuple(kept['shape'])} {kind:6} keep "
+            f"{kept[kind]['kept'] / 1e6:.0f} MB; temporary "
+            f"{kept[kind]['temporary'] / 1e6:.0f} MB"
+        )
+    print(f"bnjax / Flax: {kept['kept_over_flax']:.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting(lambda: tyro.cli(compare)))

@@ -1,0 +1,103 @@
+"""Steps, compile time, scaling and the tables, at the smallest sizes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import compile_time, scaling, step, table
+from benchmarks.networks import Stack, initial, loss_of
+from benchmarks.report import RESULTS
+
+
+def test_step(tmp_path):
+    path = tmp_path / "step-cpu.json"
+    step.compare(
+        networks=("mlp",),
+        batch_size=4,
+        stack_layers=2,
+        stack_shape=(2, 4, 4, 8),
+        rounds=1,
+        output=path,
+    )
+    result = json.loads(path.read_text())["result"]
+    (row,) = result["rows"]
+    assert set(row["seconds_median"]) == {"bnjax", "flax", "none"}
+    with_bn, without = (row["seconds"][kind] for kind in ("bnjax", "none"))
+    assert row["added_seconds_median"]["bnjax"] == with_bn[0] - without[0]
+    assert row["bytes"]["bnjax"]["peak"] > row["bytes"]["bnjax"]["temporary"]
+    # By layer the input, the output of the convolution and the kernel, in bfloat16;
+    # then the float32 array of the loss, and vectors.
+    arrays = 2 * (2 * 256 + 3 * 3 * 8 * 8) * 2 + 256 * 4
+    assert arrays <= result["kept"]["bnjax"]["kept"] < arrays + 512
+    assert result["kept"]["kept_over_flax"] < 0.55
+    assert "| mlp | 4x28x28x1 | bnjax |" in table.tables(tmp_path)
+
+
+def test_what_is_added_has_no_ratio_where_noise_hides_it():
+    assert step.over([1.0, 2.0, 9.0], [4.0, 1.0, 5.0]) == 0.5
+    assert step.over([1.0], [-0.1]) is None
+
+
+def test_bytes_kept_are_those_of_distinct_arrays():
+    def loss(params, stats, x, _):
+        del stats
+        # Both products keep x and the parameter, which is not counted.
+        return jnp.sum(params * x) + jnp.sum(params * x), None
+
+    x = jax.ShapeDtypeStruct((8,), jnp.bfloat16)
+    assert step.residual_bytes(loss, x, {}, x) == 16
+
+
+def test_compile_time(tmp_path):
+    path = tmp_path / "compile_time-cpu.json"
+    compile_time.compare(layers=1, networks=("dense",), rounds=1, output=path)
+    (row,) = json.loads(path.read_text())["result"]["rows"]
+    for seconds in row["seconds"].values():
+        (total,) = seconds["total"]
+        assert total == sum(seconds[stage][0] for stage in compile_time.STAGES) > 0
+    assert "| dense | bnjax / flax |" in table.tables(tmp_path)
+
+
+def test_a_stack_has_its_layers():
+    x = jnp.zeros((2, 4))
+    stack = Stack(3, 4, "bnjax", dense=True)
+    variables = initial(stack, x)
+    assert len(variables["stats"]) == 3
+    loss, updates = loss_of(stack)(*variables.values(), x, None)
+    assert loss >= 0
+    assert len(updates["batch_stats"]) == 3
+
+
+def test_scaling(tmp_path):
+    path = tmp_path / "scaling-cpu.json"
+    scaling.compare(
+        batches=(1,),
+        channels=(),
+        devices=(2, 999),
+        device_shape=(2, 3, 3, 8),
+        rounds=1,
+        output=path,
+    )
+    result = json.loads(path.read_text())["result"]
+    assert result["devices_absent"] == [999]
+    (row,) = result["rows"]["devices"]
+    # Origin and offers, three sums of the moments, two of the gradient.
+    assert row["collectives"]["bnjax"] == {"count": 3, "bytes": 4 * 8 * (2 + 3 + 2)}
+    assert row["predicted"]["bnjax"] == 3 * row["all_reduce_seconds"]
+    assert [row["shape"] for row in result["rows"]["batch"]] == ["1x14x14x128"]
+    assert "| 2 | bnjax |" in table.tables(tmp_path)
+
+
+def test_all_reduces_are_counted_with_their_bytes():
+    text = """
+      %a = f32[2,8]{1,0} all-reduce(%x), to_apply=%sum
+      %b = (f32[8]{0}, bf16[3]{0}) all-reduce-start(%y, %z), to_apply=%sum
+      %c = f32[8]{0} add(%all-reduce.1, %q)
+    """
+    assert scaling.all_reduces(text) == {"count": 2, "bytes": 64 + 32 + 6}
+
+
+def test_the_page_has_the_tables_of_the_results():
+    page = table.PAGE.read_text("utf-8")
+    assert table.replaced(page, table.tables(RESULTS)) == page

@@ -139,25 +139,31 @@ def _tangents(transform, operands, origin, moments, doperands):
         weighted = jnp.where(live(operands.mask), weight * dx, 0)
 
     sums = [jnp.sum(weighted, reduction.axes), jnp.sum(weighted * xhat, reduction.axes)]
+    if reduction.axis_name is not None:
+        sums = reduction.total(jnp.stack(sums))
     count = jnp.where(moments.count > 0, moments.count, 1)
-    means = reduction.total(jnp.stack(sums)) / count[None]
+    mean_dx, mean_xhat_dx = (total / count for total in sums)
     inverse, gain = (
         lax.squeeze(value, reduction.axes)
         for value in (channels.inverse, channels.gain)
     )
-    dmean, dvar = means[0], 2 * means[1] / inverse
+    dmean, dvar = mean_dx, 2 * mean_xhat_dx / inverse
 
-    dbias = jnp.zeros_like(gain) if doperands.bias is None else doperands.bias
-    dscale = jnp.zeros_like(gain) if doperands.scale is None else doperands.scale
-    dparams = jnp.stack([transform.cast(dbias), transform.cast(dscale)])
+    dbias, dscale = (
+        jnp.zeros_like(gain) if tangent is None else transform.cast(tangent)
+        for tangent in (doperands.bias, doperands.scale)
+    )
     arrays = jax.tree.leaves((operands, channels, dx, doperands.residual))
-    change = _varying_like(arrays, dparams - gain[None] * means)
-    dgain = change[1] - 0.5 * gain * inverse * doperands.epsilon
+    dbias = dbias - gain * mean_dx
+    dscale = dscale - gain * mean_xhat_dx
+    dbias, dgain = _all_varying_like(arrays, dbias, dscale)
+    dgain = dgain - 0.5 * gain * inverse * doperands.epsilon
+    (dx,) = _all_varying_like(arrays, dx)
+    dresidual = doperands.residual
+    if dresidual is not None:
+        (dresidual,) = _all_varying_like(arrays, dresidual)
     tangents = _Tangents(
-        _varying_like(arrays, dx),
-        reduction.expand(change[0]),
-        reduction.expand(dgain),
-        _varying_like(arrays, doperands.residual),
+        dx, reduction.expand(dbias), reduction.expand(dgain), dresidual
     )
     if operands.mask is None and not operands.consts:
         spread = _spread
@@ -287,17 +293,18 @@ def _hidden(value, mask):
     return ~live(mask) & ~jnp.isfinite(jnp.square(value))
 
 
-def _varying_like(arrays, value) -> Any:
-    """`value` as varying over the mesh axes that any of the arrays varies over.
+def _all_varying_like(arrays, *values):
+    """Values of one shape, varying over all mesh axes that the arrays vary over.
 
-    Done before the broadcast, so that the transpose is one sum over devices of a
-    per-channel array.
+    They are joined, and not yet broadcast, so that the transpose is one sum over
+    devices of a per-channel array.
     """
-    if value is None:
-        return None
-    varying = frozenset().union(*map(_varying, arrays))
-    missing = tuple(varying - _varying(value))
-    return lax.pcast(value, missing, to="varying") if missing else value
+    needed = frozenset().union(*map(_varying, arrays))
+    if all(_varying(value) >= needed for value in values):
+        return values
+    joined = jnp.stack(values)
+    missing = tuple(needed - _varying(joined))
+    return lax.pcast(joined, missing, to="varying") if missing else joined
 
 
 def _varying(x):

@@ -199,7 +199,10 @@ def moments_about_origin(
     """
     count = reduction.local_count(x.shape)
     if mask is None:
-        first_row = lax.stop_gradient(_first(x, reduction.axes).astype(dtype))
+        # A copy of its own: read from `x` again, it would keep `x` from being replaced.
+        first_row = lax.optimization_barrier(
+            lax.stop_gradient(_first(x, reduction.axes).astype(dtype))
+        )
         origin = lax.squeeze(first_row, reduction.axes)
         weight = jnp.full_like(origin, count)
 

@@ -10,7 +10,7 @@ from jax import lax
 from bnjax._operation import operation
 
 # Of elements: a block and the sums over it stay in the cache of a core.
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 
 Terms = Callable[..., Sequence[jax.Array]]
 

@@ -28,7 +28,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "cifar10-bn-x5-sigmoid": cifar10.bn_x5_sigmoid,
     **ensemble.members(
         "cifar10-ensemble",
-        "Test accuracy and time: see experiments/README.md.",
+        "ENSEMBLE",
         small=True,
     ),
     "cifar10-resnet20": cifar10.resnet20,

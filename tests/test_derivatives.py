@@ -53,7 +53,9 @@ def arguments(case, dtype):
 
 @pytest.mark.usefixtures("x64", "strict")
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
-@pytest.mark.parametrize("activation", [None, "sigmoid", "gelu"])
+@pytest.mark.parametrize(
+    "activation", [None, "gelu", pytest.param("sigmoid", marks=pytest.mark.slow)]
+)
 @cases.parametrize(CASES)
 def test_both_modes_and_second_order(case, activation, frozen):
     args, mask = arguments(case, np.float64)
@@ -159,6 +161,7 @@ def test_vmap_over_models_and_batches(case):
             np.testing.assert_allclose(got[i], want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_nested_vmap_and_jit_leak_nothing():
     case = CASES[1]
     args, _ = arguments(case, np.float32)

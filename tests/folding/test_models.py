@@ -18,10 +18,10 @@ CASES = [
     ("mlp", (3, 6, 6), {}),
     ("lenet", (2, 28, 28, 1), {"pool": "max"}),
     ("resnet20", (2, 16, 16, 3), {"width": 0.25}),
-    ("resnet50", (1, 32, 32, 3), {"width": 0.0625}),
     ("inception", SMALL, {"width": 0.125, "stem": "small", "printed_depths": True}),
 ]
 SLOW = [
+    ("resnet50", (1, 32, 32, 3), {"width": 0.0625}),
     ("resnet56", (2, 16, 16, 3), {"width": 0.25}),
     ("resnet110", (2, 16, 16, 3), {"width": 0.25}),
     ("inception", (1, 64, 64, 3), {"width": 0.25, "separable_conv1": True}),

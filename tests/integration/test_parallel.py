@@ -61,8 +61,8 @@ def test_one_step_is_the_same_in_float32(name, strategy, devices):
     [
         ("per-device", None, 8),
         ("group:2", None, 16),
-        ("group:4", None, None),
-        ("global", 16, 16),
+        pytest.param("group:4", None, None, marks=pytest.mark.slow),
+        pytest.param("global", 16, 16, marks=pytest.mark.slow),
         ("global", 4, 4),
         ("per-device", 2, 2),
     ],

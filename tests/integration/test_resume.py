@@ -110,6 +110,7 @@ def undisturbed(tmp_path_factory, cache):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_killed_three_times(undisturbed, cache, tmp_path):
     workdir, source = tmp_path / "run", random.Random(3)
     for saving in (False, True, True):
@@ -154,6 +155,7 @@ def test_a_run_stopped_by_a_signal(undisturbed, cache, tmp_path, number, status)
         assert results(workdir)[:2] == results(undisturbed)[:2]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(cache, tmp_path):
     workdir = tmp_path / "run"
     # One dispatch of a minute and more.

@@ -1,7 +1,7 @@
 """Normalization and its derivative in the closed form of the paper.
 
-The derivative is written once, as the linear map from the tangents of the inputs to
-those of the outputs, and JAX transposes it for reverse mode. The map is arranged as
+The derivative is a linear map from the tangents of the inputs to those of the outputs.
+The map is arranged as
 
     dy = a * dx + xhat * A + B,      a = scale / sqrt(var + epsilon),
     A = dscale - a * mean(xhat * dx),      B = dbias - a * mean(dx),
@@ -12,6 +12,9 @@ share statistics:
 
     dscale = sum(dy * xhat),      dbias = sum(dy),
     dx = a * (dy - dbias / m - xhat * dscale / m).
+
+JAX transposes the means, A and B. The transpose of the rest, with its two sums, is
+written out (`_gather`): JAX would keep in memory, in float32, what the sums share.
 
 The map is rematerialized: of what the forward pass computed, only the inputs of the map
 are kept, and they are `x` itself and per-channel vectors.

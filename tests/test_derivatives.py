@@ -54,7 +54,11 @@ def arguments(case, dtype):
 @pytest.mark.usefixtures("x64", "strict")
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
 @pytest.mark.parametrize(
-    "activation", [None, "gelu", pytest.param("sigmoid", marks=pytest.mark.slow)]
+    "activation",
+    [
+        None,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("gelu", "sigmoid")),
+    ],
 )
 @cases.parametrize(CASES)
 def test_both_modes_and_second_order(case, activation, frozen):
@@ -62,6 +66,13 @@ def test_both_modes_and_second_order(case, activation, frozen):
     check_grads(
         transform(case, mask, activation, frozen), args, 2, ("fwd", "rev"), rtol=1e-5
     )
+
+
+@pytest.mark.usefixtures("x64", "strict")
+def test_second_order_through_an_activation():
+    args, mask = arguments(CASES[0], np.float64)
+    run = transform(CASES[0], mask, "gelu")
+    check_grads(run, args, 2, ("fwd", "rev"), rtol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")

@@ -189,6 +189,7 @@ class Nested(nn.Module):
         return module(use_running_average=False, axis_name=self.axis_name)(x)
 
 
+@pytest.mark.slow
 def test_nested_vmap_of_linen():
     """vmap in vmap: statistics over both axes come out unmapped (flax#3319)."""
     x = X.reshape(2, 4, 2, 3)

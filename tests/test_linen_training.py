@@ -49,6 +49,7 @@ def trees(state):
     return state.params, state.batch_stats, state.opt_state
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_every_step_is_that_of_flax():
     x, labels = networks.images(16, np.float64)

@@ -118,6 +118,7 @@ def stacked(norm, **options):
     return create(nnx.Rngs(0).split(3))
 
 
+@pytest.mark.slow
 def test_vmap_over_models():
     @nnx.jit
     @nnx.vmap(in_axes=(0, None))

@@ -4,12 +4,14 @@ import json
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from benchmarks import compile_time, scaling, step, table
 from benchmarks.networks import Stack, initial, loss_of
 from benchmarks.report import RESULTS
 
 
+@pytest.mark.slow
 def test_step(tmp_path):
     path = tmp_path / "step-cpu.json"
     step.compare(
@@ -69,6 +71,7 @@ def test_a_stack_has_its_layers():
     assert len(updates["batch_stats"]) == 3
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     path = tmp_path / "scaling-cpu.json"
     scaling.compare(

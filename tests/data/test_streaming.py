@@ -205,6 +205,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_run_that_is_killed(tmp_path):
     program = tmp_path / "parent.py"
     program.write_text(PARENT)

@@ -18,9 +18,9 @@ CASES = [
     ("mlp", (3, 6, 6), {}),
     ("lenet", (2, 28, 28, 1), {"pool": "max"}),
     ("resnet20", (2, 16, 16, 3), {"width": 0.25}),
-    ("inception", SMALL, {"width": 0.125, "stem": "small", "printed_depths": True}),
 ]
 SLOW = [
+    ("inception", SMALL, {"width": 0.125, "stem": "small", "printed_depths": True}),
     ("resnet50", (1, 32, 32, 3), {"width": 0.0625}),
     ("resnet56", (2, 16, 16, 3), {"width": 0.25}),
     ("resnet110", (2, 16, 16, 3), {"width": 0.25}),
@@ -111,6 +111,7 @@ def test_model_of_half_precision(dtype):
     assert difference(folded(x), exact) < 2**-6
 
 
+@pytest.mark.slow
 def test_per_activation_is_left():
     # 5a and 5b have a scale for each position, which no filter can take.
     model = models.create(

@@ -180,6 +180,7 @@ def test_auto_outside_any_cluster_fails_at_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_host_that_never_comes_is_not_waited_for(port, tmp_path):
     started = time.monotonic()
     processes = [

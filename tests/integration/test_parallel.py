@@ -17,8 +17,11 @@ LAYOUTS = [
     ("spmd", 8),
     ("pmap", 8),
 ]
-NETWORKS = ["mlp", "conv"]
 SLOW_MLP = [pytest.param("mlp", marks=pytest.mark.slow), "conv"]
+ON_EIGHT = [
+    pytest.param(*layout, marks=[] if layout[1] == 8 else pytest.mark.slow)
+    for layout in LAYOUTS
+]
 
 
 @functools.cache
@@ -28,8 +31,8 @@ def reference(name, steps, dtype, **changes):
     return networks.run(name, config, 1, steps, dtype)
 
 
-@pytest.mark.parametrize(("strategy", "devices"), LAYOUTS)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("strategy", "devices"), ON_EIGHT)
+@pytest.mark.parametrize("name", SLOW_MLP)
 def test_fifty_steps_are_the_same_in_float64(name, strategy, devices, x64):
     config = networks.configuration(parallel=strategy)
     expected, expected_metrics = reference(name, 50, jnp.float64)
@@ -40,14 +43,8 @@ def test_fifty_steps_are_the_same_in_float64(name, strategy, devices, x64):
     np.testing.assert_allclose(metrics["accuracy"], expected_metrics["accuracy"])
 
 
-@pytest.mark.parametrize(
-    ("strategy", "devices"),
-    [
-        pytest.param(*layout, marks=[] if layout[1] == 8 else pytest.mark.slow)
-        for layout in LAYOUTS
-    ],
-)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("strategy", "devices"), ON_EIGHT)
+@pytest.mark.parametrize("name", SLOW_MLP)
 def test_one_step_is_the_same_in_float32(name, strategy, devices):
     config = networks.configuration(parallel=strategy)
     expected, _ = reference(name, 1, jnp.float32)
@@ -63,7 +60,7 @@ def test_one_step_is_the_same_in_float32(name, strategy, devices):
         ("group:2", None, 16),
         pytest.param("group:4", None, None, marks=pytest.mark.slow),
         pytest.param("global", 16, 16, marks=pytest.mark.slow),
-        ("global", 4, 4),
+        pytest.param("global", 4, 4, marks=pytest.mark.slow),
         ("per-device", 2, 2),
     ],
 )
@@ -86,7 +83,7 @@ def test_groups_of_devices_are_virtual_batches(
             networks.assert_close(state, whole, 1e-3)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", SLOW_MLP)
 def test_per_device_is_a_virtual_batch_in_float32(name):
     config = networks.configuration(parallel="pmap", sync="per-device")
     expected, _ = reference(name, 1, jnp.float32, virtual_batch_size=4)
@@ -94,16 +91,19 @@ def test_per_device_is_a_virtual_batch_in_float32(name):
     networks.assert_close(state, expected, 1e-6)
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("pmap", 4), ("spmd", 4)])
+@pytest.mark.parametrize(
+    ("strategy", "devices"),
+    [("pmap", 4), pytest.param("spmd", 4, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("sync", ["global", "per-device"])
 @pytest.mark.parametrize("name", SLOW_MLP)
-def test_micro_batches_are_the_same_on_any_devices(name, sync, strategy, devices, x64):
+def test_micro_batches_are_the_same_on_any_devices(name, sync, strategy, x64):
     config = networks.configuration(parallel=strategy, accumulate=2, sync=sync)
     virtual = 4 if sync == "per-device" else None
     expected, _ = reference(
         name, 5, jnp.float64, accumulate=2, virtual_batch_size=virtual
     )
-    state, _ = networks.run(name, config, devices, 5)
+    state, _ = networks.run(name, config, 4, 5)
     networks.assert_close(state, expected, 1e-10)
 
 

@@ -131,7 +131,11 @@ def test_twenty_killed_runs(undisturbed, cache, tmp_path, seed):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+        (signal.SIGINT, 130),
+    ],
 )
 def test_a_run_stopped_by_a_signal(undisturbed, cache, tmp_path, number, status):
     workdir = tmp_path / "run"

@@ -60,6 +60,7 @@ def test_eval_agrees_in_a_program_of_its_own(digits_run):
     assert read(digits_run / "eval.json")["test_accuracy"] == summary["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_without_batch_norm(tmp_path):
     argv = ["--no-batch-norm", "--steps", "40", "--workdir", str(tmp_path / "run")]
     assert train_program.main(argv) == 0

@@ -65,6 +65,7 @@ def exact(state, dtype):
     return np.mean(losses), np.mean(accuracies), mean, first
 
 
+@pytest.mark.slow
 def test_written_out_they_are_the_same(x64):
     _, looped, expected = step(4, jnp.float64)
     _, written_out, found = step(4, jnp.float64, unroll=True)

@@ -92,6 +92,7 @@ def test_the_average_is_evaluated_with_its_own_statistics(small_config):
     assert found.loss == pytest.approx(by_hand.loss, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["pmap", "spmd"])
 def test_on_several_devices_it_is_the_same(small_config, parallel):
     def evaluated(**layout):

@@ -35,6 +35,7 @@ def test_a_run_is_a_function_of_its_configuration(run_small):
     assert len(set(digests.values())) == 2
 
 
+@pytest.mark.slow
 def test_it_equals_one_step_after_the_other(small_config):
     config = dataclasses.replace(small_config, steps=32, batch_size=300)
     source = open_source("digits")

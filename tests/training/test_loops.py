@@ -27,6 +27,7 @@ def lenet():
     )
 
 
+@pytest.mark.slow
 @needs_cpu
 def test_the_steps_of_a_convolutional_network_are_single_calls():
     run = Run(lenet(), open_data(lenet().data))

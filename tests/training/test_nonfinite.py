@@ -244,7 +244,7 @@ def reference(config, program, steps, rows):
         {},
         {"parallel": "pmap", "devices": 2},
         pytest.param({"parallel": "spmd", "devices": 2}, marks=pytest.mark.slow),
-        {"accumulate": 2},
+        pytest.param({"accumulate": 2}, marks=pytest.mark.slow),
     ],
     ids=["single", "pmap", "spmd", "accumulate"],
 )

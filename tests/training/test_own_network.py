@@ -39,6 +39,7 @@ class TestItTrains:
         assert own["state_sha256"] == listed["state_sha256"]
         assert anything["state_sha256"] == listed["state_sha256"]
 
+    @pytest.mark.slow
     def test_statistics_are_those_of_all_devices(self, tmp_path):
         # Dropout draws one mask for the batch in both.
         one, four = (summary(tmp_path, f"{NETS}:Net", "--devices", n) for n in (1, 4))
@@ -51,6 +52,7 @@ class TestItTrains:
         assert type(parallel) is Spmd
         assert len(parallel.devices) == jax.device_count()
 
+    @pytest.mark.slow
     def test_another_normalization_on_parts_of_the_batch(self, tmp_path):
         # It keeps no statistics, so that cutting the batch changes nothing.
         whole, parts = (
@@ -62,6 +64,7 @@ class TestItTrains:
         )
         assert parts["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-4)
 
+    @pytest.mark.slow
     def test_eval_finds_it_in_the_current_folder(self, tmp_path):
         shutil.copy(ROOT / "tests/training/own_nets.py", tmp_path / "my_nets.py")
 

@@ -92,8 +92,7 @@ def test_per_device_is_a_virtual_batch_in_float32(name):
 
 
 @pytest.mark.parametrize(
-    ("strategy", "devices"),
-    [("pmap", 4), pytest.param("spmd", 4, marks=pytest.mark.slow)],
+    "strategy", ["pmap", pytest.param("spmd", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("sync", ["global", "per-device"])
 @pytest.mark.parametrize("name", SLOW_MLP)

@@ -70,7 +70,12 @@ def evaluated(
     """Return what eval.py says of the networks and of their mean."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "ensemble.json"
-        return evaluate_runs(workdirs, crops=crops, output=output, data_dir=data_dir)
+        found = evaluate_runs(workdirs, crops=crops, output=output, data_dir=data_dir)
+    members = [
+        member | {"workdir": Path(member["workdir"]).name}
+        for member in found["members"]
+    ]
+    return found | {"members": members}
 
 
 if __name__ == "__main__":

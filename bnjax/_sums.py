@@ -9,8 +9,10 @@ from jax import lax
 
 from bnjax._operation import operation
 
-# Of elements: a block and the sums over it stay in the cache of a core.
+# Of elements: a block and the sums over it stay in the cache of a core, as all of an
+# array that is not large does.
 BLOCK = 1 << 17
+LARGE = 1 << 21
 
 Terms = Callable[..., Sequence[jax.Array]]
 
@@ -48,7 +50,8 @@ def _in_blocks(rows, channels, *, terms, axes):
     first, *_ = jax.tree.leaves(rows)
     examples = math.prod(first.shape[: len(axes)])
     blocks = min(first.size // BLOCK, examples)
-    if blocks < 2 or axes != tuple(range(len(axes))):
+    leading = axes == tuple(range(len(axes)))
+    if first.size < LARGE or blocks < 2 or not leading:
         return _plain(rows, channels, terms=terms, axes=axes)
     length = -(-examples // blocks)
     blocks, rest = divmod(examples, length)

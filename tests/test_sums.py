@@ -7,14 +7,14 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
-from bnjax._sums import BLOCK
+from bnjax._sums import BLOCK, LARGE
 from tests import oracle
 
 # Of how many examples a block is not a whole part, and where the features come first.
 CASES = {
-    "rows": ((BLOCK // 8 + 77, 24), -1),
-    "images": ((13, 29, 31, 64), -1),
-    "one example in a block": ((3, 7, BLOCK // 16, 8), (1, 2, 3)),
+    "rows": ((LARGE // 24 + 77, 24), -1),
+    "images": ((37, 29, 31, 64), -1),
+    "one example in a block": ((5, 7, LARGE // 256, 8), (1, 2, 3)),
     "channels first": ((16, 64, 28, 28), 1),
 }
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
@@ -61,7 +61,7 @@ def test_output_statistics_and_gradients(name, dtype):
 
 
 def test_a_large_mean_costs_no_digits():
-    x, *_ = arrays((40, 32, 32, 24), -1, "float32", mean=1e4)
+    x, *_ = arrays((90, 32, 32, 24), -1, "float32", mean=1e4)
     found = jax.jit(bnjax.moments)(x)
     mean, var, _ = oracle.moments(x)
     np.testing.assert_allclose(found.mean, mean.ravel(), rtol=1e-6)
@@ -158,7 +158,7 @@ def test_the_moments_have_the_gradient_of_their_formulas(mask):
     ],
 )
 def test_transformations_of_large_arrays(outer):
-    x, scale, bias, dy = arrays((2, 40, 16, 16, 64), -1, "float32")
+    x, scale, bias, dy = arrays((2, 130, 16, 16, 64), -1, "float32")
 
     def loss(x, dy):
         stats = bnjax.BatchStats.init(64)

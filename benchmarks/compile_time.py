@@ -21,7 +21,7 @@ import tyro
 
 from benchmarks import timing
 from benchmarks.networks import KINDS, Stack, initial, loss_of
-from benchmarks.report import result_path, write_result
+from benchmarks.report import write_run
 from bnjax.training.errors import run_reporting
 
 STAGES = ("trace", "lower", "compile")
@@ -57,11 +57,7 @@ def compare(
         "load_average_at_start": load,
         "rows": rows,
     }
-    path = output or (None if quick else result_path("compile_time"))
-    if path is not None:
-        command = " ".join(["python -m benchmarks.compile_time", *sys.argv[1:]])
-        write_result(path, command, [0], result)
-        print(path)
+    write_run("compile_time", result, output, quick=quick)
 
 
 def measured(name: str, layers: int, rounds: int) -> dict[str, Any]:

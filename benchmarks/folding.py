@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks.networks import random_variables
 from benchmarks.report import ROOT, write_result
 from benchmarks.timing import interleaved
 from bnjax import models
@@ -34,27 +35,6 @@ KINDS = {
     "unfolded": Normalization(),
     "flax": Normalization(kind="flax", unbiased=False),
 }
-
-
-def random_variables(model: Any, images: jax.Array, seed: int) -> Any:
-    """Make variables that keep the activations of every layer of one size."""
-    random = np.random.default_rng(seed)
-
-    def fill(path: Any, leaf: Any) -> jax.Array:
-        name = path[-1].key
-        if name == "kernel":
-            fan_in = np.prod(leaf.shape[:-1])
-            value = random.normal(0, np.sqrt(2 / fan_in), leaf.shape)
-        elif name in ("scale", "var"):
-            value = random.uniform(0.5, 1.5, leaf.shape)
-        else:
-            value = random.normal(0, 0.2, leaf.shape)
-        return jnp.asarray(value, leaf.dtype)
-
-    shapes = jax.eval_shape(
-        lambda images: model.init(jax.random.key(seed), images, train=False), images
-    )
-    return jax.tree_util.tree_map_with_path(fill, dict(shapes))
 
 
 def compiled(

@@ -35,7 +35,7 @@ import tyro
 from benchmarks import passes, peers, timing, torch_peer
 from benchmarks.passes import PASSES, Program
 from benchmarks.peers import PEERS, Case
-from benchmarks.report import result_path, write_result
+from benchmarks.report import write_run
 from benchmarks.summary import row_of, summarize
 from bnjax.training.errors import UserError, run_reporting
 
@@ -123,11 +123,7 @@ def compare(
         "rows": rows,
     }
     print_summary(result["summary"])
-    path = output or (None if quick else result_path("layer"))
-    if path is not None:
-        command = " ".join(["python -m benchmarks.layer", *sys.argv[1:]])
-        write_result(path, command, [0], result)
-        print(path)
+    write_run("layer", result, output, quick=quick)
 
 
 def installed(libraries: Sequence[str]) -> tuple[list[str], list[str]]:

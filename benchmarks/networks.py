@@ -10,7 +10,6 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from benchmarks.folding import random_variables
 from bnjax import models
 from bnjax.models import Normalization
 
@@ -19,7 +18,7 @@ KINDS = {
     "flax": Normalization(kind="flax", unbiased=False),
     "none": Normalization(kind="none", unbiased=False),
 }
-LEARNING_RATE, MOMENTUM = 1e-3, 0.9
+OPTIMIZER = optax.sgd(1e-3, momentum=0.9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +88,27 @@ class Stack(nn.Module):
         return x
 
 
+def random_variables(model: Any, images: jax.Array, seed: int) -> Any:
+    """Make variables that keep the activations of every layer of one size."""
+    random = np.random.default_rng(seed)
+
+    def fill(path: Any, leaf: Any) -> jax.Array:
+        name = path[-1].key
+        if name == "kernel":
+            fan_in = np.prod(leaf.shape[:-1])
+            value = random.normal(0, np.sqrt(2 / fan_in), leaf.shape)
+        elif name in ("scale", "var"):
+            value = random.uniform(0.5, 1.5, leaf.shape)
+        else:
+            value = random.normal(0, 0.2, leaf.shape)
+        return jnp.asarray(value, leaf.dtype)
+
+    shapes = jax.eval_shape(
+        lambda images: model.init(jax.random.key(seed), images, train=False), images
+    )
+    return jax.tree_util.tree_map_with_path(fill, dict(shapes))
+
+
 def initial(model: nn.Module, images: jax.Array, seed: int = 0) -> dict[str, Any]:
     """Return params and batch_stats; the latter empty without BN."""
     # Not the model's own, whose random numbers take minutes to compile.
@@ -116,14 +136,13 @@ def loss_of(model: nn.Module) -> Callable[..., tuple[jax.Array, Any]]:
 
 def make_step(model: nn.Module) -> Callable[..., dict[str, Any]]:
     """Return a step of SGD with momentum as a function of state, images and labels."""
-    optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
     loss = loss_of(model)
 
     def step(state, images, labels):
         gradients, updates = jax.grad(loss, has_aux=True)(
             state["params"], state["stats"], images, labels
         )
-        changes, moving = optimizer.update(
+        changes, moving = OPTIMIZER.update(
             gradients, state["optimizer"], state["params"]
         )
         return {
@@ -138,8 +157,7 @@ def make_step(model: nn.Module) -> Callable[..., dict[str, Any]]:
 def first_state(model: nn.Module, images: jax.Array) -> dict[str, Any]:
     """Return the state of `make_step` before the first step."""
     state = initial(model, images)
-    optimizer = optax.sgd(LEARNING_RATE, MOMENTUM)
-    return state | {"optimizer": jax.jit(optimizer.init)(state["params"])}
+    return state | {"optimizer": jax.jit(OPTIMIZER.init)(state["params"])}
 
 
 def batch_of(network: Network, seed: int = 0) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,18 @@ def result_path(name: str) -> Path:
     device = jax.devices()[0]
     kind = "cpu" if device.platform == "cpu" else device.device_kind
     return RESULTS / f"{name}-{re.sub('[^a-z0-9]+', '-', kind.lower())}.json"
+
+
+def write_run(name: str, result: Any, output: Path | None, *, quick: bool) -> None:
+    """Write what this run of benchmarks.<name> measured, and print where.
+
+    To `output` where given, else to `result_path`; a quick run is then not kept.
+    """
+    path = output or (None if quick else result_path(name))
+    if path is not None:
+        command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
+        write_result(path, command, [0], result)
+        print(path)
 
 
 def machine() -> dict[str, Any]:

@@ -31,7 +31,7 @@ import bnjax.linen
 from benchmarks import peers, timing
 from benchmarks.layer import measured
 from benchmarks.peers import Case
-from benchmarks.report import result_path, write_result
+from benchmarks.report import write_run
 from bnjax.training.errors import run_reporting
 
 AXIS = "batch"
@@ -87,11 +87,7 @@ def compare(
         "load_average_at_start": load,
         "rows": rows,
     }
-    path = output or (None if quick else result_path("scaling"))
-    if path is not None:
-        command = " ".join(["python -m benchmarks.scaling", *sys.argv[1:]])
-        write_result(path, command, [0], result)
-        print(path)
+    write_run("scaling", result, output, quick=quick)
     if output is None and not quick:
         draw(rows)
 
@@ -245,12 +241,12 @@ def draw(rows: dict[str, Sequence[dict[str, Any]]]) -> None:
             row["devices"] if last else int(row["shape"].split("x")[-(name != "batch")])
             for row in rows[name]
         ]
-        for library in LIBRARIES:
-            for ending in (", shared", ", local") if last else ("",):
-                times = [
-                    1e3 * row["seconds_median"][library + ending] for row in rows[name]
-                ]
-                axes.plot(sizes, times, marker="o", label=library + ending)
+        endings = {", shared": "-", ", local": "--"} if last else {"": "-"}
+        for color, library in enumerate(LIBRARIES):
+            for ending, style in endings.items():
+                label = library + ending
+                times = [1e3 * row["seconds_median"][label] for row in rows[name]]
+                axes.plot(sizes, times, f"C{color}o{style}", label=label)
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="milliseconds")
         axes.set_xticks(sizes, map(str, sizes))
         axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)

@@ -16,6 +16,7 @@ The result is benchmarks/results/step-<platform>.json; with --quick nothing is w
 unless --output says where.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -43,7 +44,7 @@ from benchmarks.networks import (
     make_step,
 )
 from benchmarks.passes import Program
-from benchmarks.report import ROOT, result_path, write_result
+from benchmarks.report import ROOT, write_run
 from bnjax.training.errors import UserError, run_reporting
 
 STACK_SHAPE = (64, 56, 56, 64)
@@ -93,11 +94,7 @@ def compare(
     kept = kept_bytes(stack_layers, stack_shape)
     report_kept(kept)
     result = {"load_average_at_start": load, "rows": rows, "kept": kept}
-    path = output or (None if quick else result_path("step"))
-    if path is not None:
-        command = " ".join(["python -m benchmarks.step", *sys.argv[1:]])
-        write_result(path, command, [0], result)
-        print(path)
+    write_run("step", result, output, quick=quick)
 
 
 def sized(name: str, batch_size: int | None) -> Network:
@@ -107,12 +104,7 @@ def sized(name: str, batch_size: int | None) -> Network:
     network = NETWORKS[name]
     if batch_size is None:
         return network
-    return Network(
-        network.model,
-        network.options,
-        (batch_size, *network.shape[1:]),
-        network.classes,
-    )
+    return dataclasses.replace(network, shape=(batch_size, *network.shape[1:]))
 
 
 def step_program(network: Network, kind: str) -> tuple[Program, dict[str, int]]:

@@ -1,5 +1,6 @@
 """Operations that are defined plainly and computed better where that is known."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ def operation(
     plain: Plain,
     *,
     on_cpu: Plain | None = None,
-    transpose: Callable[..., Any] = NotImplemented,
+    transpose: Callable[..., Any] | None = None,
 ) -> Callable[..., list[jax.Array]]:
     """Make a function that computes `plain`, by a better way where there is one.
 
@@ -39,44 +40,32 @@ def operation(
 
         return call
 
-    def of(static: dict[str, Any]) -> Plain:
-        return lambda *leaves: flat(plain)(*leaves, **static)
+    whole = flat(plain)
 
     def avals(*leaves: Any, **static: Any) -> Any:
-        return jax.make_jaxpr(of(static))(*leaves).out_avals
+        return jax.make_jaxpr(functools.partial(whole, **static))(*leaves).out_avals
 
     def jvp(primals: Any, tangents: Any, /, **static: Any) -> Any:
         tangents = tuple(ad.instantiate_zeros(tangent) for tangent in tangents)
-        return jax.jvp(of(static), tuple(primals), tangents)
+        return jax.jvp(functools.partial(whole, **static), tuple(primals), tangents)
 
     def batch(leaves: Any, dims: Any, /, **static: Any) -> Any:
-        mapped = jax.vmap(of(static), dims)(*leaves)
+        mapped = jax.vmap(functools.partial(whole, **static), dims)(*leaves)
         return mapped, [0] * len(mapped)
 
-    def transposed(cotangents: Any, /, *leaves: Any, tree: Any, **static: Any) -> Any:
-        cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
-        *known, last = tree.unflatten(leaves)
-        last = jax.tree.map(_type_of, last, is_leaf=ad.is_undefined_primal)
-        found = jax.tree.leaves(transpose(cotangents, *known, last, **static))
-        before = len(leaves) - len(found)
-        return [None] * before + [
-            cotangent if ad.is_undefined_primal(leaf) else None
-            for leaf, cotangent in zip(leaves[before:], found, strict=True)
-        ]
-
-    primitive.def_impl(flat(plain))
+    primitive.def_impl(whole)
     primitive.def_abstract_eval(avals)
     ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
-    if transpose is not NotImplemented:
-        ad.primitive_transposes[primitive] = transposed
-    plainly = mlir.lower_fun(flat(plain), multiple_results=True)
+    if transpose is not None:
+        ad.primitive_transposes[primitive] = functools.partial(_transposed, transpose)
+    plainly = mlir.lower_fun(whole, multiple_results=True)
     mlir.register_lowering(primitive, plainly)
     if on_cpu is not None:
-        whole = mlir.lower_fun(flat(on_cpu), multiple_results=True)
+        for_cpu = mlir.lower_fun(flat(on_cpu), multiple_results=True)
 
         def lower(context: Any, /, *leaves: Any, **static: Any) -> Any:
-            rule = plainly if _partitioned(context) else whole
+            rule = plainly if _partitioned(context) else for_cpu
             return rule(context, *leaves, **static)
 
         mlir.register_lowering(primitive, lower, platform="cpu")
@@ -86,6 +75,26 @@ def operation(
         return primitive.bind(*leaves, tree=tree, **static)
 
     return bind
+
+
+def _transposed(
+    transpose: Callable[..., Any],
+    cotangents: Any,
+    /,
+    *leaves: Any,
+    tree: Any,
+    **static: Any,
+) -> list[Any]:
+    """Cotangents of all the leaves; None for those that are known."""
+    cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    *known, last = tree.unflatten(leaves)
+    last = jax.tree.map(_type_of, last, is_leaf=ad.is_undefined_primal)
+    found = jax.tree.leaves(transpose(cotangents, *known, last, **static))
+    before = len(leaves) - len(found)
+    return [None] * before + [
+        cotangent if ad.is_undefined_primal(leaf) else None
+        for leaf, cotangent in zip(leaves[before:], found, strict=True)
+    ]
 
 
 def _type_of(leaf: Any) -> Any:

@@ -28,7 +28,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "cifar10-bn-x5-sigmoid": cifar10.bn_x5_sigmoid,
     **ensemble.members(
         "cifar10-ensemble",
-        "Here 50 to 55 % of the test set, in about 6 minutes on one CPU core.",
+        "Here 50 to 55 % of the test set, in about 8 minutes on one CPU core.",
         small=True,
     ),
     "cifar10-resnet20": cifar10.resnet20,

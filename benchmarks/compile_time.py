@@ -3,10 +3,11 @@
     python -m benchmarks.compile_time
     python -m benchmarks.compile_time --quick
 
-The network is 100 layers of a dense layer (or a convolution), BN and ReLU; the program
-its gradient, with the new statistics. Every repeat begins with cleared caches, and the
-kinds take turns. The result is benchmarks/results/compile_time-<platform>.json; with
---quick nothing is written unless --output says where.
+The network is 100 layers of a dense layer (or a convolution, of small or of larger
+images), BN and ReLU; the program its gradient, with the new statistics. Every repeat
+begins with cleared caches, and the kinds take turns. The result is
+benchmarks/results/compile_time-<platform>.json; with --quick nothing is written unless
+--output says where.
 """
 
 import itertools
@@ -25,7 +26,8 @@ from benchmarks.report import write_run
 from bnjax.training.errors import run_reporting
 
 STAGES = ("trace", "lower", "compile")
-SHAPES = {"dense": (32, 64), "convolution": (4, 8, 8, 16)}
+# On a CPU the statistics of the last are summed in blocks, in a loop.
+SHAPES = {"dense": (32, 64), "convolution": (4, 8, 8, 16), "images": (8, 32, 32, 16)}
 
 
 def compare(
@@ -39,7 +41,7 @@ def compare(
 
     Args:
         layers: Of the network.
-        networks: Of dense and convolution.
+        networks: Of dense, convolution and images.
         rounds: Of each kind.
         quick: Ten dense layers, three rounds.
         output: Where to write the result instead.

@@ -89,13 +89,16 @@ def _layer(result: dict[str, Any]) -> list[str]:
     ours, *others = rows[0]["ratios"]
     names = ("setting", "pass", "dtype", "variation")
     means = _table(
-        [*names, "shapes", *others, "over the floor"],
+        [*names, "shapes", *others, "over the floor", "over an affine map"],
         (
             [
                 *(group[name] for name in names),
                 str(group["shapes"]),
                 *(_mean_and(ratio, "lowest") for ratio in group["ratios"].values()),
                 _mean_and(group["over_floor"], "highest"),
+                _mean_and(group["over_elementwise"], "highest")
+                if "inference" in group.values()
+                else "",
             ]
             for group in groups
         ),
@@ -117,7 +120,8 @@ def _layer(result: dict[str, Any]) -> list[str]:
     absent = ", ".join(result["absent"]) or "none"
     reading = (
         f"Times as long as {ours}: geometric mean over the shapes, in brackets the "
-        f"lowest; and {ours} over the memory floor, in brackets the highest. "
+        f"lowest; {ours} over the memory floor, and in inference over a bare affine "
+        "map of the channels, in brackets the highest. "
         f"Libraries absent: {absent}."
     )
     return [

@@ -30,7 +30,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax._operation import operation
-from bnjax._statistics import Moments, Reduction, live, moments_about_origin, named
+from bnjax._statistics import (
+    Moments,
+    Reduction,
+    live,
+    moments_about_origin,
+    named,
+    positive,
+)
 from bnjax._sums import batch_sums
 
 _remat = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -144,8 +151,7 @@ def _tangents(transform, operands, origin, moments, doperands):
     sums = [jnp.sum(weighted, reduction.axes), jnp.sum(weighted * xhat, reduction.axes)]
     if reduction.axis_name is not None:
         sums = reduction.total(jnp.stack(sums))
-    count = jnp.where(moments.count > 0, moments.count, 1)
-    mean_dx, mean_xhat_dx = (total / count for total in sums)
+    mean_dx, mean_xhat_dx = (total / positive(moments.count) for total in sums)
     inverse, gain = (
         lax.squeeze(value, reduction.axes)
         for value in (channels.inverse, channels.gain)

@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, auto_axes
 
-from bnjax._sums import batch_sums
+from bnjax._sums import batch_sums, cut_of
 
 AxisName = str | tuple[str, ...]
 
@@ -125,10 +125,15 @@ def merge_about_zero(
 
 
 def _from_sums(count, first, second) -> Moments:
-    divisor = jnp.where(count > 0, count, 1)
+    divisor = positive(count)
     mean = first / divisor
     var = jnp.maximum(second / divisor - jnp.square(mean), 0)
     return Moments(mean, var, count)
+
+
+def positive(count: jax.Array) -> jax.Array:
+    """A count to divide by: 1 where nothing was counted."""
+    return lax.select(count > 0, count, jnp.ones_like(count))
 
 
 @dataclass(frozen=True)
@@ -263,8 +268,8 @@ def _first(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     spec = jax.typeof(x).sharding.spec
     spec = [*spec, *[None] * (x.ndim - len(spec))]
     if all(spec[axis] is None for axis in axes):
-        return cut(x)
+        return cut_of(x, cut)
     # An explicitly sharded dimension refuses to be cut to a length of one.
     kept = [None if axis in axes else name for axis, name in enumerate(spec)]
     cut_anywhere: Callable = auto_axes(cut, out_sharding=PartitionSpec(*kept))
-    return cut_anywhere(x)
+    return cut_of(x, cut_anywhere)

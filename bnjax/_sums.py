@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,13 @@ from jax import lax
 
 from bnjax._operation import operation
 
-# Of elements: a block and the sums over it stay in the cache of a core, as all of an
-# array that is not large does.
-BLOCK = 1 << 17
-LARGE = 1 << 21
+# Sizes of arrays and of blocks, in elements. A small block and its sums stay in the
+# nearest cache of a core. On a large one XLA has several cores at work, as on any block
+# of halves cut from many. Below FEW a loop saves less than it takes to compile.
+FEW, MANY_HALVES, LARGE = 1 << 15, 1 << 17, 1 << 20
+SMALL_BLOCK, HALVES_BLOCK, BLOCK = 1 << 11, 1 << 15, 1 << 17
+# Values side by side that keep the vector units of a core busy.
+WIDTH = 128
 
 Terms = Callable[..., Sequence[jax.Array]]
 
@@ -47,42 +51,83 @@ def _plain(rows, channels, *, terms, axes):
 
 
 def _in_blocks(rows, channels, *, terms, axes):
-    first, *_ = jax.tree.leaves(rows)
-    examples = math.prod(first.shape[: len(axes)])
-    blocks = min(first.size // BLOCK, examples)
+    arrays = jax.tree.leaves(rows)
+    shape, size = arrays[0].shape, arrays[0].size
+    examples, features = math.prod(shape[: len(axes)]), shape[len(axes) :]
+    width = math.prod(features)
     leading = axes == tuple(range(len(axes)))
-    if first.size < LARGE or blocks < 2 or not leading:
+    if size < FEW or examples < 2 or not leading:
         return _plain(rows, channels, terms=terms, axes=axes)
-    length = -(-examples // blocks)
-    blocks, rest = divmod(examples, length)
-    features = first.shape[len(axes) :]
-    rows = jax.tree.map(lambda row: row.reshape(examples, *features), rows)
-    channels = jax.tree.map(lambda channel: lax.squeeze(channel, axes[1:]), channels)
+    block = _block(size, halves=any(_half(array) for array in arrays))
+    # Examples of few features are joined to one long row.
+    most = max(1, WIDTH // width)
+    joined = max(n for n in range(1, most + 1) if examples % n == 0)
+    count = examples // joined
+    length = _divisor(count, min(count // 2, max(1, block // (joined * width))))
+    blocks, rest = divmod(count, length)
+    rows = jax.tree.map(lambda row: row.reshape(count, joined * width), rows)
+    channels = jax.tree.map(lambda c: jnp.tile(c.reshape(1, -1), joined), channels)
 
-    def block(index):
+    def part(index):
         # Held fast in each step: XLA would convert the whole array before the loop.
         held, start = lax.optimization_barrier((rows, index * length))
-        return terms(
-            *jax.tree.map(lambda row: _cut(row, start, length), held), *channels
-        )
 
-    def add(index, sums):
-        return [s + term for s, term in zip(sums, block(index), strict=True)]
+        def cut(array):
+            at = (start, jnp.zeros_like(start))
+            sizes = (length, joined * width)
+            return lax.dynamic_slice(array, at, sizes, allow_negative_indices=False)
 
-    sums = [jnp.sum(s, 0) for s in lax.fori_loop(1, blocks, add, list(block(0)))]
+        return terms(*jax.tree.map(lambda row: cut_of(row, cut), held), *channels)
+
+    def add(state):
+        index, sums = state
+        more = zip(sums, part(index), strict=True)
+        return index + 1, [total + term for total, term in more]
+
+    first = 0, [_zeros(term) for term in jax.make_jaxpr(part)(0).out_avals]
+    _, sums = lax.while_loop(lambda state: state[0] < blocks, add, first)
+    sums = [jnp.sum(total.reshape(-1, *features), 0) for total in sums]
     if rest:
         last = jax.tree.map(lambda row: row[blocks * length :], rows)
-        terms_left = terms(*last, *channels)
-        sums = [s + jnp.sum(t, 0) for s, t in zip(sums, terms_left, strict=True)]
+        more = [term.reshape(-1, *features) for term in terms(*last, *channels)]
+        sums = [s + jnp.sum(term, 0) for s, term in zip(sums, more, strict=True)]
     return sums
 
 
-def _cut(x: jax.Array, start: jax.Array, length: int) -> jax.Array:
-    """Some rows of `x`, without the copy XLA makes of bfloat16 for want of a slice."""
-    half = x.dtype.itemsize == 2
-    bits = lax.bitcast_convert_type(x, jnp.uint16) if half else x
-    part = lax.dynamic_slice_in_dim(bits, start, length)
-    return lax.bitcast_convert_type(part, x.dtype) if half else part
+def _block(size: int, halves: bool) -> int:
+    """How many elements of an array a block has, about."""
+    if size >= LARGE:
+        return BLOCK
+    return HALVES_BLOCK if halves and size >= MANY_HALVES else SMALL_BLOCK
+
+
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor up to `most`; `most` where none is above half of it."""
+    divisors = (d for d in range(most, most // 2, -1) if number % d == 0)
+    return next(divisors, most)
+
+
+def _zeros(like: Any) -> jax.Array:
+    zeros = jnp.zeros(like.shape, like.dtype)
+    varying = tuple(like.manual_axis_type.varying)
+    return lax.pcast(zeros, varying, to="varying") if varying else zeros
+
+
+def _half(array: jax.Array) -> bool:
+    return array.dtype.itemsize == 2
+
+
+def cut_of(x: jax.Array, cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """`cut(x)`, without the float32 copy of all of `x`, of which XLA would cut halves.
+
+    Args:
+        x: of any dtype.
+        cut: takes a part of an array, whatever the dtype.
+    """
+    if not _half(x):
+        return cut(x)
+    part = cut(lax.bitcast_convert_type(x, jnp.uint16))
+    return lax.bitcast_convert_type(part, x.dtype)
 
 
 _batch_sums = operation("batch_sums", _plain, on_cpu=_in_blocks)

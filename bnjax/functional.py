@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from bnjax import _checks
 from bnjax._arguments import check_count, prepare
@@ -316,9 +317,11 @@ def update_batch_stats(
     def moved(old, new):
         old = jnp.asarray(old)
         dtype = _checks.promoted(old.dtype, new.dtype)
-        keep = jnp.where(enough, jnp.asarray(momentum, dtype), 1)
-        take = jnp.where(enough, jnp.asarray(1 - momentum, dtype), 0)
-        new = jnp.where(enough, new, 0).astype(dtype)
-        return keep * old.astype(dtype) + take * new
+        old, new = old.astype(dtype), new.astype(dtype)
+        # Chosen among arrays of the batch: those of `old` may be sharded otherwise.
+        one, zero = jnp.ones_like(new), jnp.zeros_like(new)
+        keep = lax.select(enough, jnp.asarray(momentum, dtype) * one, one)
+        take = lax.select(enough, jnp.asarray(1 - momentum, dtype) * one, zero)
+        return keep * old + take * lax.select(enough, new, zero)
 
     return BatchStats(moved(batch_stats.mean, batch.mean), moved(batch_stats.var, var))

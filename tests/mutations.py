@@ -39,8 +39,8 @@ MUTATIONS = [
     Mutation(
         "swapped momentum",
         "bnjax/functional.py",
-        "return keep * old.astype(dtype) + take * new",
-        "return take * old.astype(dtype) + keep * new",
+        "return keep * old + take * lax.select(enough, new, zero)",
+        "return take * old + keep * lax.select(enough, new, zero)",
         TRANSFORM,
     ),
     Mutation(
@@ -298,8 +298,15 @@ MUTATIONS = [
     Mutation(
         "sums: what is left after the blocks",
         "bnjax/_sums.py",
-        "blocks, rest = divmod(examples, length)",
-        "blocks, rest = examples // length, 0",
+        "blocks, rest = divmod(count, length)",
+        "blocks, rest = count // length, 0",
+        SUMS,
+    ),
+    Mutation(
+        "sums: channels of joined examples in another order",
+        "bnjax/_sums.py",
+        "jnp.tile(c.reshape(1, -1), joined)",
+        "jnp.repeat(c.reshape(1, -1), joined, 1)",
         SUMS,
     ),
     Mutation(

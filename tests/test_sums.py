@@ -7,12 +7,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
-from bnjax._sums import BLOCK, LARGE
+from bnjax._sums import BLOCK, FEW, LARGE
 from tests import oracle
 
-# Of how many examples a block is not a whole part, and where the features come first.
+# Of how many examples a block is not a whole part, and where features come first.
 CASES = {
-    "rows": ((LARGE // 24 + 77, 24), -1),
+    "small blocks": ((FEW // 8 + 5, 8), -1),
+    "small blocks of wide rows": ((83, 1000), -1),
+    "blocks of halves": ((17, 33, 31, 16), -1),
+    "large blocks of rows": ((LARGE // 24 + 77, 24), -1),
     "images": ((37, 29, 31, 64), -1),
     "one example in a block": ((5, 7, LARGE // 256, 8), (1, 2, 3)),
     "channels first": ((16, 64, 28, 28), 1),

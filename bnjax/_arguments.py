@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from bnjax import _checks
-from bnjax._gradient import Operands, Transform
+from bnjax._affine import Operands, Transform
 from bnjax._statistics import Reduction
 
 

@@ -20,19 +20,26 @@ The map is rematerialized: of what the forward pass computed, only the inputs of
 are kept, and they are `x` itself and per-channel vectors.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bnjax._affine import (
+    Channels,
+    Operands,
+    Transform,
+    channels_of,
+    distance_of,
+    hoist_activation,
+    output,
+    preactivation,
+)
 from bnjax._operation import operation
 from bnjax._statistics import (
     Moments,
-    Reduction,
     live,
     moments_about_origin,
     named,
@@ -43,42 +50,6 @@ from bnjax._sums import batch_sums
 _remat = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """What of a call to batch norm is known when it is traced."""
-
-    reduction: Reduction
-    activation: Callable | None
-    dtype: jnp.dtype
-    compute_dtype: jnp.dtype
-
-    def cast(self, value: Any) -> Any:
-        """`value` in the dtype of the computation; None stays None."""
-        return None if value is None else value.astype(self.compute_dtype)
-
-
-class Operands(NamedTuple):
-    """The arrays of one call; None for what it does without.
-
-    Attributes:
-        x: the input, in its own dtype.
-        epsilon: scalar of the dtype of the computation.
-        mask: booleans or weights of the rank of `x`.
-        scale: shape (features,).
-        bias: shape (features,).
-        residual: shape of `x`, added before the activation.
-        consts: arrays that the activation depends on besides its argument.
-    """
-
-    x: jax.Array
-    epsilon: jax.Array
-    mask: jax.Array | None = None
-    scale: jax.Array | None = None
-    bias: jax.Array | None = None
-    residual: jax.Array | None = None
-    consts: tuple[jax.Array, ...] = ()
-
-
 def normalize_by_batch(
     transform: Transform, operands: Operands
 ) -> tuple[jax.Array, jax.Array, Moments]:
@@ -87,18 +58,18 @@ def normalize_by_batch(
     Returns:
         The output, and the origin and Moments of `moments_about_origin`.
     """
-    return _by_batch_jit(*_hoist(transform, operands))
+    return _by_batch_jit(*hoist_activation(transform, operands))
 
 
 def normalize_by(
     transform: Transform, operands: Operands, mean: jax.Array, var: jax.Array
 ) -> jax.Array:
     """Normalize by given statistics, an affine map of each channel (Algorithm 2)."""
-    transform, operands = _hoist(transform, operands)
+    transform, operands = hoist_activation(transform, operands)
 
     @_remat
     def affine(operands, mean, var):
-        return _output(transform, operands, _channels(transform, operands, mean, var))
+        return output(transform, operands, channels_of(transform, operands, mean, var))
 
     return affine(operands, mean, var)
 
@@ -132,14 +103,14 @@ def _by_batch_jvp(transform, primals, tangents):
 
 
 def _normalized(transform, operands, origin, moments):
-    channels = _channels(transform, operands, moments.mean, moments.var, origin)
-    return _output(transform, operands, channels)
+    channels = channels_of(transform, operands, moments.mean, moments.var, origin)
+    return output(transform, operands, channels)
 
 
 def _tangents(transform, operands, origin, moments, doperands):
     reduction = transform.reduction
-    channels = _channels(transform, operands, moments.mean, moments.var, origin)
-    distance, hidden = _distance(transform, operands, channels)
+    channels = channels_of(transform, operands, moments.mean, moments.var, origin)
+    distance, hidden = distance_of(transform, operands, channels)
     xhat = distance * channels.inverse
     dx = transform.cast(doperands.x)
     weighted = dx
@@ -182,16 +153,6 @@ def _tangents(transform, operands, origin, moments, doperands):
     return dy, dmean, dvar
 
 
-class _Channels(NamedTuple):
-    """What is one number per channel, of the rank of the input."""
-
-    mean: jax.Array
-    inverse: jax.Array
-    gain: jax.Array
-    bias: jax.Array | None
-    origin: jax.Array | None
-
-
 class _Tangents(NamedTuple):
     """Those of input and residual, and what a whole channel adds to an output's."""
 
@@ -202,13 +163,13 @@ class _Tangents(NamedTuple):
 
 
 def _spread_plainly(operands, channels, tangents, *, transform, dconsts=()):
-    distance, _ = _distance(transform, operands, channels)
+    distance, _ = distance_of(transform, operands, channels)
     xhat = distance * channels.inverse
     dz = channels.gain * tangents.x + xhat * tangents.gain + tangents.bias
     if tangents.residual is not None:
         dz = dz + transform.cast(tangents.residual)
     if transform.activation is not None:
-        z = _affine(transform, operands, channels, distance)
+        z = preactivation(transform, operands, channels, distance)
         inputs, dinputs = (z, *operands.consts), (dz, *dconsts)
         dz = jax.jvp(transform.activation, inputs, dinputs)[1]
     return [dz.astype(transform.dtype)]
@@ -218,11 +179,11 @@ def _gather(cotangents, operands, channels, tangents, *, transform):
     """The transpose of `_spread_plainly`: the backward pass, with one pass for sums."""
 
     def pulled_back(dy, x, residual, *channels):
-        part, channels = operands._replace(x=x, residual=residual), _Channels(*channels)
-        distance, _ = _distance(transform, part, channels)
+        part, channels = operands._replace(x=x, residual=residual), Channels(*channels)
+        distance, _ = distance_of(transform, part, channels)
         dz = transform.cast(dy)
         if transform.activation is not None:
-            z = _affine(transform, part, channels, distance)
+            z = preactivation(transform, part, channels, distance)
             (dz,) = jax.vjp(transform.activation, z)[1](dz)
         return dz, distance * channels.inverse
 
@@ -244,64 +205,6 @@ def _gather(cotangents, operands, channels, tangents, *, transform):
 _spread = operation("batch_norm_tangent", _spread_plainly, transpose=_gather)
 
 
-def _channels(transform, operands, mean, var, origin=None) -> _Channels:
-    def expand(value: Any) -> Any:
-        return None if value is None else transform.reduction.expand(value)
-
-    inverse = lax.rsqrt(transform.cast(var) + operands.epsilon)
-    return _Channels(
-        expand(transform.cast(mean)),
-        expand(inverse),
-        expand(
-            inverse
-            if operands.scale is None
-            else transform.cast(operands.scale) * inverse
-        ),
-        expand(transform.cast(operands.bias)),
-        expand(origin),
-    )
-
-
-def _distance(transform, operands, channels) -> tuple[jax.Array, Any]:
-    """`x` less its mean, 0 where a mask hides what is not finite, and where it does.
-
-    Origin and mean are subtracted one by one: their sum would round where it is large.
-    """
-    distance = transform.cast(operands.x)
-    if channels.origin is not None:
-        distance = distance - channels.origin
-    distance = distance - channels.mean
-    if operands.mask is None:
-        return distance, None
-    hidden = _hidden(distance, operands.mask)
-    return jnp.where(hidden, 0, distance), hidden
-
-
-def _affine(transform, operands, channels, distance):
-    z = distance * channels.gain
-    if channels.bias is not None:
-        z = z + channels.bias
-    if operands.residual is not None:
-        residual = transform.cast(operands.residual)
-        if operands.mask is not None:
-            residual = jnp.where(_hidden(residual, operands.mask), 0, residual)
-        z = z + residual
-    return z
-
-
-def _output(transform, operands, channels):
-    distance, _ = _distance(transform, operands, channels)
-    z = _affine(transform, operands, channels, distance)
-    if transform.activation is not None:
-        z = transform.activation(z, *operands.consts)
-    return z.astype(transform.dtype)
-
-
-def _hidden(value, mask):
-    # Squared, because a value that overflows only later harms as much as an inf.
-    return ~live(mask) & ~jnp.isfinite(jnp.square(value))
-
-
 def _all_varying_like(arrays, *values):
     """Values of one shape, varying over all mesh axes that the arrays vary over.
 
@@ -318,22 +221,3 @@ def _all_varying_like(arrays, *values):
 
 def _varying(x):
     return jax.typeof(x).manual_axis_type.varying
-
-
-def _hoist(transform, operands):
-    """Make what the activation closes over an operand, so that it can be derived."""
-    if transform.activation is None:
-        return transform, operands
-    example = jax.ShapeDtypeStruct(operands.x.shape, transform.compute_dtype)
-    result = jax.eval_shape(transform.activation, example)
-    if (result.shape, result.dtype) != (example.shape, example.dtype):
-        raise ValueError(
-            f"batch_norm: activation maps {example.dtype.name}{list(example.shape)} "
-            f"to {result.dtype.name}{list(result.shape)}; expected an elementwise "
-            "function that keeps shape and dtype."
-        )
-    activation, consts = jax.closure_convert(transform.activation, example)
-    if not consts:
-        return transform, operands
-    transform = dataclasses.replace(transform, activation=activation)
-    return transform, operands._replace(consts=tuple(consts))

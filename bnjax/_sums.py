@@ -14,7 +14,9 @@ from bnjax._operation import operation
 # nearest cache of a core. On a large one XLA has several cores at work, as on any block
 # of halves cut from many. Below FEW a loop saves less than it takes to compile.
 FEW, MANY_HALVES, LARGE = 1 << 15, 1 << 17, 1 << 20
-SMALL_BLOCK, HALVES_BLOCK, BLOCK = 1 << 11, 1 << 15, 1 << 17
+SMALL_BLOCK, HALVES_BLOCK, BLOCK = 1 << 13, 1 << 15, 1 << 17
+# Parts of a block that are added to the sums at once: these are read and written once.
+PARTS = 4
 # Values side by side that keep the vector units of a core busy.
 WIDTH = 128
 
@@ -55,40 +57,41 @@ def _in_blocks(rows, channels, *, terms, axes):
     shape, size = arrays[0].shape, arrays[0].size
     examples, features = math.prod(shape[: len(axes)]), shape[len(axes) :]
     width = math.prod(features)
-    leading = axes == tuple(range(len(axes)))
-    if size < FEW or examples < 2 or not leading:
-        return _plain(rows, channels, terms=terms, axes=axes)
-    block = _block(size, halves=any(_half(array) for array in arrays))
     # Examples of few features are joined to one long row.
     most = max(1, WIDTH // width)
     joined = max(n for n in range(1, most + 1) if examples % n == 0)
-    count = examples // joined
-    length = _divisor(count, min(count // 2, max(1, block // (joined * width))))
-    blocks, rest = divmod(count, length)
-    rows = jax.tree.map(lambda row: row.reshape(count, joined * width), rows)
+    width, count = joined * width, examples // joined
+    leading = axes == tuple(range(len(axes)))
+    if size < FEW or count < 2 * PARTS or not leading:
+        return _plain(rows, channels, terms=terms, axes=axes)
+    block = _block(size, halves=any(_half(array) for array in arrays))
+    length = _divisor(count // PARTS, max(1, block // (PARTS * width)))
+    blocks, rest = divmod(count, PARTS * length)
+    rows = jax.tree.map(lambda row: row.reshape(count, width), rows)
     channels = jax.tree.map(lambda c: jnp.tile(c.reshape(1, -1), joined), channels)
 
-    def part(index):
-        # Held fast in each step: XLA would convert the whole array before the loop.
-        held, start = lax.optimization_barrier((rows, index * length))
-
+    def part(rows, start):
         def cut(array):
-            at = (start, jnp.zeros_like(start))
-            sizes = (length, joined * width)
+            at, sizes = (start, jnp.zeros_like(start)), (length, width)
             return lax.dynamic_slice(array, at, sizes, allow_negative_indices=False)
 
-        return terms(*jax.tree.map(lambda row: cut_of(row, cut), held), *channels)
+        return terms(*jax.tree.map(lambda row: cut_of(row, cut), rows), *channels)
 
     def add(state):
-        index, sums = state
-        more = zip(sums, part(index), strict=True)
-        return index + 1, [total + term for total, term in more]
+        start, sums = state
+        # Held fast in each step: XLA would convert the whole array before the loop.
+        held, here = lax.optimization_barrier((rows, start))
+        for step in range(PARTS):
+            more = part(held, here + step * length)
+            sums = [s + term for s, term in zip(sums, more, strict=True)]
+        return start + PARTS * length, sums
 
-    first = 0, [_zeros(term) for term in jax.make_jaxpr(part)(0).out_avals]
-    _, sums = lax.while_loop(lambda state: state[0] < blocks, add, first)
-    sums = [jnp.sum(total.reshape(-1, *features), 0) for total in sums]
+    first = 0, [_zeros(term) for term in jax.make_jaxpr(part)(rows, 0).out_avals]
+    end = blocks * PARTS * length
+    _, sums = lax.while_loop(lambda state: state[0] < end, add, first)
+    sums = [jnp.sum(s.reshape(-1, *features), 0) for s in sums]
     if rest:
-        last = jax.tree.map(lambda row: row[blocks * length :], rows)
+        last = jax.tree.map(lambda row: row[end:], rows)
         more = [term.reshape(-1, *features) for term in terms(*last, *channels)]
         sums = [s + jnp.sum(term, 0) for s, term in zip(sums, more, strict=True)]
     return sums

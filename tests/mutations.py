@@ -298,8 +298,8 @@ MUTATIONS = [
     Mutation(
         "sums: what is left after the blocks",
         "bnjax/_sums.py",
-        "blocks, rest = divmod(count, length)",
-        "blocks, rest = count // length, 0",
+        "blocks, rest = divmod(count, PARTS * length)",
+        "blocks, rest = count // (PARTS * length), 0",
         SUMS,
     ),
     Mutation(

@@ -1,10 +1,10 @@
-"""The tables of docs/performance.md, from the result files.
+"""The tables of docs/performance.md and of the README, from the result files.
 
     python -m benchmarks.table
     python -m benchmarks.table --write
 
-Without --write they are printed; with it they take the place of what the page has
-between its two markers.
+Without --write those of the page are printed; with it they take the place of what page
+and README have between their two markers.
 """
 
 import json
@@ -18,30 +18,49 @@ import tyro
 from benchmarks.report import RESULTS, ROOT
 from bnjax.training.errors import UserError, run_reporting
 
-PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- tables: python -m benchmarks.table --write -->", "<!-- end -->"
 
 
 def main(write: bool = False) -> None:
-    """Print the tables, or write them to the page.
+    """Print the tables, or write them to the pages.
 
     Args:
-        write: To docs/performance.md.
+        write: To docs/performance.md, and the shortest to the README.
     """
-    text = tables(RESULTS)
-    if write:
-        PAGE.write_text(replaced(PAGE.read_text("utf-8"), text), "utf-8")
-        print(PAGE)
-    else:
-        print(text)
+    if not write:
+        print(tables(RESULTS))
+        return
+    for page, make in PAGES.items():
+        page.write_text(replaced(page, make(RESULTS)), "utf-8")
+        print(page)
 
 
-def replaced(page: str, text: str) -> str:
-    """Return the page with `text` between its markers."""
-    if BEGIN not in page or END not in page:
-        raise UserError(f"{PAGE.name} lacks a marker; expected {BEGIN} and {END}.")
-    before, _, rest = page.partition(BEGIN)
+def replaced(page: Path, text: str) -> str:
+    """Return what is in the page, with `text` between its markers."""
+    now = page.read_text("utf-8")
+    if BEGIN not in now or END not in now:
+        raise UserError(f"{page.name} lacks a marker; expected {BEGIN} and {END}.")
+    before, _, rest = now.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
+
+
+def shortest(folder: Path) -> str:
+    """Return the means over the shapes of training and inference, as Markdown."""
+    groups = json.loads((folder / "layer-cpu.json").read_text("utf-8"))["result"]
+    plain = [g for g in groups["summary"] if "plain" in g.values()]
+    others = list(plain[0]["ratios"])
+    names = {"train": "forward and backward", "inference": "inference"}
+    return _table(
+        ["", "buffers", *others],
+        (
+            [
+                f"{names[group['pass']]}, {group['dtype']}",
+                "new" if group["setting"] == "fresh" else "used again",
+                *(f"{group['ratios'][name]['mean']:.2f}" for name in others),
+            ]
+            for group in sorted(plain, key=lambda g: names[g["pass"]])
+        ),
+    )
 
 
 def tables(folder: Path) -> str:
@@ -236,6 +255,7 @@ def _scaling(result: dict[str, Any]) -> list[str]:
     ]
 
 
+PAGES = {ROOT / "docs" / "performance.md": tables, ROOT / "README.md": shortest}
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "layer": _layer,
     "step": _step,

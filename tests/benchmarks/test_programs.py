@@ -101,6 +101,6 @@ def test_all_reduces_are_counted_with_their_bytes():
     assert scaling.all_reduces(text) == {"count": 2, "bytes": 64 + 32 + 6}
 
 
-def test_the_page_has_the_tables_of_the_results():
-    page = table.PAGE.read_text("utf-8")
-    assert table.replaced(page, table.tables(RESULTS)) == page
+@pytest.mark.parametrize("page", table.PAGES, ids=lambda page: page.name)
+def test_the_pages_have_the_tables_of_the_results(page):
+    assert table.replaced(page, table.PAGES[page](RESULTS)) == page.read_text("utf-8")

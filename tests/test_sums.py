@@ -1,4 +1,4 @@
-"""Arrays large enough to be summed in blocks on a CPU."""
+"""Arrays that are summed in blocks on a CPU."""
 
 import jax
 import jax.numpy as jnp
@@ -152,16 +152,9 @@ def test_the_moments_have_the_gradient_of_their_formulas(mask):
     np.testing.assert_allclose(jax.grad(found)(x), jax.grad(wanted)(x), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "outer",
-    [
-        "vmap of grad",
-        pytest.param("grad of vmap", marks=pytest.mark.slow),
-        "jvp of grad",
-    ],
-)
-def test_transformations_of_large_arrays(outer):
-    x, scale, bias, dy = arrays((2, 130, 16, 16, 64), -1, "float32")
+@pytest.mark.parametrize("outer", ["vmap of grad", "grad of vmap", "jvp of grad"])
+def test_transformations(outer):
+    x, scale, bias, dy = arrays((2, 9, 16, 16, 64), -1, "float32")
 
     def loss(x, dy):
         stats = bnjax.BatchStats.init(64)

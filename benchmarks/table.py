@@ -18,6 +18,7 @@ import tyro
 from benchmarks.report import RESULTS, ROOT
 from bnjax.training.errors import UserError, run_reporting
 
+_LONGEST = 7
 BEGIN, END = "<!-- tables: python -m benchmarks.table --write -->", "<!-- end -->"
 
 
@@ -255,12 +256,30 @@ def _scaling(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def _kernels(result: dict[str, Any]) -> list[str]:
+    rows = [
+        [
+            *(row[name] for name in ("shape", "dtype", "library")),
+            str(len(row["kernels"])),
+            ", ".join(
+                f"{kernel['name']} {kernel['us']:.0f}"
+                + (f" ({kernel['calls']:.0f} calls)" if kernel["calls"] > 1 else "")
+                for kernel in row["kernels"][:_LONGEST]
+            ),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["shape", "dtype", "library", "kernels", "the longest"]
+    return ["Microseconds of a training pass, by kernel:", _table(header, rows)]
+
+
 PAGES = {ROOT / "docs" / "performance.md": tables, ROOT / "README.md": shortest}
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "layer": _layer,
     "step": _step,
     "compile_time": _compile_time,
     "scaling": _scaling,
+    "kernels": _kernels,
 }
 
 

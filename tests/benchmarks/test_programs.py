@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import compile_time, scaling, step, table
+from benchmarks import compile_time, kernels, scaling, step, table
 from benchmarks.networks import Stack, initial, loss_of
 from benchmarks.report import RESULTS
 
@@ -90,6 +90,34 @@ def test_scaling(tmp_path):
     assert row["predicted"]["bnjax"] == 3 * row["all_reduce_seconds"]
     assert [row["shape"] for row in result["rows"]["batch"]] == ["1x14x14x128"]
     assert "| 2 | bnjax |" in table.tables(tmp_path)
+
+
+def test_kernels(tmp_path):
+    path = tmp_path / "kernels-cpu.json"
+    kernels.compare(shapes=("8x4",), dtypes=("float32",), output=path)
+    ours, theirs = json.loads(path.read_text())["result"]["rows"]
+    assert (ours["library"], theirs["library"]) == kernels.LIBRARIES
+    assert any("fusion" in kernel["name"] for kernel in ours["kernels"])
+    assert "| 8x4 | float32 | bnjax |" in table.tables(tmp_path)
+
+
+def test_kernels_are_told_from_the_runtime_and_from_loops():
+    def event(name, dur):
+        return {"ph": "X", "name": name, "dur": dur}
+
+    events = [
+        event("add_fusion.1", 3.0),
+        event("copy.2", 8.0),
+        event("add_fusion.1", 7.0),
+        event("while.3", 99.0),
+        event("ThunkExecutor::Execute", 99.0),
+        event("end: copy.2", 99.0),
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert kernels.totals(events, 2) == [
+        {"name": "add_fusion.1", "calls": 1.0, "us": 5.0},
+        {"name": "copy.2", "calls": 0.5, "us": 4.0},
+    ]
 
 
 def test_all_reduces_are_counted_with_their_bytes():

@@ -1,0 +1,119 @@
+"""Where the time of a layer's pass goes, kernel by kernel.
+
+    python -m benchmarks.kernels
+    python -m benchmarks.kernels --shapes 32x56x56x256 --dtypes bfloat16
+
+The training pass of a layer, iterated in buffers that are used again as in
+benchmarks.layer, is run under the profiler of JAX, and what the kernels of the compiled
+program took is added up. The profiler takes up to half a microsecond a kernel: read
+which kernels there are and how they compare, not their sum. The result is
+benchmarks/results/kernels-<platform>.json.
+"""
+
+import collections
+import gzip
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from benchmarks import peers, timing
+from benchmarks.layer import compile_one, parse
+from benchmarks.peers import Case
+from benchmarks.report import write_run
+from bnjax.training.errors import run_reporting
+
+SHAPES = ("256x28x28x64", "32x28x28x192", "32x8x8x48")
+LIBRARIES = ("bnjax", "flax.linen")
+# The runtime's own events have capitals or spaces.
+_INSTRUCTION = re.compile(r"[a-z][a-z0-9_.-]*$")
+_COUNT, _RUNS = 10, 3
+
+
+def compare(
+    shapes: tuple[str, ...] = SHAPES,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
+    variation: str = "plain",
+    libraries: tuple[str, ...] = LIBRARIES,
+    output: Path | None = None,
+) -> None:
+    """Profile, print and write.
+
+    Args:
+        shapes: Of the input, channels last.
+        dtypes: Of input and output, float32 or bfloat16.
+        variation: Of plain, relu and residual.
+        libraries: Of bnjax, flax.linen, flax.nnx, haiku and equinox.
+        output: Where to write the result instead.
+    """
+    timing.keep_memory()
+    rows = []
+    for shape in shapes:
+        for dtype in dtypes:
+            case = Case(parse(shape), dtype, variation)
+            for library in libraries:
+                kernels = profiled(case, library)
+                row = {"shape": shape, "dtype": dtype, "variation": variation}
+                rows.append(row | {"library": library, "kernels": kernels})
+                report(rows[-1])
+    write_run("kernels", {"rows": rows}, output, quick=False)
+
+
+def profiled(case: Case, library: str) -> list[dict[str, Any]]:
+    """Return the kernels of a training pass, the longest first."""
+    program = compile_one(library, case, "train", peers.arrays(case), _COUNT)
+    program.run()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(_RUNS):
+                program.run()
+        (path,) = Path(folder).rglob("*.trace.json.gz")
+        with gzip.open(path) as file:
+            events = json.load(file)["traceEvents"]
+    return totals(events, _RUNS * program.count)
+
+
+def totals(events: Iterable[dict[str, Any]], passes: int) -> list[dict[str, Any]]:
+    """Add up the kernels among a trace's events.
+
+    Args:
+        events: of the trace, with name, phase and microseconds.
+        passes: that the trace is of.
+
+    Returns:
+        Name, calls and microseconds of a pass, the longest first. A loop is left out:
+        its kernels are there.
+    """
+    found = collections.defaultdict(list)
+    for event in events:
+        name = event.get("name", "")
+        kernel = _INSTRUCTION.match(name) and not name.startswith("while")
+        if event.get("ph") == "X" and kernel:
+            found[name].append(event["dur"])
+    rows = [
+        {"name": name, "calls": len(taken) / passes, "us": sum(taken) / passes}
+        for name, taken in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["us"])
+
+
+def report(row: dict[str, Any]) -> None:
+    """Print the kernels that make up 99 % of a pass."""
+    total = sum(kernel["us"] for kernel in row["kernels"])
+    print(f"\n{row['shape']} {row['dtype']} {row['library']}: {total:.0f} us")
+    shown = 0.0
+    for kernel in row["kernels"]:
+        if shown > 0.99 * total:
+            break
+        shown += kernel["us"]
+        print(f"{kernel['us']:10.1f} us {kernel['calls']:7.1f} x {kernel['name']}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_reporting(lambda: tyro.cli(compare)))

@@ -18,16 +18,16 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tyro
 
 from benchmarks import peers, timing
-from benchmarks.layer import compile_one, parse
+from benchmarks.layer import compile_one, installed, parse
 from benchmarks.peers import Case
 from benchmarks.report import write_run
-from bnjax.training.errors import run_reporting
+from bnjax.training.errors import UserError, run_reporting
 
 SHAPES = ("256x28x28x64", "32x28x28x192", "32x8x8x48")
 LIBRARIES = ("bnjax", "flax.linen")
@@ -38,8 +38,8 @@ _COUNT, _RUNS = 10, 3
 
 def compare(
     shapes: tuple[str, ...] = SHAPES,
-    dtypes: tuple[str, ...] = ("float32", "bfloat16"),
-    variation: str = "plain",
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
+    variation: Literal["plain", "relu", "residual"] = "plain",
     libraries: tuple[str, ...] = LIBRARIES,
     output: Path | None = None,
 ) -> None:
@@ -52,6 +52,14 @@ def compare(
         libraries: Of bnjax, flax.linen, flax.nnx, haiku and equinox.
         output: Where to write the result instead.
     """
+    _, absent = installed(libraries)
+    for name in libraries:
+        if name in absent or name not in peers.PEERS:
+            raise UserError(
+                f"--libraries {name}: not installed here, or without a profile by JAX; "
+                f"expected some of {', '.join(peers.PEERS)}.",
+                2,
+            )
     timing.keep_memory()
     rows = []
     for shape in shapes:

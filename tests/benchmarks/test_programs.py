@@ -9,6 +9,7 @@ import pytest
 from benchmarks import compile_time, kernels, scaling, step, table
 from benchmarks.networks import Stack, initial, loss_of
 from benchmarks.report import RESULTS
+from bnjax.training.errors import UserError
 
 
 @pytest.mark.slow
@@ -99,6 +100,11 @@ def test_kernels(tmp_path):
     assert (ours["library"], theirs["library"]) == kernels.LIBRARIES
     assert any("fusion" in kernel["name"] for kernel in ours["kernels"])
     assert "| 8x4 | float32 | bnjax |" in table.tables(tmp_path)
+
+
+def test_kernels_of_a_library_without_jax():
+    with pytest.raises(UserError, match=r"--libraries torch: .* some of bnjax"):
+        kernels.compare(libraries=("torch",))
 
 
 def test_kernels_are_told_from_the_runtime_and_from_loops():

@@ -55,14 +55,15 @@ def _plain(rows, channels, *, terms, axes):
 def _in_blocks(rows, channels, *, terms, axes):
     arrays = jax.tree.leaves(rows)
     shape, size = arrays[0].shape, arrays[0].size
-    examples, features = math.prod(shape[: len(axes)]), shape[len(axes) :]
-    width = math.prod(features)
-    # Examples of few features are joined to one long row.
-    most = max(1, WIDTH // width)
-    joined = max(n for n in range(1, most + 1) if examples % n == 0)
-    width, count = joined * width, examples // joined
     leading = axes == tuple(range(len(axes)))
-    if size < FEW or count < 2 * PARTS or not leading:
+    if size < FEW or not leading:
+        return _plain(rows, channels, terms=terms, axes=axes)
+    examples, features = math.prod(shape[: len(axes)]), shape[len(axes) :]
+    # Examples of few features are joined to one long row.
+    most = max(1, WIDTH // math.prod(features))
+    joined = max(n for n in range(1, most + 1) if examples % n == 0)
+    width, count = joined * math.prod(features), examples // joined
+    if count < 2 * PARTS:
         return _plain(rows, channels, terms=terms, axes=axes)
     block = _block(size, halves=any(_half(array) for array in arrays))
     length = _divisor(count // PARTS, max(1, block // (PARTS * width)))

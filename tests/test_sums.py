@@ -71,6 +71,14 @@ def test_a_large_mean_costs_no_digits():
     np.testing.assert_allclose(found.var, var.ravel(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, FEW), (7, FEW)])
+def test_few_examples_of_many_features(shape):
+    x, *_ = arrays(shape, -1, "float32")
+    found = jax.jit(bnjax.moments)(x)
+    np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.var, x.var(0), rtol=1e-5, atol=1e-6)
+
+
 def test_a_fused_activation_and_residual():
     shape, axis = CASES["images"]
     x, scale, bias, dy = arrays(shape, axis, "float32")

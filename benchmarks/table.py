@@ -47,8 +47,8 @@ def replaced(page: Path, text: str) -> str:
 
 def shortest(folder: Path) -> str:
     """Return the means over the shapes of training and inference, as Markdown."""
-    groups = json.loads((folder / "layer-cpu.json").read_text("utf-8"))["result"]
-    plain = [g for g in groups["summary"] if "plain" in g.values()]
+    record = json.loads((folder / "layer-cpu.json").read_text("utf-8"))
+    plain = [g for g in record["result"]["summary"] if "plain" in g.values()]
     others = list(plain[0]["ratios"])
     names = {"train": "forward and backward", "inference": "inference"}
     return _table(

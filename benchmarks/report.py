@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from bnjax import _kernels as kernels
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     "jax",
@@ -74,6 +76,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": device.device_kind,
         "platform": device.platform,
+        "kernels": device.platform == "cpu" and kernels.available(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

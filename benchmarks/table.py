@@ -85,7 +85,8 @@ def _heading(path: Path, record: dict[str, Any]) -> str:
     return (
         f"### {path.name}\n\n"
         f"`{record['command']}`\n\n"
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['device']}; "
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['device']}"
+        f"{', C kernels' if machine.get('kernels') else ''}; "
         f"{libraries}; {record['date'][:10]}, "
         f"commit {(record['commit'] or 'unknown')[:10]}.{busy}"
     )

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bnjax import _kernels as kernels
+from bnjax._operation import operation
 from bnjax._statistics import Reduction, live
 
 
@@ -122,6 +124,49 @@ def output(transform: Transform, operands: Operands, channels: Channels) -> jax.
     if transform.activation is not None:
         z = transform.activation(z, *operands.consts)
     return z.astype(transform.dtype)
+
+
+def _normalized(operands, origin, mean, var, *, transform):
+    return [
+        output(transform, operands, channels_of(transform, operands, mean, var, origin))
+    ]
+
+
+def _normalized_on_cpu(operands, origin, mean, var, *, transform):
+    # Without an activation of its own it is left to be fused with what follows.
+    if transform.activation is None or not served(transform, operands):
+        return _normalized(operands, origin, mean, var, transform=transform)
+    y = kernels.output(
+        operands.x,
+        kernel_channels(operands, origin, mean, var),
+        operands.residual,
+        transform.dtype,
+    )
+    return [y]
+
+
+normalized = operation("batch_norm_output", _normalized, on_cpu=_normalized_on_cpu)
+
+
+def served(transform: Transform, operands: Operands) -> bool:
+    """Whether the kernels for a CPU compute the output, and its gradient."""
+    x, residual = operands.x, operands.residual
+    return (
+        operands.mask is None
+        and (residual is None or residual.dtype == x.dtype)
+        and transform.activation in (None, jax.nn.relu)
+        and transform.compute_dtype == jnp.float32
+        and kernels.serve(transform.reduction.axes, x, transform.dtype)
+    )
+
+
+def kernel_channels(operands: Operands, *statistics: jax.Array) -> list[jax.Array]:
+    """Origin, mean and var, epsilon, scale and bias, as the kernels take them."""
+    like = statistics[0]
+    scale = jnp.ones_like(like) if operands.scale is None else operands.scale
+    bias = jnp.zeros_like(like) if operands.bias is None else operands.bias
+    channels = (*statistics, operands.epsilon, scale, bias)
+    return [channel.astype(jnp.float32) for channel in channels]
 
 
 def _hidden(value, mask):

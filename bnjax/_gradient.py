@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bnjax import _kernels as kernels
 from bnjax._affine import (
     Channels,
     Operands,
@@ -34,8 +35,11 @@ from bnjax._affine import (
     channels_of,
     distance_of,
     hoist_activation,
+    kernel_channels,
+    normalized,
     output,
     preactivation,
+    served,
 )
 from bnjax._operation import operation
 from bnjax._statistics import (
@@ -103,11 +107,20 @@ def _by_batch_jvp(transform, primals, tangents):
 
 
 def _normalized(transform, operands, origin, moments):
-    channels = channels_of(transform, operands, moments.mean, moments.var, origin)
-    return output(transform, operands, channels)
+    (y,) = normalized(operands, origin, moments.mean, moments.var, transform=transform)
+    return y
 
 
 def _tangents(transform, operands, origin, moments, doperands):
+    arguments = operands, origin, moments, doperands
+    alike = len({_varying(leaf) for leaf in jax.tree.leaves(arguments)}) == 1
+    reduction = transform.reduction
+    if reduction.axis_name is None and operands.mask is None and alike:
+        return _local_tangents(*arguments, transform=transform)
+    return _tangents_plainly(*arguments, transform=transform)
+
+
+def _tangents_plainly(operands, origin, moments, doperands, *, transform):
     reduction = transform.reduction
     channels = channels_of(transform, operands, moments.mean, moments.var, origin)
     distance, hidden = distance_of(transform, operands, channels)
@@ -150,7 +163,56 @@ def _tangents(transform, operands, origin, moments, doperands):
     else:
         spread = functools.partial(_spread_plainly, dconsts=doperands.consts)
     (dy,) = spread(operands, channels, tangents, transform=transform)
-    return dy, dmean, dvar
+    return [dy, dmean, dvar]
+
+
+def _pull_back(cotangents, operands, origin, moments, doperands, *, transform):
+    """The transpose of `_tangents_plainly`."""
+    return _gradient(
+        cotangents, operands, origin, moments, transform=transform, types=doperands
+    )
+
+
+def _pull_back_plainly(cotangents, operands, origin, moments, *, transform, types):
+    def tangents(doperands):
+        return _tangents_plainly(
+            operands, origin, moments, doperands, transform=transform
+        )
+
+    return jax.tree.leaves(jax.linear_transpose(tangents, types)(cotangents))
+
+
+def _pull_back_on_cpu(cotangents, operands, origin, moments, *, transform, types):
+    dy, dmean, dvar = cotangents
+    if not served(transform, operands):
+        return _pull_back_plainly(
+            cotangents, operands, origin, moments, transform=transform, types=types
+        )
+    channels = kernel_channels(operands, origin, moments.mean, moments.var)
+    dx, depsilon, dscale, dbias, *dresidual = kernels.gradient(
+        dy,
+        operands.x,
+        [*channels, dmean, dvar],
+        operands.residual,
+        relu=transform.activation is not None,
+    )
+    gradients = {"x": dx, "epsilon": depsilon, "scale": dscale, "bias": dbias}
+    # Without an activation the residual is not among the operands.
+    (gradients["residual"],) = dresidual or [dy]
+    wanted = types._asdict()
+    return [
+        gradient.astype(wanted[name].dtype)
+        for name, gradient in gradients.items()
+        if wanted[name] is not None
+    ]
+
+
+_local_tangents = operation(
+    "batch_norm_tangents", _tangents_plainly, transpose=_pull_back
+)
+_gradient = operation(
+    "batch_norm_gradient", _pull_back_plainly, on_cpu=_pull_back_on_cpu
+)
 
 
 class _Tangents(NamedTuple):

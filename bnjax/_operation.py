@@ -26,7 +26,8 @@ def operation(
         name: of the operation in a jaxpr.
         plain: takes trees of arrays, and keywords that are static and hashable; returns
             a sequence of arrays.
-        on_cpu: computes the same where the program is for a CPU and not partitioned.
+        on_cpu: computes the same where the program is for a CPU, is not partitioned,
+            and runs in this process.
         transpose: where `plain` is linear in its last argument: takes the cotangents,
             the arguments, the last as types, and the keywords; returns the cotangents
             of the last.
@@ -65,7 +66,7 @@ def operation(
         for_cpu = mlir.lower_fun(flat(on_cpu), multiple_results=True)
 
         def lower(context: Any, /, *leaves: Any, **static: Any) -> Any:
-            rule = plainly if _partitioned(context) else for_cpu
+            rule = plainly if _partitioned(context) or _exported(context) else for_cpu
             return rule(context, *leaves, **static)
 
         mlir.register_lowering(primitive, lower, platform="cpu")
@@ -108,3 +109,8 @@ def _partitioned(context: Any) -> bool:
     if devices is not None:
         return devices > 1
     return axes.mesh.size > 1 and set(axes.mesh.axis_names) != set(axes.manual_axes)
+
+
+def _exported(context: Any) -> bool:
+    """Whether the program is to run elsewhere, where it can call XLA alone."""
+    return context.module_context.lowering_parameters.for_export

@@ -10,6 +10,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, auto_axes
 
+from bnjax import _kernels as kernels
+from bnjax._operation import operation
 from bnjax._sums import batch_sums, cut_of
 
 AxisName = str | tuple[str, ...]
@@ -204,18 +206,8 @@ def moments_about_origin(
     """
     count = reduction.local_count(x.shape)
     if mask is None:
-        # A copy of its own: read from `x` again, it would keep `x` from being replaced.
-        first_row = lax.optimization_barrier(
-            lax.stop_gradient(_first(x, reduction.axes).astype(dtype))
-        )
-        origin = lax.squeeze(first_row, reduction.axes)
-        weight = jnp.full_like(origin, count)
-
-        def powers(x, origin):
-            distance = x.astype(dtype) - origin
-            return distance, jnp.square(distance)
-
-        first, second = batch_sums(powers, [x], [first_row], reduction.axes)
+        origin, mean, var = _local_moments(x, axes=reduction.axes, dtype=dtype)
+        local = Moments(mean, var, jnp.full_like(origin, count))
     else:
         x = x.astype(dtype)
         seen = live(mask)
@@ -234,14 +226,42 @@ def moments_about_origin(
         weighted = weights * distance
         first = jnp.sum(weighted, reduction.axes)
         second = jnp.sum(weighted * distance, reduction.axes)
-    local = _from_sums(weight, first, second)
+        local = _from_sums(weight, first, second)
     if reduction.axis_name is None:
         return origin, local
     # The local sums do not wait for this collective; only the joining does.
-    offers = (weight > 0).astype(x.dtype)
+    offers = (local.count > 0).astype(dtype)
     shared = _mean_of_live(*reduction.total(jnp.stack([offers * origin, offers])))
     about_shared = Moments(local.mean + (origin - shared), local.var, local.count)
     return shared, merge_about_zero(about_shared, reduction.total)
+
+
+def _about_first_row(x, *, axes, dtype):
+    """The first row, and the mean and variance of the distance from it."""
+    # A copy of its own: read from `x` again, it would keep `x` from being replaced.
+    first_row = lax.optimization_barrier(
+        lax.stop_gradient(_first(x, axes).astype(dtype))
+    )
+    origin = lax.squeeze(first_row, axes)
+    count = jnp.full_like(origin, math.prod(x.shape[axis] for axis in axes))
+
+    def powers(x, origin):
+        distance = x.astype(dtype) - origin
+        return distance, jnp.square(distance)
+
+    moments = _from_sums(count, *batch_sums(powers, [x], [first_row], axes))
+    return [origin, moments.mean, moments.var]
+
+
+def _about_first_row_on_cpu(x, *, axes, dtype):
+    if dtype == jnp.float32 and kernels.serve(axes, x):
+        return kernels.moments(x, axes)
+    return _about_first_row(x, axes=axes, dtype=dtype)
+
+
+_local_moments = operation(
+    "batch_moments", _about_first_row, on_cpu=_about_first_row_on_cpu
+)
 
 
 def live(mask: jax.Array) -> jax.Array:

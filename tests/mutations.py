@@ -30,6 +30,7 @@ TRANSFORM = "tests/test_transform.py"
 DERIVATIVES = "tests/test_derivatives.py"
 SHARED = "tests/integration/test_shared_statistics.py"
 SUMS = "tests/test_sums.py"
+KERNELS = "tests/test_kernels.py"
 LAYERS = "tests/test_layers.py"
 FOLDING = "tests/folding/test_fold.py"
 PAIRS = "tests/folding/test_pairs.py"
@@ -322,6 +323,97 @@ MUTATIONS = [
         "return _Tangents(channels.gain * dz, dbias, dgain, dresidual)",
         "return _Tangents(channels.gain * dz, dbias, dgain, cotangents[0])",
         SUMS,
+    ),
+    Mutation(
+        "kernels: the last row taken for a full one",
+        "bnjax/_kernels/loops.h",
+        "int64_t full = length_of(&layout, end - 1) == width ? end : end - 1;",
+        "int64_t full = end;",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: every value passes the ReLU backward",
+        "bnjax/_kernels/loops.h",
+        "return preactivation_at(job, at, c, flags) > 0 ? dy : 0;",
+        "return preactivation_at(job, at, c, flags) > 0 ? dy : dy;",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: a distance from the origin alone",
+        "bnjax/_kernels/loops.h",
+        "job->column[ORIGIN][c] -\n         job->column[MEAN][c];",
+        "job->column[ORIGIN][c];",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: bfloat16 rounded half up",
+        "bnjax/_kernels/loops.h",
+        "uint32_t to_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
+        "uint32_t to_even = (bits + 0x8000) >> 16;",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: columns beyond the first tile forgotten",
+        "bnjax/_kernels/loops.h",
+        "for (int64_t left = 0; left < width; left += SUMMED_WIDTH) {",
+        "for (int64_t left = 0; left < 1; left += SUMMED_WIDTH) {",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: the sums of one part forgotten",
+        "bnjax/_kernels/kernels.c",
+        "for (int64_t part = 1; part < job->layout.parts; part++)",
+        "for (int64_t part = 2; part < job->layout.parts; part++)",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: no gradient through the mean that is returned",
+        "bnjax/_kernels/kernels.c",
+        "(dmean[c] - gain * job.sums[c]) / count",
+        "(0 - gain * job.sums[c]) / count",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: half the gradient through the variance",
+        "bnjax/_kernels/kernels.c",
+        "(2 * dvar[c] - through_var) / count",
+        "(dvar[c] - through_var) / count",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: gradient of epsilon twice",
+        "bnjax/_kernels/kernels.c",
+        "depsilon -= 0.5 * through_var;",
+        "depsilon -= through_var;",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: an overflow taken for a variance",
+        "bnjax/_kernels/kernels.c",
+        "isfinite(spread) ? fmaxf(spread, 0) : NAN",
+        "fmaxf(spread, 0)",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: in a program that is exported",
+        "bnjax/_operation.py",
+        "return context.module_context.lowering_parameters.for_export",
+        "return False",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: the gradient of a shared scale not summed over devices",
+        "bnjax/_gradient.py",
+        "if reduction.axis_name is None and operands.mask is None and alike:",
+        "if reduction.axis_name is None and operands.mask is None:",
+        KERNELS,
+    ),
+    Mutation(
+        "kernels: a damaged library is loaded",
+        "bnjax/_kernels/library.py",
+        'if path.stem == f"{name}-{_digest([path.read_bytes()])}":',
+        "if path.stem:",
+        KERNELS,
     ),
 ]
 

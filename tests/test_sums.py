@@ -1,4 +1,4 @@
-"""Arrays that are summed in blocks on a CPU."""
+"""Sums over a batch on a CPU: by the kernels, and by XLA in blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
+from bnjax import _kernels as kernels
+from bnjax._kernels import library
 from bnjax._sums import BLOCK, FEW, LARGE
 from tests import oracle
 
@@ -21,6 +23,17 @@ CASES = {
     "channels first": ((16, 64, 28, 28), 1),
 }
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+@pytest.fixture(params=["kernels", "blocks"], autouse=True)
+def sums_by(request, monkeypatch):
+    if request.param == "blocks":
+        monkeypatch.setenv(library.CHOICE, "off")
+    elif not kernels.available():
+        pytest.skip("no C compiler for the kernels")
+    jax.clear_caches()
+    yield request.param
+    jax.clear_caches()
 
 
 def arrays(shape, axis, dtype, mean=0.0):

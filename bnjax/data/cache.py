@@ -15,15 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bnjax._cache import cache_dir
 from bnjax.data.resident import Arrays
-
-
-def cache_dir() -> Path:
-    """Return $BNJAX_CACHE_DIR, or bnjax in the user's cache folder."""
-    if given := os.environ.get("BNJAX_CACHE_DIR"):
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "bnjax"
 
 
 def cached(key: str, make: Callable[[], Arrays]) -> Arrays:

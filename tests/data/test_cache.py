@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnjax.data.cache import cache_dir, cached
+from bnjax._cache import cache_dir
+from bnjax.data.cache import cached
 from bnjax.data.resident import Arrays
 
 ARRAYS = Arrays(np.arange(24, dtype=np.uint8).reshape(4, 3, 2), np.arange(4))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from bnjax.data.cache import cache_dir
+from bnjax._cache import cache_dir
 from bnjax.data.prepared import find_data_dir
 from bnjax.data.sources import open_source, stratified_test_mask
 from bnjax.training.errors import UserError

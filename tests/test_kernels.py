@@ -1,0 +1,428 @@
+"""The kernels for a CPU: beside XLA's own form, and how they come to be there."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import bnjax
+from bnjax import _kernels as kernels
+from bnjax._affine import Operands, Transform
+from bnjax._gradient import _pull_back_plainly
+from bnjax._kernels import library
+from bnjax._statistics import Moments, Reduction, _about_first_row
+from tests import oracle
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu" or not kernels.available(),
+    reason="needs a CPU and a C compiler",
+)
+
+# Rows that are not a whole group, a last row that is not full, more features than are
+# summed at once, several parts, and feature axes other than the last alone.
+SHAPES = {
+    "one feature": ((1003, 1), 1),
+    "two examples": ((2, 3), 1),
+    "a last row that is not full": ((2, 53, 7), 2),
+    "many features": ((37, 2500), 1),
+    "parts": ((77, 33, 31, 24), 3),
+    "several feature axes": ((50, 6, 5, 4), 2),
+}
+DTYPES = {
+    "float32": ("float32", "float32"),
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "float16": ("float16", "float16"),
+    "bfloat16 to float32": ("bfloat16", "float32"),
+    "float32 to bfloat16": ("float32", "bfloat16"),
+}
+VARIANTS = {
+    "plain": (None, False),
+    "relu": (jax.nn.relu, False),
+    "residual": (jax.nn.relu, True),
+}
+# Of the largest value: one rounding of the output.
+ROUNDING = {"float32": 2e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+shapes_and_dtypes = pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [(name, dtypes) for name in SHAPES for dtypes in ("float32", "bfloat16")]
+    + [("a last row that is not full", dtypes) for dtypes in list(DTYPES)[2:]],
+)
+
+
+def case(shape, count, x_dtype, y_dtype, activation, residual):
+    rng = np.random.default_rng(0)
+    features = shape[count:]
+
+    def values(shape, dtype="float32", shift=0.0):
+        return jnp.asarray(rng.normal(size=shape) + shift, dtype)
+
+    x = values(shape, x_dtype, shift=3.0)
+    reduction = Reduction(tuple(range(count)))
+    transform = Transform(
+        reduction, activation, jnp.dtype(y_dtype), jnp.dtype("float32")
+    )
+    operands = Operands(
+        x,
+        jnp.float32(1e-3),
+        scale=values(features),
+        bias=values(features),
+        residual=values(shape, x_dtype) if residual else None,
+    )
+    cotangents = [values(shape, y_dtype), values(features), values(features)]
+    return transform, operands, cotangents
+
+
+def statistics(x, axes):
+    origin, mean, var = _about_first_row(x, axes=axes, dtype=jnp.dtype("float32"))
+    return origin, Moments(mean, var, jnp.full_like(mean, x.size / mean.size))
+
+
+def assert_near(found, wanted, rounding, name):
+    assert found.dtype == wanted.dtype, name
+    assert found.shape == wanted.shape, name
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    largest = np.abs(wanted).max()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=rounding * largest)
+
+
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_moments_are_those_of_the_paper(name, x_dtype):
+    shape, count = SHAPES[name]
+    _, operands, _ = case(shape, count, x_dtype, x_dtype, None, False)
+    origin, mean, var = jax.jit(lambda x: kernels.moments(x, range(count)))(operands.x)
+    features = tuple(range(count, len(shape)))
+    exact_mean, exact_var, _ = oracle.moments(operands.x, features)
+    np.testing.assert_array_equal(origin, operands.x[(0,) * count].astype("float32"))
+    np.testing.assert_allclose(origin + mean, exact_mean[(0,) * count], rtol=1e-6)
+    np.testing.assert_allclose(var, exact_var[(0,) * count], rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@shapes_and_dtypes
+def test_gradients_are_those_that_xla_computes(name, dtypes, variant):
+    shape, count = SHAPES[name]
+    transform, operands, cotangents = case(
+        shape, count, *DTYPES[dtypes], *VARIANTS[variant]
+    )
+    origin, moments = statistics(operands.x, transform.reduction.axes)
+    types = jax.eval_shape(lambda: operands)
+    plainly = functools.partial(_pull_back_plainly, transform=transform, types=types)
+    wanted = jax.jit(plainly)(cotangents, operands, origin, moments)
+    dy, dmean, dvar = cotangents
+    channels = (origin, moments.mean, moments.var, operands.epsilon)
+    channels += (operands.scale, operands.bias, dmean, dvar)
+    found = kernels.gradient(
+        dy,
+        operands.x,
+        channels,
+        operands.residual,
+        relu=transform.activation is not None,
+    )
+    names = ("dx", "depsilon", "dscale", "dbias", "dresidual")
+    for value, exact, of in zip(found, wanted, names, strict=False):
+        rounding = ROUNDING[str(exact.dtype)] if of in ("dx", "dresidual") else 1e-5
+        assert_near(value.astype(exact.dtype), exact, rounding, of)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@shapes_and_dtypes
+def test_the_output_is_the_one_that_xla_computes(name, dtypes, residual):
+    shape, count = SHAPES[name]
+    transform, operands, _ = case(shape, count, *DTYPES[dtypes], jax.nn.relu, residual)
+    origin, moments = statistics(operands.x, transform.reduction.axes)
+    channels = (origin, moments.mean, moments.var, operands.epsilon)
+    channels += (operands.scale, operands.bias)
+    dtype = transform.dtype
+    found = kernels.output(operands.x, channels, operands.residual, dtype)
+    mean = np.asarray(origin, np.float64) + np.asarray(moments.mean, np.float64)
+    inverse = 1 / np.sqrt(np.asarray(moments.var, np.float64) + 1e-3)
+    z = (np.asarray(operands.x, np.float64) - mean) * inverse * operands.scale
+    z = z + np.asarray(operands.bias, np.float64)
+    if residual:
+        z = z + np.asarray(operands.residual, np.float64)
+    assert found.dtype == dtype
+    rounding = ROUNDING[str(dtype)] * np.abs(z).max()
+    np.testing.assert_allclose(
+        np.asarray(found, np.float64), np.maximum(z, 0), rtol=0, atol=rounding
+    )
+
+
+def test_bfloat16_is_rounded_to_the_nearest_and_of_two_to_the_even_one():
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 40_000, dtype=np.uint32)
+    ties = (np.arange(4096, dtype=np.uint32) << 20) + 0x8000
+    values = np.concatenate([bits, ties]).view(np.float32)
+    values = values[np.isfinite(values) & (np.abs(values) > 1e-30)]
+    # Each in a channel of its own, of variance 1, where a second example takes back
+    # what it adds to the sums: the gradient is the value itself.
+    dy = jnp.stack([values, -values])
+    x, zero, one = (
+        jnp.zeros(dy.shape, "bfloat16"),
+        *(jnp.full(values.shape, value, "float32") for value in (0, 1)),
+    )
+    channels = (zero, zero, one, jnp.float32(0), one, zero, zero, zero)
+    dx, *_ = kernels.gradient(dy, x, channels, None, relu=False)
+    with np.errstate(over="ignore"):
+        wanted = values.astype(jnp.bfloat16)
+    np.testing.assert_array_equal(dx[0].view("uint16"), wanted.view("uint16"))
+
+
+def test_what_is_not_finite_stays_in_its_channel():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(700, 6)), "float32")
+    x = x.at[3, 1].set(jnp.nan).at[0, 2].set(jnp.inf).at[5, 4].set(-jnp.inf)
+    found = jax.jit(bnjax.moments)(x)
+    finite = np.array([True, False, False, True, False, True])
+    np.testing.assert_array_equal(np.isfinite(found.mean), finite)
+    np.testing.assert_array_equal(np.isnan(found.var), ~finite)
+
+
+def test_what_overflows_has_no_variance():
+    x = jnp.float32([[1e30], [-1e30], [1e25]])
+    assert np.isnan(jax.jit(bnjax.moments)(x).var)
+
+
+def layer(activation=None, **options):
+    def loss(x, scale, bias):
+        stats = bnjax.BatchStats.init(scale.shape)
+        options.setdefault("activation", activation)
+        y, new = bnjax.batch_norm(x, scale, bias, stats, **options)
+        return jnp.sum(y * y * y) + jnp.sum(new.var)
+
+    return loss
+
+
+def calls(function, *arguments):
+    """How often a compiled program calls the kernels."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    return text.count('custom_call_target="bnjax_')
+
+
+ARRAYS = jnp.ones((16, 4, 4, 8)), jnp.ones(8), jnp.ones(8)
+
+
+def test_which_programs_call_them():
+    gradient = jax.grad(layer("relu"), (0, 1, 2))
+    assert calls(gradient, *ARRAYS) == 3
+    # Without an activation the output is XLA's, which fuses it with what follows.
+    assert calls(jax.grad(layer()), *ARRAYS) == 2
+    assert calls(layer("relu", use_running_average=True), *ARRAYS) == 0
+    assert calls(layer("gelu"), *ARRAYS) == 1
+    assert calls(jax.grad(layer(axis=1)), *(jnp.ones((8, 8, 8)), *ARRAYS[1:])) == 0
+    mask = jnp.ones((16, 1, 1, 1), bool)
+    assert calls(jax.grad(layer(mask=mask)), *ARRAYS) == 0
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(array, "float64") for array in ARRAYS]
+        assert calls(jax.grad(layer("relu")), *wide) == 0
+
+
+def test_a_program_that_xla_divides_calls_none():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(ARRAYS[0], NamedSharding(mesh, PartitionSpec("data")))
+    assert calls(jax.grad(layer("relu")), x, *ARRAYS[1:]) == 0
+
+
+def test_a_program_that_is_exported_calls_none():
+    exported = jax.export.export(jax.jit(jax.grad(layer("relu"))))(*ARRAYS)
+    assert "bnjax_" not in exported.mlir_module()
+    again = jax.export.deserialize(exported.serialize()).call(*ARRAYS)
+    np.testing.assert_allclose(again, jax.grad(layer("relu"))(*ARRAYS), atol=1e-5)
+
+
+def test_each_device_of_a_shard_map_calls_them():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 3, 8)), "float32")
+    rows = PartitionSpec("data")
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=rows, out_specs=rows)
+    def own_moments(x):
+        found = bnjax.moments(x)
+        return jnp.stack([found.mean, found.var])[None]
+
+    text = own_moments.lower(x).compile().as_text()
+    assert text.count('custom_call_target="bnjax_') == 1
+    parts = np.asarray(x, np.float64).reshape(8, -1, 8)
+    wanted = np.stack([parts.mean(1), parts.var(1)], 1)
+    np.testing.assert_allclose(own_moments(x), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("outside", [True, False])
+def test_devices_with_own_statistics_and_a_shared_scale(outside, check_vma):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), "float32")
+    scale, bias = jnp.linspace(0.5, 1.5, 8), jnp.linspace(-1, 1, 8)
+    rows, all_alike = PartitionSpec("data"), PartitionSpec()
+    loss = layer("relu")
+
+    def of_parts(x, scale, bias):
+        return sum(loss(part, scale, bias) for part in x.reshape(8, 8, 8))
+
+    @jax.jit
+    def of_devices(x, scale, bias):
+        def local(x, scale, bias):
+            if outside:
+                return loss(x, scale, bias)[None]
+            # The sum of the gradients is the user's, or the checks' of what varies.
+            dx, *shared = jax.grad(loss, (0, 1, 2))(x, scale, bias)
+            return dx, *(g if check_vma else jax.lax.psum(g, "data") for g in shared)
+
+        across = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(rows, all_alike, all_alike),
+            out_specs=rows if outside else (rows, all_alike, all_alike),
+            check_vma=check_vma,
+        )
+        if not outside:
+            return across(x, scale, bias)
+        return jax.grad(lambda *a: across(*a).sum(), (0, 1, 2))(x, scale, bias)
+
+    found = of_devices(x, scale, bias)
+    wanted = jax.grad(of_parts, (0, 1, 2))(x, scale, bias)
+    for value, exact in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(value, exact, rtol=1e-4, atol=1e-4)
+
+
+PROGRAM = """
+import hashlib, jax, jax.numpy as jnp, numpy as np, bnjax
+rng = np.random.default_rng(0)
+x = jnp.asarray(rng.normal(size=(64, 56, 56, 24)), "float32")
+def loss(x, scale):
+    stats = bnjax.BatchStats.init(24)
+    y, new = bnjax.batch_norm(x, scale, None, stats, activation="relu")
+    return jnp.sum(y * x) + jnp.sum(new.mean), new
+run = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
+for _ in range(5):
+    leaves = jax.tree.leaves(run(x, jnp.ones(24)))
+    print(hashlib.sha256(b"".join(np.asarray(a).tobytes() for a in leaves)).hexdigest())
+"""
+
+
+def digests(program=PROGRAM, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"XLA_FLAGS": ""} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
+def test_no_digit_depends_on_the_number_of_threads():
+    alone = f"import os; os.sched_setaffinity(0, {{0}})\n{PROGRAM}"
+    found = digests() | digests(alone)
+    assert len(found) == 1
+
+
+@pytest.fixture(scope="module")
+def built():
+    """This machine's library."""
+    return library._loaded(shutil.which(os.environ.get("CC", "cc")))._name
+
+
+@pytest.fixture
+def fresh(built, monkeypatch, tmp_path):
+    """A folder for the library, which is neither built nor registered."""
+    monkeypatch.setenv("BNJAX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv(library.CHOICE, raising=False)
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", lambda *_, **__: None)
+    start_anew(monkeypatch)
+    return tmp_path
+
+
+def start_anew(monkeypatch):
+    """As a new process: nothing is registered."""
+    plain = library._registered.__wrapped__
+    monkeypatch.setattr(library, "_registered", functools.cache(plain))
+
+
+def use_compiler(monkeypatch, folder, *lines):
+    """Compile with a program that runs `lines`; $out is the library to make."""
+    path = folder / "compiler"
+    script = ["#!/bin/sh", f"echo run >> {folder}/runs"]
+    script += ['while [ "$1" != -o ]; do shift; done; out="$2"']
+    path.write_text("\n".join([*script, *lines, ""]))
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+
+
+def runs(folder):
+    return (folder / "runs").read_text().count("run")
+
+
+def test_it_is_built_once_and_kept(built, fresh, monkeypatch):
+    use_compiler(monkeypatch, fresh, f"cp {built} $out")
+    assert library.available()
+    start_anew(monkeypatch)
+    assert library.available()
+    assert runs(fresh) == 1
+    (kept,) = (fresh / "cache").glob("kernels-*")
+    assert kept.suffix == ".so"
+
+
+def test_a_damaged_library_is_built_again(built, fresh, monkeypatch):
+    use_compiler(monkeypatch, fresh, f"cp {built} $out")
+    assert library.available()
+    (kept,) = (fresh / "cache").glob("kernels-*")
+    damaged = fresh / "damaged" / kept.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(kept.read_bytes()[:-5000])
+    monkeypatch.setenv("BNJAX_CACHE_DIR", str(damaged.parent))
+    start_anew(monkeypatch)
+    assert library.available()
+    assert runs(fresh) == 2
+    assert damaged.read_bytes() == kept.read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_costs_a_build_in_each_process(
+    built, fresh, monkeypatch
+):
+    use_compiler(monkeypatch, fresh, f"cp {built} $out")
+    (fresh / "file").touch()
+    monkeypatch.setenv("BNJAX_CACHE_DIR", str(fresh / "file" / "cache"))
+    assert library.available()
+    start_anew(monkeypatch)
+    assert library.available()
+    assert runs(fresh) == 2
+
+
+def test_a_choice_that_is_none(monkeypatch):
+    monkeypatch.setenv(library.CHOICE, "maybe")
+    with pytest.raises(ValueError, match="BNJAX_KERNELS='maybe': expected one of auto"):
+        library.available()
+
+
+def test_off(monkeypatch):
+    monkeypatch.setenv(library.CHOICE, "off")
+    jax.clear_caches()
+    assert calls(jax.grad(layer("relu")), *ARRAYS) == 0
+    jax.clear_caches()
+
+
+def test_without_a_compiler(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert not library.available()
+    monkeypatch.setenv(library.CHOICE, "on")
+    with pytest.raises(library.BuildError, match="no C compiler"):
+        library.available()
+
+
+def test_a_compiler_that_fails_is_told_of_once(fresh, monkeypatch):
+    use_compiler(monkeypatch, fresh, "echo 'unknown type name' >&2; exit 1")
+    with pytest.warns(RuntimeWarning, match=r"unknown type name\n.*BNJAX_KERNELS=off"):
+        assert not library.available()
+    assert not library.available()
+    assert runs(fresh) == 1
+    assert not list((fresh / "cache").glob("*"))

@@ -12,6 +12,9 @@ from bnjax import _kernels as kernels
 from bnjax._operation import operation
 from bnjax._statistics import Reduction, live
 
+# Bytes from which glibc's malloc maps memory for every call, whatever was freed before.
+MAPPED = 1 << 25
+
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
@@ -133,16 +136,26 @@ def _normalized(operands, origin, mean, var, *, transform):
 
 
 def _normalized_on_cpu(operands, origin, mean, var, *, transform):
-    # Without an activation of its own it is left to be fused with what follows.
-    if transform.activation is None or not served(transform, operands):
+    # Without an activation, XLA fuses it with what follows: that is worth more than
+    # large pages, unless the allocator maps the array anew each time.
+    relu = transform.activation is not None
+    alone = (
+        operands.residual is None and _bytes_of_output(transform, operands) >= MAPPED
+    )
+    if not (relu or alone) or not served(transform, operands):
         return _normalized(operands, origin, mean, var, transform=transform)
     y = kernels.output(
         operands.x,
         kernel_channels(operands, origin, mean, var),
         operands.residual,
-        transform.dtype,
+        relu=relu,
+        dtype=transform.dtype,
     )
     return [y]
+
+
+def _bytes_of_output(transform, operands):
+    return operands.x.size * transform.dtype.itemsize
 
 
 normalized = operation("batch_norm_output", _normalized, on_cpu=_normalized_on_cpu)

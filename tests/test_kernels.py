@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
 from bnjax import _kernels as kernels
-from bnjax._affine import Operands, Transform
+from bnjax._affine import MAPPED, Operands, Transform
 from bnjax._gradient import _pull_back_plainly
 from bnjax._kernels import library
 from bnjax._statistics import Moments, Reduction, _about_first_row
@@ -134,26 +134,28 @@ def test_gradients_are_those_that_xla_computes(name, dtypes, variant):
         assert_near(value.astype(exact.dtype), exact, rounding, of)
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
 @shapes_and_dtypes
-def test_the_output_is_the_one_that_xla_computes(name, dtypes, residual):
+def test_the_output_is_the_one_that_xla_computes(name, dtypes, variant):
     shape, count = SHAPES[name]
-    transform, operands, _ = case(shape, count, *DTYPES[dtypes], jax.nn.relu, residual)
+    transform, operands, _ = case(shape, count, *DTYPES[dtypes], *VARIANTS[variant])
+    relu = transform.activation is not None
     origin, moments = statistics(operands.x, transform.reduction.axes)
     channels = (origin, moments.mean, moments.var, operands.epsilon)
     channels += (operands.scale, operands.bias)
     dtype = transform.dtype
-    found = kernels.output(operands.x, channels, operands.residual, dtype)
+    found = kernels.output(operands.x, channels, operands.residual, relu, dtype)
     mean = np.asarray(origin, np.float64) + np.asarray(moments.mean, np.float64)
     inverse = 1 / np.sqrt(np.asarray(moments.var, np.float64) + 1e-3)
     z = (np.asarray(operands.x, np.float64) - mean) * inverse * operands.scale
     z = z + np.asarray(operands.bias, np.float64)
-    if residual:
+    if operands.residual is not None:
         z = z + np.asarray(operands.residual, np.float64)
+    wanted = np.maximum(z, 0) if relu else z
     assert found.dtype == dtype
     rounding = ROUNDING[str(dtype)] * np.abs(z).max()
     np.testing.assert_allclose(
-        np.asarray(found, np.float64), np.maximum(z, 0), rtol=0, atol=rounding
+        np.asarray(found, np.float64), wanted, rtol=0, atol=rounding
     )
 
 
@@ -212,8 +214,11 @@ ARRAYS = jnp.ones((16, 4, 4, 8)), jnp.ones(8), jnp.ones(8)
 def test_which_programs_call_them():
     gradient = jax.grad(layer("relu"), (0, 1, 2))
     assert calls(gradient, *ARRAYS) == 3
-    # Without an activation the output is XLA's, which fuses it with what follows.
+    # Without an activation the output is XLA's, which fuses it with what follows,
+    # but for arrays that are mapped anew each time.
     assert calls(jax.grad(layer()), *ARRAYS) == 2
+    large = jax.ShapeDtypeStruct((MAPPED // 32, 8), "float32")
+    assert calls(jax.grad(layer()), large, *ARRAYS[1:]) == 3
     assert calls(layer("relu", use_running_average=True), *ARRAYS) == 0
     assert calls(layer("gelu"), *ARRAYS) == 1
     assert calls(jax.grad(layer(axis=1)), *(jnp.ones((8, 8, 8)), *ARRAYS[1:])) == 0

@@ -42,15 +42,20 @@ def moments(x: jax.Array, axes: Sequence[int]) -> list[jax.Array]:
 
 
 def output(
-    x: jax.Array, channels: Sequence[jax.Array], residual: jax.Array | None, dtype: Any
+    x: jax.Array,
+    channels: Sequence[jax.Array],
+    residual: jax.Array | None,
+    relu: bool,
+    dtype: Any,
 ) -> jax.Array:
-    """The output, through ReLU, of the shape of `x`.
+    """The output, of the shape of `x`.
 
     Args:
         x: the input.
         channels: origin, mean, var, epsilon, scale and bias: float32, of shape
             (features,) all but epsilon.
-        residual: of the shape of `x`, or None.
+        residual: of the shape of `x`; None where there is no ReLU.
+        relu: whether there is one after the transform.
         dtype: of the output.
     """
     shape = channels[0].shape
@@ -61,7 +66,7 @@ def output(
         rows,
         *map(jnp.ravel, channels),
         *_residual(residual, rows),
-        flags=RELU | RESIDUAL * (residual is not None),
+        flags=_flags(relu, residual),
     )
     return y.reshape(x.shape).astype(dtype)
 
@@ -79,8 +84,8 @@ def gradient(
         dy: that of the output.
         x: the input.
         channels: as of `output`, and the gradients of mean and var after them.
-        residual: as of `output`; None where there is no ReLU.
-        relu: whether there is one after the transform.
+        residual: as of `output`.
+        relu: as of `output`.
     """
     shape = channels[0].shape
     rows = _rows(x, shape)
@@ -94,7 +99,7 @@ def gradient(
         rows,
         *map(jnp.ravel, channels),
         *residuals,
-        flags=RELU * relu | RESIDUAL * len(residuals),
+        flags=_flags(relu, residual),
     )
     return [
         dx.reshape(x.shape),
@@ -107,6 +112,10 @@ def gradient(
 
 def _call(handler: str, results: list[Any], *arrays: jax.Array, flags: int = 0) -> Any:
     return jax.ffi.ffi_call(target(handler), results)(*arrays, flags=np.int64(flags))
+
+
+def _flags(relu: bool, residual: jax.Array | None) -> int:
+    return RELU * relu | RESIDUAL * (residual is not None)
 
 
 def _known(dtype: Any) -> Any:

@@ -169,6 +169,17 @@ def _step(result: dict[str, Any]) -> list[str]:
                     f"{row['bytes'][kind]['peak'] / 2**20:.1f}",
                 ]
             )
+    shares = [
+        [
+            row["network"],
+            *(
+                "noise" if row[of] is None else f"{row[of]:.2f}"
+                for of in ("added_over_flax", "beyond_arrays_over_flax")
+            ),
+            f"{row['step_over_flax']:.3f}",
+        ]
+        for row in result["rows"]
+    ]
     kept = result["kept"]
     stack = (
         f"{kept['layers']} layers of convolution, BN and ReLU on "
@@ -179,6 +190,8 @@ def _step(result: dict[str, Any]) -> list[str]:
         _table(
             ["network", "batch", "kind", "ms", "BN adds", "temporary", "peak"], rows
         ),
+        "bnjax over Flax: what BN adds, that beyond the kind `arrays`, and the step:",
+        _table(["network", "added", "beyond its arrays", "step"], shares),
         stack,
         _table(
             ["kind", "kept for backward", "temporary of the step"],

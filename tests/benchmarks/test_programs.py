@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import compile_time, kernels, scaling, step, table
-from benchmarks.networks import Stack, initial, loss_of
+from benchmarks.networks import (
+    NETWORKS,
+    Stack,
+    batch_of,
+    first_state,
+    initial,
+    loss_of,
+)
 from benchmarks.report import RESULTS
 from bnjax.training.errors import UserError
 
@@ -25,7 +32,7 @@ def test_step(tmp_path):
     )
     result = json.loads(path.read_text())["result"]
     (row,) = result["rows"]
-    assert set(row["seconds_median"]) == {"bnjax", "flax", "none"}
+    assert set(row["seconds_median"]) == {"bnjax", "flax", "none", "arrays"}
     with_bn, without = (row["seconds"][kind] for kind in ("bnjax", "none"))
     assert row["added_seconds_median"]["bnjax"] == with_bn[0] - without[0]
     assert row["bytes"]["bnjax"]["peak"] > row["bytes"]["bnjax"]["temporary"]
@@ -35,6 +42,15 @@ def test_step(tmp_path):
     assert arrays <= result["kept"]["bnjax"]["kept"] < arrays + 512
     assert result["kept"]["kept_over_flax"] < 0.55
     assert "| mlp | 4x28x28x1 | bnjax |" in table.tables(tmp_path)
+
+
+def test_the_arrays_of_bn_are_two_parameters_two_statistics_and_their_momentum():
+    network = NETWORKS["mlp"]
+    images, _ = batch_of(network)
+    state = first_state(network.create("none"), images)
+    found = step.arrays_of_bn(network, images, jax.tree.leaves(state))
+    # Three layers of 100: scale, mean, var and a momentum of scale. Bias is in both.
+    assert sorted(array.shape for array in found) == [(100,)] * 12
 
 
 def test_what_is_added_has_no_ratio_where_noise_hides_it():

@@ -1,13 +1,14 @@
-"""Where the time of a layer's pass goes, kernel by kernel.
+"""Where the time of a layer's pass goes, kernel by kernel, and that of a step.
 
     python -m benchmarks.kernels
-    python -m benchmarks.kernels --shapes 32x56x56x256 --dtypes bfloat16
+    python -m benchmarks.kernels --shapes 32x56x56x256 --dtypes bfloat16 --networks mlp
 
 The training pass of a layer, iterated in buffers that are used again as in
 benchmarks.layer, is run under the profiler of JAX, and what the kernels of the compiled
-program took is added up. The profiler takes up to half a microsecond a kernel: read
-which kernels there are and how they compare, not their sum. The result is
-benchmarks/results/kernels-<platform>.json.
+program took is added up. So are the steps of benchmarks.step, where kernels whose names
+differ by a number alone are taken together. The profiler takes up to half a microsecond
+a kernel: read which kernels there are and how they compare, not their sum. The result
+is benchmarks/results/kernels-<platform>.json.
 """
 
 import collections
@@ -25,8 +26,11 @@ import tyro
 
 from benchmarks import peers, timing
 from benchmarks.layer import compile_one, installed, parse
+from benchmarks.networks import KINDS
+from benchmarks.passes import Program
 from benchmarks.peers import Case
 from benchmarks.report import write_run
+from benchmarks.step import sized, step_program
 from bnjax.training.errors import UserError, run_reporting
 
 SHAPES = ("256x28x28x64", "32x28x28x192", "32x8x8x48")
@@ -41,6 +45,7 @@ def compare(
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16"),
     variation: Literal["plain", "relu", "residual"] = "plain",
     libraries: tuple[str, ...] = LIBRARIES,
+    networks: tuple[str, ...] = ("inception",),
     output: Path | None = None,
 ) -> None:
     """Profile, print and write.
@@ -50,6 +55,7 @@ def compare(
         dtypes: Of input and output, float32 or bfloat16.
         variation: Of plain, relu and residual.
         libraries: Of bnjax, flax.linen, flax.nnx, haiku and equinox.
+        networks: Of mlp, inception and resnet50, whose steps are profiled too.
         output: Where to write the result instead.
     """
     _, absent = installed(libraries)
@@ -66,16 +72,22 @@ def compare(
         for dtype in dtypes:
             case = Case(parse(shape), dtype, variation)
             for library in libraries:
-                kernels = profiled(case, library)
+                given = peers.arrays(case)
+                program = compile_one(library, case, "train", given, _COUNT)
                 row = {"shape": shape, "dtype": dtype, "variation": variation}
-                rows.append(row | {"library": library, "kernels": kernels})
+                rows.append(row | {"library": library, "kernels": profiled(program)})
                 report(rows[-1])
+    for name in networks:
+        for kind in KINDS:
+            program, _ = step_program(sized(name, None), kind)
+            row = {"shape": f"step of {name}", "dtype": "float32", "library": kind}
+            rows.append(row | {"kernels": alike(profiled(program))})
+            report(rows[-1])
     write_run("kernels", {"rows": rows}, output, quick=False)
 
 
-def profiled(case: Case, library: str) -> list[dict[str, Any]]:
-    """Return the kernels of a training pass, the longest first."""
-    program = compile_one(library, case, "train", peers.arrays(case), _COUNT)
+def profiled(program: Program) -> list[dict[str, Any]]:
+    """Return the kernels of a pass or a step, the longest first."""
     program.run()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -109,6 +121,17 @@ def totals(events: Iterable[dict[str, Any]], passes: int) -> list[dict[str, Any]
         for name, taken in found.items()
     ]
     return sorted(rows, key=lambda row: -row["us"])
+
+
+def alike(kernels: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Take together the kernels whose names differ by a number alone."""
+    found: dict[str, dict[str, Any]] = {}
+    for kernel in kernels:
+        name = re.sub(r"[.\d]+$", "", kernel["name"])
+        group = found.setdefault(name, {"name": name, "calls": 0.0, "us": 0.0})
+        group["calls"] += kernel["calls"]
+        group["us"] += kernel["us"]
+    return sorted(found.values(), key=lambda group: -group["us"])
 
 
 def report(row: dict[str, Any]) -> None:

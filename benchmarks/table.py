@@ -284,7 +284,10 @@ def _kernels(result: dict[str, Any]) -> list[str]:
         for row in result["rows"]
     ]
     header = ["shape", "dtype", "library", "kernels", "the longest"]
-    return ["Microseconds of a training pass, by kernel:", _table(header, rows)]
+    return [
+        "Microseconds of a training pass, and of a step, by kernel:",
+        _table(header, rows),
+    ]
 
 
 PAGES = {ROOT / "docs" / "performance.md": tables, ROOT / "README.md": shortest}

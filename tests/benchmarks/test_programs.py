@@ -111,7 +111,7 @@ def test_scaling(tmp_path):
 
 def test_kernels(tmp_path):
     path = tmp_path / "kernels-cpu.json"
-    kernels.compare(shapes=("8x4",), dtypes=("float32",), output=path)
+    kernels.compare(shapes=("8x4",), dtypes=("float32",), networks=(), output=path)
     ours, theirs = json.loads(path.read_text())["result"]["rows"]
     assert (ours["library"], theirs["library"]) == kernels.LIBRARIES
     assert any("fusion" in kernel["name"] for kernel in ours["kernels"])
@@ -139,6 +139,17 @@ def test_kernels_are_told_from_the_runtime_and_from_loops():
     assert kernels.totals(events, 2) == [
         {"name": "add_fusion.1", "calls": 1.0, "us": 5.0},
         {"name": "copy.2", "calls": 0.5, "us": 4.0},
+    ]
+
+
+def test_kernels_of_a_step_are_taken_together_by_name():
+    profile = [
+        {"name": name, "calls": 1.0, "us": us}
+        for name, us in (("copy", 5.0), ("ffi_call.12", 4.0), ("ffi_call", 3.0))
+    ]
+    assert kernels.alike(profile) == [
+        {"name": "ffi_call", "calls": 2.0, "us": 7.0},
+        {"name": "copy", "calls": 1.0, "us": 5.0},
     ]
 
 

@@ -33,11 +33,11 @@ static int is_half(XLA_FFI_Buffer* buffer) {
 
 // XLA asks a handler once which version of the interface it was built for.
 static int asked_for_version(XLA_FFI_CallFrame* frame) {
-  XLA_FFI_Extension_Base* extension = frame->extension_start;
-  if (!extension || extension->type != XLA_FFI_Extension_Metadata) return 0;
-  XLA_FFI_Metadata* metadata = ((XLA_FFI_Metadata_Extension*)extension)->metadata;
-  metadata->api_version.major_version = XLA_FFI_API_MAJOR;
-  metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  // The type of its base has another name in each version of the header.
+  XLA_FFI_Metadata_Extension* asked = (XLA_FFI_Metadata_Extension*)frame->extension_start;
+  if (!asked || asked->extension_base.type != XLA_FFI_Extension_Metadata) return 0;
+  asked->metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  asked->metadata->api_version.minor_version = XLA_FFI_API_MINOR;
   return 1;
 }
 

@@ -167,23 +167,19 @@ def measured(network: Network, rounds: int, seconds: float) -> dict[str, Any]:
     # A sample of a step that takes less than 20 ms is of several.
     calls = max(1, math.ceil(0.02 / times["none"][0]))
     times = timing.interleaved(runs, rounds, seconds=seconds, calls=calls)
-    added = {
-        kind: [
-            with_bn - without
-            for with_bn, without in zip(times[kind], times["none"], strict=True)
-        ]
-        for kind in ("bnjax", "flax", ARRAYS)
-    }
-    beyond = [
-        [bn - arrays for bn, arrays in zip(added[kind], added[ARRAYS], strict=True)]
-        for kind in ("bnjax", "flax")
-    ]
+
+    def beyond(kind: str, base: str) -> list[float]:
+        return [a - b for a, b in zip(times[kind], times[base], strict=True)]
+
+    added = {kind: beyond(kind, "none") for kind in ("bnjax", "flax", ARRAYS)}
     return {
         "shape": network.shape,
         "seconds_median": timing.medians(times),
         "added_seconds_median": timing.medians(added),
         "added_over_flax": over(added["bnjax"], added["flax"]),
-        "beyond_arrays_over_flax": over(*beyond),
+        "beyond_arrays_over_flax": over(
+            beyond("bnjax", ARRAYS), beyond("flax", ARRAYS)
+        ),
         "step_over_flax": timing.ratio(times["bnjax"], times["flax"]),
         "bytes": memory,
         "rounds": len(times["none"]),

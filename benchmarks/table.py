@@ -196,11 +196,7 @@ def _step(result: dict[str, Any]) -> list[str]:
         _table(
             ["kind", "kept for backward", "temporary of the step"],
             (
-                [
-                    kind,
-                    f"{kept[kind]['kept'] / 1e6:.0f}",
-                    f"{kept[kind]['temporary'] / 1e6:.0f}",
-                ]
+                [kind, *(f"{kept[kind][of] / 1e6:.0f}" for of in ("kept", "temporary"))]
                 for kind in ("bnjax", "flax")
             ),
         ),

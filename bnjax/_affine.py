@@ -139,9 +139,8 @@ def _normalized_on_cpu(operands, origin, mean, var, *, transform):
     # Without an activation, XLA fuses it with what follows: that is worth more than
     # large pages, unless the allocator maps the array anew each time.
     relu = transform.activation is not None
-    alone = (
-        operands.residual is None and _bytes_of_output(transform, operands) >= MAPPED
-    )
+    size = operands.x.size * transform.dtype.itemsize
+    alone = operands.residual is None and size >= MAPPED
     if not (relu or alone) or not served(transform, operands):
         return _normalized(operands, origin, mean, var, transform=transform)
     y = kernels.output(
@@ -152,10 +151,6 @@ def _normalized_on_cpu(operands, origin, mean, var, *, transform):
         dtype=transform.dtype,
     )
     return [y]
-
-
-def _bytes_of_output(transform, operands):
-    return operands.x.size * transform.dtype.itemsize
 
 
 normalized = operation("batch_norm_output", _normalized, on_cpu=_normalized_on_cpu)

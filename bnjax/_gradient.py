@@ -168,7 +168,7 @@ def _tangents_plainly(operands, origin, moments, doperands, *, transform):
 
 def _pull_back(cotangents, operands, origin, moments, doperands, *, transform):
     """The transpose of `_tangents_plainly`."""
-    return _gradient(
+    return _local_gradient(
         cotangents, operands, origin, moments, transform=transform, types=doperands
     )
 
@@ -210,7 +210,7 @@ def _pull_back_on_cpu(cotangents, operands, origin, moments, *, transform, types
 _local_tangents = operation(
     "batch_norm_tangents", _tangents_plainly, transpose=_pull_back
 )
-_gradient = operation(
+_local_gradient = operation(
     "batch_norm_gradient", _pull_back_plainly, on_cpu=_pull_back_on_cpu
 )
 

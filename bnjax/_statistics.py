@@ -243,7 +243,7 @@ def _about_first_row(x, *, axes, dtype):
         lax.stop_gradient(_first(x, axes).astype(dtype))
     )
     origin = lax.squeeze(first_row, axes)
-    count = jnp.full_like(origin, math.prod(x.shape[axis] for axis in axes))
+    count = jnp.full_like(origin, Reduction(axes).local_count(x.shape))
 
     def powers(x, origin):
         distance = x.astype(dtype) - origin

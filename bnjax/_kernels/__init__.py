@@ -6,6 +6,7 @@ processor, and asks for large pages where it writes. The library is built from s
 where it is first needed (`library`); where that can't be, all is left to XLA.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,7 +124,7 @@ def _known(dtype: Any) -> Any:
 
 
 def _rows(array: jax.Array, features: Sequence[int]) -> jax.Array:
-    return array.reshape(-1, _size(features)).astype(_known(array.dtype))
+    return array.reshape(-1, math.prod(features)).astype(_known(array.dtype))
 
 
 def _residual(residual: jax.Array | None, rows: jax.Array) -> list[jax.Array]:
@@ -134,8 +135,4 @@ def _residual(residual: jax.Array | None, rows: jax.Array) -> list[jax.Array]:
 
 
 def _channel(features: Sequence[int]) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((_size(features),), jnp.float32)
-
-
-def _size(shape: Sequence[int]) -> int:
-    return int(np.prod(shape, dtype=int))
+    return jax.ShapeDtypeStruct((math.prod(features),), jnp.float32)

@@ -94,9 +94,9 @@ def _loaded(compiler: str) -> ctypes.CDLL:
         folder = cache_dir()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return ctypes.CDLL(str(_kept(folder, name) or _built(command, folder, name)))
+    except BuildError:
+        raise
     except (OSError, RuntimeError) as error:
-        if isinstance(error, BuildError):
-            raise
         _log.info("%s: the kernels are built for this process alone", error)
     with tempfile.TemporaryDirectory(prefix="bnjax-") as alone:
         return ctypes.CDLL(str(_built(command, Path(alone), name)))

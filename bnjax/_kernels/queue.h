@@ -15,8 +15,8 @@ typedef struct {
   atomic_long next, done, users;
 } Queue;
 
-static void leave(Queue* queue, long users) {
-  if (atomic_fetch_sub(&queue->users, users) == users) free(queue);
+static void leave(Queue* queue) {
+  if (atomic_fetch_sub(&queue->users, 1) == 1) free(queue);
 }
 
 static void take_parts(void* data) {
@@ -25,7 +25,7 @@ static void take_parts(void* data) {
     queue->work(queue->job, part);
     atomic_fetch_add(&queue->done, 1);
   }
-  leave(queue, 1);
+  leave(queue);
 }
 
 static int failed(XLA_FFI_CallFrame* frame, XLA_FFI_Error* error) {
@@ -58,8 +58,8 @@ static void run(XLA_FFI_CallFrame* frame, Work* work, const Job* job) {
   XLA_FFI_ThreadPool_Schedule_Args args = {
       XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL, frame->ctx, take_parts, queue};
   for (int64_t helper = 0; helper < helpers; helper++)
-    if (failed(frame, frame->api->XLA_FFI_ThreadPool_Schedule(&args))) leave(queue, 1);
+    if (failed(frame, frame->api->XLA_FFI_ThreadPool_Schedule(&args))) leave(queue);
   take_parts(queue);
   while (atomic_load(&queue->done) < parts) sched_yield();
-  leave(queue, 1);
+  leave(queue);
 }

@@ -23,7 +23,6 @@ def call(x=X, scale=ONES, bias=ONES, stats=None, **options):
 
 MISTAKES = {
     "integers": (TypeError, {"x": np.ones((4, 3), np.int32)}, "int32.*astype"),
-    "complex": (TypeError, {"x": X.astype(np.complex64)}, "complex64.*float32"),
     "rank 1": (ValueError, {"x": ONES}, r"\(3,\).*at least 2 dimensions"),
     "empty": (ValueError, {"x": X[:0]}, r"\(0, 3\) is empty"),
     "one value": (ValueError, {"x": X[:1]}, r"one value per channel.*\(1, 3\)"),
@@ -60,6 +59,10 @@ MISTAKES = {
     "dtype": (TypeError, {"dtype": jnp.int8}, "dtype=int8"),
     "momentum": (ValueError, {"momentum": 1.5}, r"momentum=1.5.*\[0, 1\].*PyTorch"),
     "momentum NaN": (ValueError, {"momentum": float("nan")}, "momentum=nan"),
+    "momentum None": (TypeError, {"momentum": None}, r"momentum=None is no number"),
+    "momentum text": (TypeError, {"momentum": "0.9"}, "momentum='0.9' is no number"),
+    "epsilon None": (TypeError, {"epsilon": None}, "epsilon=None is no number"),
+    "epsilon text": (TypeError, {"epsilon": "1e-5"}, "epsilon='1e-5' is no number"),
     "epsilon zero": (ValueError, {"epsilon": 0.0}, "epsilon=0.0.*positive"),
     "epsilon NaN": (ValueError, {"epsilon": float("nan")}, "epsilon=nan"),
     "axis name": (NameError, {"axis_name": "dta"}, "axis_name='dta' is not bound"),

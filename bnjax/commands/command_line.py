@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.commands import COMMANDS
 from bnjax.training.errors import USAGE, UserError
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.folding import Folded, fold_batch_norm
 from bnjax.interop.files import check_output, write_output
 from bnjax.interop.torch import write_state_dict

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.data.records import Example, decode_image
 from bnjax.training.errors import UserError, first_line
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 
 
 def layer_input(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.interop.files import check_output, write_output
 from bnjax.interop.trailer import check_trailer, trailer
 from bnjax.training.errors import USAGE, UserError, first_line

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.interop.torch_files import natural
 from bnjax.interop.torch_layers import Layer, Leaf, layers_of, shortcuts_last
 from bnjax.interop.torch_mapping import COUNTER, NameMapping, Pair

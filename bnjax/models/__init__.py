@@ -12,7 +12,7 @@ from typing import Any
 
 from flax import linen as nn
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.models.inception import Inception as Inception
 from bnjax.models.lenet import LeNet as LeNet
 from bnjax.models.mlp import MLP as MLP

@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax import functional
-from bnjax._checks import as_activation
+from bnjax._validate import as_activation
 from bnjax.functional import BatchStats
 from bnjax.linen import BatchNorm
 from bnjax.variants.ghost import GhostBatchNorm

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen
 from jax import lax
 
-from bnjax import _checks, functional
+from bnjax import _validate, functional
 from bnjax.functional import Moments
 from bnjax.linen import BatchNorm as LinenBatchNorm
 from bnjax.nnx import BatchNorm as NnxBatchNorm
@@ -52,7 +52,7 @@ class Record:
             x: what it was given.
             mask: likewise, or None.
         """
-        with _checks.naming(name):
+        with _validate.naming(name):
             found = _moments(layer, x, mask)
         shape = self.weight.shape
         if found.mean.size != math.prod(shape):
@@ -90,8 +90,8 @@ def layer_name(path: Path) -> str:
 
 def _moments(layer: Any, x: Any, mask: Any) -> Moments:
     """Moments about the mean: half a digit better than those of one pass."""
-    x = _checks.as_input(x)
-    x = x.astype(_checks.promoted(x.dtype, jnp.float32))
+    x = _validate.as_input(x)
+    x = x.astype(_validate.promoted(x.dtype, jnp.float32))
     options = {
         "axis": layer.axis,
         "mask": _as_moments_mask(layer, mask, x.shape),
@@ -99,7 +99,7 @@ def _moments(layer: Any, x: Any, mask: Any) -> Moments:
         "axis_index_groups": layer.axis_index_groups,
     }
     found = functional.moments(x, **options)
-    _, reduced = _checks.split_axes(x.shape, layer.axis)
+    _, reduced = _validate.split_axes(x.shape, layer.axis)
     distance = x - jnp.expand_dims(found.mean, reduced)
     rest = functional.moments(distance, **options).mean
     second = functional.moments(jnp.square(distance), **options).mean
@@ -112,6 +112,6 @@ def _as_moments_mask(layer: Any, mask: Any, shape: tuple[int, ...]) -> Any:
         return None
     ours = LinenBatchNorm if isinstance(layer, linen.Module) else NnxBatchNorm
     if isinstance(layer, ours):
-        return _checks.broadcast_mask(mask, shape)
+        return _validate.broadcast_mask(mask, shape)
     # Flax takes every number but 0 for True, and NumPy's rule of shapes.
     return jnp.broadcast_to(jnp.asarray(mask, bool), shape)

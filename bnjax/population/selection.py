@@ -3,7 +3,7 @@
 import fnmatch
 from collections.abc import Callable, Iterable
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.population.records import Path, layer_name
 
 Layers = str | Iterable[str] | Callable[[str], bool] | None

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.population.records import Record
 
 Method = Literal["paper", "pooled"]

@@ -7,7 +7,7 @@ from typing import Any
 from flax import linen as nn
 
 from bnjax import models
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.training import own_network
 from bnjax.training.config import BatchNormConfig, Config, ModelConfig
 from bnjax.training.errors import USAGE, UserError

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.errors import ModifyScopeVariableError
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.training.errors import USAGE, UserError, first_line
 
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")

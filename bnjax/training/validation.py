@@ -4,7 +4,7 @@ import math
 import re
 
 from bnjax import models
-from bnjax._checks import ACTIVATIONS, did_you_mean
+from bnjax._validate import ACTIVATIONS, did_you_mean
 from bnjax.data.config import validate_data
 from bnjax.models import MODELS
 from bnjax.training.config import Config, HostsConfig, ModelConfig

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
-from bnjax import _checks, functional
+from bnjax import _validate, functional
 from bnjax.functional import BatchStats, Moments
 from bnjax.linen import BatchNorm
 
@@ -22,6 +23,7 @@ def ghost_batch_norm(
     virtual_batch_size: int | None,
     momentum: float | jax.Array = 0.99,
     unbiased: bool = True,
+    use_fast_variance: bool = True,
     **options: Any,
 ) -> tuple[jax.Array, BatchStats]:
     """Normalize consecutive groups of the batch, each by its own mean and variance.
@@ -40,6 +42,7 @@ def ghost_batch_norm(
         virtual_batch_size: examples in a group; divides the batch. None for one group.
         momentum: weight of the old statistics (PyTorch's 0.1 is 0.9 here).
         unbiased: running variance with m / (m - 1), m the values in all groups.
+        use_fast_variance: as in `bnjax.batch_norm`.
         **options: `axis`, `epsilon`, `activation`, `residual`, `dtype`, `axis_name` and
             `axis_index_groups` of `bnjax.batch_norm`.
 
@@ -68,7 +71,12 @@ def ghost_batch_norm(
         Hoffer, Hubara and Soudry 2017, "Train longer, generalize better", Algorithm 1.
     """
     y, moments = normalize_groups(
-        x, scale, bias, virtual_batch_size=virtual_batch_size, **options
+        x,
+        scale,
+        bias,
+        virtual_batch_size=virtual_batch_size,
+        origin=batch_stats.mean if use_fast_variance else None,
+        **options,
     )
     return y, functional.update_batch_stats(
         batch_stats, moments, momentum=momentum, unbiased=unbiased
@@ -81,7 +89,7 @@ def normalize_groups(
     bias: jax.Array | None,
     *,
     virtual_batch_size: int | None,
-    axis: _checks.Axes = -1,
+    axis: _validate.Axes = -1,
     residual: jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array, Moments]:
@@ -92,7 +100,7 @@ def normalize_groups(
         this device alone, also where `axis_name` shares a group between several, so
         that merging the devices' moments counts every value once.
     """
-    features, reduction = _checks.split_axes(x.shape, axis)
+    features, reduction = _validate.split_axes(x.shape, axis)
     if 0 not in reduction:
         raise ValueError(
             f"batch_norm: axis={axis!r} makes the first axis of x a feature axis; "
@@ -104,33 +112,24 @@ def normalize_groups(
             f"batch_norm: virtual_batch_size={virtual_batch_size} for a batch of "
             f"{x.shape[0]}; expected a divisor of it."
         )
-    shape = tuple(x.shape[axis] for axis in features)
 
     def one_group(x, residual):
-        # With momentum 0 the new statistics are those of the group.
-        return functional.batch_norm(
-            x,
-            scale,
-            bias,
-            BatchStats.init(shape),
-            axis=features,
-            momentum=0.0,
-            unbiased=False,
-            residual=residual,
-            **options,
+        y, found = functional.normalize_batch(
+            x, scale, bias, axis=features, residual=residual, **options
         )
+        # Of this device alone, also where devices share the group.
+        count = jnp.full_like(found.count, values)
+        return y, Moments(found.mean, found.var, count)
 
     groups = x.shape[0] // size
-    values = x.size // (groups * math.prod(shape))
+    values = x.size // (groups * math.prod(x.shape[axis] for axis in features))
     if groups == 1:
-        y, found = one_group(x, residual)
-        return y, Moments(found.mean, found.var, jnp.full_like(found.mean, values))
+        return one_group(x, residual)
     split = jax.tree.map(
         lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), (x, residual)
     )
     y, found = jax.vmap(one_group)(*split)
-    counts = jnp.full_like(found.mean, values)
-    return y.reshape(x.shape), merge_stacked(Moments(found.mean, found.var, counts))
+    return y.reshape(x.shape), merge_stacked(found)
 
 
 def merge_stacked(moments: Moments) -> Moments:
@@ -181,6 +180,7 @@ class GhostBatchNorm(BatchNorm):
 
     virtual_batch_size: int | None = None
 
+    @nn.nowrap
     def _transform(
         self,
         x: jax.Array,
@@ -200,8 +200,14 @@ class GhostBatchNorm(BatchNorm):
                 "batch_norm: a mask was given to groups of a virtual batch size; "
                 "expected none. Leave the padding out of the batch."
             )
+        fast = options.pop("use_fast_variance")
         y, moments = normalize_groups(
-            x, scale, bias, virtual_batch_size=self.virtual_batch_size, **options
+            x,
+            scale,
+            bias,
+            virtual_batch_size=self.virtual_batch_size,
+            origin=batch_stats.mean if fast else None,
+            **options,
         )
         if self.is_mutable_collection(MOMENTS):
             self.put_variable(MOMENTS, "moments", moments)

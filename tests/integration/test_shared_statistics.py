@@ -33,8 +33,9 @@ def test_replicas(mapping, masked):
     assert_same(joined(*replicas(*args)), want)
     if mapping == "pmap":
         moved = collectives(replicas.lower(*args).compile())
-        assert len(moved) <= 3
-        assert max(moved) <= 3 * scale.size
+        assert len(moved) == 2
+        # Where JAX does not track what varies, the origin goes along to be compared.
+        assert max(moved) <= (3 + masked) * scale.size
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -61,8 +62,8 @@ def test_shard_map(checked, masked):
         dscale, dbias = (a.reshape(DEVICES, -1).sum(0) for a in (dscale, dbias))
     assert_same((y, stats, (dx, dscale, dbias)), want)
     moved = collectives(sharded.lower(*args).compile())
-    assert len(moved) <= 3
-    assert max(moved) <= 3 * scale.size
+    assert len(moved) == 2
+    assert max(moved) <= (2 + masked + (not checked)) * scale.size
 
 
 @pytest.mark.parametrize("devices", [2, 8])
@@ -77,7 +78,7 @@ def test_bytes_do_not_grow_with_devices(devices):
         out_specs=(rows, P(), (rows, P(), P())),
     )
     compiled = jax.jit(sharded).lower(x, scale, bias, dy, mask).compile()
-    assert collectives(compiled) == [2 * 4, 3 * 4, 2 * 4]
+    assert collectives(compiled) == [3 * 4, 2 * 4]
 
 
 @pytest.mark.parametrize("hidden", [None, "one shard", "first of each", "all"])
@@ -103,6 +104,7 @@ def test_large_means_and_hidden_shards(hidden):
             axis_name="data",
             momentum=0.0,
             unbiased=False,
+            use_fast_variance=False,
         ),
         axis_name="data",
     )

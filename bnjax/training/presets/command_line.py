@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from bnjax._checks import did_you_mean
+from bnjax._validate import did_you_mean
 from bnjax.training.config import BatchNormConfig, Config, ModelConfig
 from bnjax.training.errors import USAGE, UserError
 from bnjax.training.own_network import is_import_path

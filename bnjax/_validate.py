@@ -5,6 +5,7 @@ import difflib
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.core
@@ -39,7 +40,8 @@ ACTIVATIONS = (
     "swish",
     "tanh",
 )
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_REAL = ("float16", "bfloat16", "float32", "float64")
+_COMPLEX = ("complex64", "complex128")
 
 
 def did_you_mean(given: str, choices: Iterable[str]) -> str:
@@ -57,23 +59,25 @@ def did_you_mean(given: str, choices: Iterable[str]) -> str:
 
 def as_input(x, name: str = "x") -> jax.Array:
     """`x` as an array, or an error if its dtype is none batch norm can take."""
-    x = jnp.asarray(x)
-    if x.dtype.name not in _DTYPES:
+    return _of_dtype(jnp.asarray(x), name, (*_REAL, *_COMPLEX))
+
+
+def _of_dtype(array: jax.Array, name: str, dtypes: Sequence[str]) -> jax.Array:
+    if array.dtype.name not in dtypes:
         raise TypeError(
-            f"batch_norm: {name} has dtype {x.dtype.name}; expected one of "
-            f"{', '.join(_DTYPES)}. Convert it first, e.g. "
-            f"{name}.astype(jnp.float32)."
+            f"batch_norm: {name} has dtype {array.dtype.name}; expected one of "
+            f"{', '.join(dtypes)}. Convert it first, e.g. {name}.astype(jnp.float32)."
         )
-    return x
+    return array
 
 
 def as_dtype(dtype, default) -> jnp.dtype:
-    """The output's dtype, or an error if it is not a real floating one."""
+    """The output's dtype, or an error if it is none batch norm can give."""
     dtype = jnp.dtype(default if dtype is None else dtype)
-    if dtype.name not in _DTYPES:
+    if dtype.name not in (*_REAL, *_COMPLEX):
         raise TypeError(
             f"batch_norm: dtype={dtype.name} was asked for; the output can be one of "
-            f"{', '.join(_DTYPES)}."
+            f"{', '.join((*_REAL, *_COMPLEX))}."
         )
     return dtype
 
@@ -87,12 +91,6 @@ def promoted(*dtypes) -> jnp.dtype:
 def split_axes(shape: tuple[int, ...], axis: Axes) -> tuple[tuple[int, ...], ...]:
     """Sorted, non-negative feature axes and reduction axes of an input."""
     ndim = len(shape)
-    if ndim < 2:
-        raise ValueError(
-            f"batch_norm: x has shape {shape}; expected at least 2 dimensions, a batch "
-            "and features, such as (batch, features) or (batch, height, width, "
-            "channels)."
-        )
     given = axis if isinstance(axis, Iterable) else (axis,)
     try:
         indices = [operator.index(a) for a in given]
@@ -107,18 +105,43 @@ def split_axes(shape: tuple[int, ...], axis: Axes) -> tuple[tuple[int, ...], ...
             f"expected values from {-ndim} to {ndim - 1}."
         )
     features = tuple(sorted(a % ndim for a in indices))
-    if len(set(features)) < len(features) or not features or len(features) == ndim:
+    if len(set(features)) < len(features) or not features:
         raise ValueError(
             f"batch_norm: axis={axis!r} for x of shape {shape}; expected distinct "
-            "feature axes that leave at least one axis to take the statistics over."
+            "feature axes, at least one."
         )
-    reduction = tuple(a for a in range(ndim) if a not in features)
+    return features, tuple(a for a in range(ndim) if a not in features)
+
+
+def check_batch(
+    shape: tuple[int, ...], axis: Axes, axes: tuple[int, ...], axis_name: Any
+) -> None:
+    """Refuse an input without values to take statistics over.
+
+    Args:
+        shape: of the input.
+        axis: the feature axes as they were given.
+        axes: of the reduction. There are none for one example, whose statistics are
+            those of the devices.
+        axis_name: of the devices that share statistics, or None.
+    """
     if 0 in shape:
         raise ValueError(
             f"batch_norm: x of shape {shape} is empty; statistics need at least one "
             "value per channel. Drop empty batches before the call."
         )
-    return features, reduction
+    if axes or axis_name is not None:
+        return
+    if len(shape) < 2:
+        raise ValueError(
+            f"batch_norm: x has shape {shape}; expected at least 2 dimensions, a batch "
+            "and features, such as (batch, features) or (batch, height, width, "
+            "channels); or axis_name, where each device has one example."
+        )
+    raise ValueError(
+        f"batch_norm: axis={axis!r} for x of shape {shape}; expected feature axes that "
+        "leave at least one axis to take the statistics over, or axis_name."
+    )
 
 
 def check_features(
@@ -139,7 +162,7 @@ def as_mask(mask, shape: tuple[int, ...]) -> jax.Array | None:
         return None
     mask = jnp.asarray(mask)
     if mask.dtype != bool and not jnp.issubdtype(mask.dtype, jnp.integer):
-        as_input(mask, "mask")
+        _of_dtype(mask, "mask", _REAL)
     pairs = list(zip(mask.shape, shape, strict=False))
     if mask.ndim != len(shape) or any(m not in (1, n) for m, n in pairs):
         like = tuple(n if i == 0 else 1 for i, n in enumerate(shape))
@@ -186,7 +209,15 @@ def check_number(
     """Check a number where its value is known; traced values pass unseen."""
     if isinstance(value, jax.core.Tracer):
         return
-    if not np.all(accept(np.asarray(value))):
+    try:
+        # NumPy reads numbers from strings, and takes None for NaN.
+        number = np.asarray(None if isinstance(value, str) else value)
+        number = number.astype(np.float64, casting="same_kind")
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"batch_norm: {name}={value!r} is no number; expected {expected}."
+        ) from None
+    if not np.all(accept(number)):
         raise ValueError(f"batch_norm: {name}={value}; expected {expected}.")
 
 

@@ -1,0 +1,561 @@
+"""The map from x to y, and its derivative in the closed form of the paper.
+
+The derivative is a linear map from the tangents of the inputs to those of the outputs.
+With xhat = (x - mean) / sqrt(var + epsilon) and a = scale / sqrt(var + epsilon),
+
+    dy = a * dx + xhat * A + B,
+    A = dscale - a * mean(xhat * dx),      B = dbias - a * mean(dx),
+
+so that its transpose is the paper's backward pass, in which one sum over the batch for
+scale and one for bias serve the gradient of x as well, in one collective where devices
+share statistics:
+
+    dscale = sum(dy * xhat),      dbias = sum(dy),
+    dx = a * (dy - dbias / m - xhat * dscale / m).
+
+The code has x - mean in place of xhat, and the factor between them in A: one
+multiplication less for each value. JAX transposes the means, A and B. The transpose of
+the elementwise part, with its two sums, is written out: what XLA makes of it decides
+how often the arrays are read (`_elementwise_tangent_map_transpose`).
+
+What is kept between the passes is `x` in its own dtype and per-channel vectors, since
+everything else is computed again from these. A ReLU that follows a residual keeps the
+output in place of the residual: the next layer keeps it anyway, and its sign is the
+derivative.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax import _kernels as kernels
+from bnjax._moments import (
+    Moments,
+    Reduction,
+    checkpoint_named,
+    mask_to_bool,
+    moments_about_origin,
+    safe_count,
+    varying_axes,
+)
+from bnjax._primitive import OneDevice, operation
+
+# Bytes from which glibc's malloc maps memory for every call, whatever was freed before.
+MAPPED = 1 << 25
+
+_remat = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """What of a call to batch norm is known when it is traced.
+
+    Attributes:
+        reduction: which values share statistics.
+        activation: elementwise, closed over nothing; None for none.
+        dtype: of the output.
+        compute_dtype: of the computation: float32 or float64.
+    """
+
+    reduction: Reduction
+    activation: Callable[..., jax.Array] | None
+    dtype: jnp.dtype
+    compute_dtype: jnp.dtype
+
+    def cast(self, value: Any) -> Any:
+        """`value` in the dtype of the computation; None stays None."""
+        return None if value is None else value.astype(self.compute_dtype)
+
+
+class Operands(NamedTuple):
+    """The arrays of one call; None for what it does without.
+
+    Attributes:
+        x: the input, in its own dtype.
+        epsilon: scalar of the dtype of the computation.
+        mask: booleans or weights of the rank of `x`.
+        scale: shape (features,).
+        bias: shape (features,).
+        residual: shape of `x`, added before the activation.
+        consts: arrays that the activation depends on besides its argument.
+        output: shape of `x`; in the derivative, what the sign of a ReLU's argument is
+            read from, in place of `residual`.
+    """
+
+    x: jax.Array
+    epsilon: jax.Array
+    mask: jax.Array | None = None
+    scale: jax.Array | None = None
+    bias: jax.Array | None = None
+    residual: jax.Array | None = None
+    consts: tuple[jax.Array, ...] = ()
+    output: jax.Array | None = None
+
+
+class ChannelParams(NamedTuple):
+    """What is one number per channel, of the rank of the input.
+
+    The mean is that of x - origin: their sum would be rounded where it is large.
+    """
+
+    origin: jax.Array | None
+    mean: jax.Array
+    inv_std: jax.Array
+    multiplier: jax.Array
+    bias: jax.Array | None
+
+
+def normalize_by_batch(
+    transform: Transform, operands: Operands, known_origin: jax.Array | None
+) -> tuple[jax.Array, jax.Array, Moments]:
+    """Normalize by the statistics of the batch itself (Algorithm 1).
+
+    Args:
+        transform: what is known when the call is traced.
+        operands: the arrays.
+        known_origin: of `moments_about_origin`.
+
+    Returns:
+        The output, and the origin and Moments of `moments_about_origin`.
+    """
+    transform, operands = _hoist_activation(transform, operands)
+    return _by_batch_jit(transform, operands, known_origin)
+
+
+def normalize_by(
+    transform: Transform, operands: Operands, mean: jax.Array, var: jax.Array
+) -> jax.Array:
+    """Normalize by given statistics, an affine map of each channel (Algorithm 2)."""
+    transform, operands = _hoist_activation(transform, operands)
+
+    @_remat
+    def affine(operands, mean, var):
+        params = _channel_params(transform, operands, None, mean, var)
+        return _output(transform, operands, params)
+
+    return affine(operands, mean, var)
+
+
+def _hoist_activation(
+    transform: Transform, operands: Operands
+) -> tuple[Transform, Operands]:
+    """Make what the activation closes over an operand, so that it can be derived."""
+    if transform.activation is None:
+        return transform, operands
+    example = jax.ShapeDtypeStruct(operands.x.shape, transform.compute_dtype)
+    result = jax.eval_shape(transform.activation, example)
+    if (result.shape, result.dtype) != (example.shape, example.dtype):
+        raise ValueError(
+            f"batch_norm: activation maps {example.dtype.name}{list(example.shape)} "
+            f"to {result.dtype.name}{list(result.shape)}; expected an elementwise "
+            "function that keeps shape and dtype."
+        )
+    activation, consts = jax.closure_convert(transform.activation, example)
+    if not consts:
+        return transform, operands
+    transform = dataclasses.replace(transform, activation=activation)
+    return transform, operands._replace(consts=tuple(consts))
+
+
+def _channel_params(transform, operands, origin, mean, var) -> ChannelParams:
+    expand, cast = transform.reduction.expand, transform.cast
+    inv_std = lax.rsqrt(cast(var) + operands.epsilon)
+    multiplier, bias = inv_std, operands.bias
+    if operands.scale is not None:
+        multiplier = cast(operands.scale) * inv_std
+    return ChannelParams(
+        None if origin is None else expand(origin),
+        expand(cast(mean)),
+        expand(inv_std),
+        expand(multiplier),
+        None if bias is None else expand(cast(bias)),
+    )
+
+
+def _centered(transform, operands, params):
+    """`x` less its mean, 0 where a mask hides what is not finite, and where it does."""
+    centered = transform.cast(operands.x)
+    if params.origin is not None:
+        centered = centered - params.origin
+    centered = centered - params.mean
+    if operands.mask is None:
+        return centered, None
+    hidden = _hidden(centered, operands.mask)
+    return jnp.where(hidden, 0, centered), hidden
+
+
+def _hidden(value, mask):
+    # Squared, because a value that overflows only later harms as much as an inf.
+    return ~mask_to_bool(mask) & ~jnp.isfinite(jnp.square(value))
+
+
+def _preactivation(transform, operands, params, centered):
+    """The output before the activation, in the dtype of the computation."""
+    z = centered * params.multiplier
+    if params.bias is not None:
+        z = z + params.bias
+    if operands.residual is not None:
+        residual = transform.cast(operands.residual)
+        if operands.mask is not None:
+            residual = jnp.where(_hidden(residual, operands.mask), 0, residual)
+        z = z + residual
+    return z
+
+
+def _output(transform, operands, params):
+    """The output, in its own dtype."""
+    centered, _ = _centered(transform, operands, params)
+    z = _preactivation(transform, operands, params, centered)
+    if transform.activation is jax.nn.relu and operands.residual is not None:
+        # The same numbers as of a float32 ReLU. But where `y` is a residual of another
+        # layer, which takes it to float32 again, XLA for GPUs would see a float32
+        # number rounded and widened, leave out both, and keep `y` in float32 too.
+        return jnp.maximum(z.astype(transform.dtype), 0)
+    if transform.activation is not None:
+        z = transform.activation(z, *operands.consts)
+    return z.astype(transform.dtype)
+
+
+def _output_reference(operands, origin, mean, var, *, transform):
+    params = _channel_params(transform, operands, origin, mean, var)
+    return [_output(transform, operands, params)]
+
+
+def _output_on_cpu(operands, origin, mean, var, *, transform):
+    # Without an activation, XLA fuses it with what follows: that is worth more than
+    # large pages, unless the allocator maps the array anew each time.
+    relu = transform.activation is not None
+    size = operands.x.size * transform.dtype.itemsize
+    alone = operands.residual is None and size >= MAPPED
+    if not (relu or alone) or not served(transform, operands):
+        return _output_reference(operands, origin, mean, var, transform=transform)
+    y = kernels.output(
+        operands.x,
+        kernel_channels(operands, origin, mean, var),
+        operands.residual,
+        relu=relu,
+        dtype=transform.dtype,
+    )
+    return [y]
+
+
+_output_operation = operation(
+    "batch_norm_output", _output_reference, cpu=OneDevice(_output_on_cpu)
+)
+
+
+def _normalize(transform, operands, origin, moments):
+    (y,) = _output_operation(
+        operands, origin, moments.mean, moments.var, transform=transform
+    )
+    return y
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_batch(transform, operands, known_origin):
+    origin, moments = moments_about_origin(
+        operands.x,
+        operands.mask,
+        known_origin,
+        transform.reduction,
+        transform.compute_dtype,
+    )
+    return _normalize(transform, operands, origin, moments), origin, moments
+
+
+# One trace serves every layer of the same shapes.
+_by_batch_jit = jax.jit(_by_batch, static_argnums=0)
+
+
+@_by_batch.defjvp
+def _by_batch_jvp(transform, primals, tangents):
+    (operands, known_origin), (doperands, _) = primals, tangents
+    _, *statistics = _by_batch(transform, operands, known_origin)
+    origin, moments = checkpoint_named(statistics)
+    # From the named ones, so that a policy which saves them has all that `y` needs.
+    y = _normalize(transform, operands, origin, moments)
+    if transform.activation is None:
+        operands = operands._replace(bias=None, residual=None)
+    elif transform.activation is jax.nn.relu and operands.residual is not None:
+        operands = operands._replace(bias=None, residual=None, output=y)
+    dy, dmean, dvar = _tangents(
+        transform, operands, origin, moments, doperands._replace(mask=None)
+    )
+    dmoments = Moments(dmean, dvar, jnp.zeros_like(moments.count))
+    return (y, origin, moments), (dy, jnp.zeros_like(origin), dmoments)
+
+
+def _tangents(transform, operands, origin, moments, doperands):
+    arguments = operands, origin, moments, doperands
+    alike = len({varying_axes(leaf) for leaf in jax.tree.leaves(arguments)}) == 1
+    if transform.reduction.axis_name is None and operands.mask is None and alike:
+        return _tangent_map(*arguments, transform=transform)
+    return _tangent_map_reference(*arguments, transform=transform)
+
+
+def _tangent_map_reference(operands, origin, moments, doperands, *, transform):
+    """The tangents of output, mean and variance; linear in `doperands`."""
+    reduction = transform.reduction
+    params = _channel_params(transform, operands, origin, moments.mean, moments.var)
+    dx = transform.cast(doperands.x)
+    arrays = jax.tree.leaves((operands, params, dx, doperands.residual))
+    (dx,) = _vary_like(arrays, dx)
+    summed = operands._replace(residual=None, output=None, consts=())
+    sums = _tangent_sums(summed, params, dx, transform=transform)
+    if reduction.axis_name is not None:
+        sums = reduction.total(jnp.stack(sums))
+    dmean, covariance = (total / safe_count(moments.count) for total in sums)
+
+    inv_std, multiplier = (
+        lax.squeeze(value, reduction.axes)
+        for value in (params.inv_std, params.multiplier)
+    )
+    dbias, dscale = (
+        jnp.zeros_like(multiplier) if tangent is None else transform.cast(tangent)
+        for tangent in (doperands.bias, doperands.scale)
+    )
+    shift = dbias - multiplier * dmean
+    slope = inv_std * dscale - multiplier * jnp.square(inv_std) * covariance
+    shift, slope = _vary_like(arrays, shift, slope)
+    slope = slope - 0.5 * multiplier * jnp.square(inv_std) * doperands.epsilon
+    dresidual = doperands.residual
+    if dresidual is not None:
+        (dresidual,) = _vary_like(arrays, dresidual)
+    tangents = _ElementwiseTangents(
+        dx,
+        reduction.expand(shift),
+        reduction.expand(slope),
+        dresidual,
+        doperands.consts,
+    )
+    (dy,) = _elementwise_tangent_map(operands, params, tangents, transform=transform)
+    return [dy, dmean, 2 * covariance]
+
+
+def _tangent_map_transpose(
+    cotangents, operands, origin, moments, doperands, *, transform
+):
+    return _vjp(
+        cotangents, operands, origin, moments, transform=transform, types=doperands
+    )
+
+
+def _vjp_reference(cotangents, operands, origin, moments, *, transform, types):
+    """The cotangents of the leaves of `doperands`."""
+
+    def tangents(doperands):
+        return _tangent_map_reference(
+            operands, origin, moments, doperands, transform=transform
+        )
+
+    return jax.tree.leaves(jax.linear_transpose(tangents, types)(cotangents))
+
+
+def _vjp_on_cpu(cotangents, operands, origin, moments, *, transform, types):
+    dy, dmean, dvar = cotangents
+    if not served(transform, operands):
+        return _vjp_reference(
+            cotangents, operands, origin, moments, transform=transform, types=types
+        )
+    channels = kernel_channels(operands, origin, moments.mean, moments.var)
+    dx, depsilon, dscale, dbias, *dresidual = kernels.gradient(
+        dy,
+        operands.x,
+        [*channels, dmean, dvar],
+        operands.residual,
+        relu=transform.activation is not None,
+    )
+    gradients = {"x": dx, "epsilon": depsilon, "scale": dscale, "bias": dbias}
+    # Without an activation the residual is not among the operands.
+    (gradients["residual"],) = dresidual or [dy]
+    wanted = types._asdict()
+    return [
+        gradient.astype(wanted[name].dtype)
+        for name, gradient in gradients.items()
+        if wanted[name] is not None
+    ]
+
+
+_tangent_map = operation(
+    "batch_norm_tangent_map", _tangent_map_reference, transpose=_tangent_map_transpose
+)
+_vjp = operation("batch_norm_vjp", _vjp_reference, cpu=OneDevice(_vjp_on_cpu))
+
+
+def served(transform: Transform, operands: Operands) -> bool:
+    """Whether the kernels for a CPU compute the output, and its gradient."""
+    x, residual = operands.x, operands.residual
+    return (
+        operands.mask is None
+        and operands.output is None
+        and (residual is None or residual.dtype == x.dtype)
+        and transform.activation in (None, jax.nn.relu)
+        and transform.compute_dtype == jnp.float32
+        and kernels.serve(transform.reduction.axes, x, transform.dtype)
+    )
+
+
+def kernel_channels(operands: Operands, *statistics: jax.Array) -> list[jax.Array]:
+    """Origin, mean and var, epsilon, scale and bias, as the kernels take them."""
+    like = statistics[0]
+    scale = jnp.ones_like(like) if operands.scale is None else operands.scale
+    bias = jnp.zeros_like(like) if operands.bias is None else operands.bias
+    channels = (*statistics, operands.epsilon, scale, bias)
+    return [channel.astype(jnp.float32) for channel in channels]
+
+
+def _tangent_sums_reference(operands, params, dx, *, transform):
+    """The sums of dx and of dx * (x - mean), weighted where there is a mask."""
+    centered, _ = _centered(transform, operands, params)
+    if operands.mask is not None:
+        weight = operands.mask.astype(transform.compute_dtype)
+        dx = jnp.where(mask_to_bool(operands.mask), weight * dx, 0)
+    axes = transform.reduction.axes
+    return [jnp.sum(dx, axes), jnp.sum(dx * centered, axes)]
+
+
+def _tangent_sums_transpose(cotangents, operands, params, dx, *, transform):
+    dfirst, dsecond = map(transform.reduction.expand, cotangents)
+    centered, _ = _centered(transform, operands, params)
+    dx = dfirst + dsecond * centered
+    if operands.mask is not None:
+        weight = operands.mask.astype(transform.compute_dtype)
+        dx = jnp.where(mask_to_bool(operands.mask), weight * dx, 0)
+    return [dx]
+
+
+_tangent_sums = operation(
+    "batch_norm_tangent_sums",
+    _tangent_sums_reference,
+    transpose=_tangent_sums_transpose,
+)
+
+
+class _ElementwiseTangents(NamedTuple):
+    """Tangents of the arrays, and what a whole channel adds to the output's.
+
+    Attributes:
+        x: in the dtype of the computation.
+        shift: added to every value of a channel, of the rank of the input.
+        slope: likewise, times x - mean.
+        residual: in the dtype of the residual.
+        consts: of what the activation depends on besides its argument.
+    """
+
+    x: jax.Array
+    shift: jax.Array
+    slope: jax.Array
+    residual: jax.Array | None
+    consts: tuple[jax.Array, ...]
+
+
+def _elementwise_tangent_map_reference(operands, params, tangents, *, transform):
+    centered, hidden = _centered(transform, operands, params)
+    dx = tangents.x if hidden is None else jnp.where(hidden, 0, tangents.x)
+    dz = params.multiplier * dx + centered * tangents.slope + tangents.shift
+    if tangents.residual is not None:
+        dz = dz + transform.cast(tangents.residual)
+    if operands.output is not None:
+        dz = jnp.where(operands.output > 0, dz, 0)
+    elif transform.activation is not None:
+        z = _preactivation(transform, operands, params, centered)
+        inputs, dinputs = (z, *operands.consts), (dz, *tangents.consts)
+        dz = jax.jvp(transform.activation, inputs, dinputs)[1]
+    return [dz.astype(transform.dtype)]
+
+
+def _elementwise_tangent_map_transpose(
+    cotangents, operands, params, tangents, *, transform
+):
+    residual = tangents.residual
+    return _elementwise_vjp(
+        cotangents,
+        operands,
+        params,
+        transform=transform,
+        residual_dtype=None if residual is None else residual.dtype,
+    )
+
+
+def _elementwise_vjp_reference(
+    cotangents, operands, params, *, transform, residual_dtype, on_gpu=False
+):
+    """The cotangents of `_ElementwiseTangents`, leaf by leaf.
+
+    Two sums and the gradient of `x` need the gradient dz of the preactivation. Which
+    form lets XLA fuse it into both, without writing it to memory or keeping anything
+    of the forward pass for it, differs between platforms, and is read off compiled
+    programs (docs/compiled.md).
+
+    With a residual, dz is written in any case: it is the residual's gradient. A TPU
+    selects in the dtype of `dy` what is positive, and so does a GPU, for which the
+    barrier keeps the comparison from being traced back to what `output` was made of.
+
+    Without a residual, XLA for GPUs keeps any boolean from the forward pass, as a byte
+    a value costs less than to compute it again. A float32 factor costs four, and is
+    not kept.
+
+    Without an activation, `dy` is often a select of a ReLU outside. XLA for GPUs then
+    writes it to memory, in the same pass as a sum if that sum stands alone: the barrier
+    keeps it from joining the other.
+    """
+    (dy,) = cotangents
+    centered, hidden = _centered(transform, operands, params)
+    dz, dconsts = dy, []
+    if operands.output is not None:
+        output = operands.output
+        if on_gpu:
+            output = lax.optimization_barrier(output)
+        dz = jnp.where(output > 0, dy, 0)
+    elif transform.activation is not None:
+        z = _preactivation(transform, operands, params, centered)
+        if transform.activation is jax.nn.relu and on_gpu:
+            dz = transform.cast(dy) * jnp.maximum(jnp.sign(z), 0)
+        elif transform.activation is jax.nn.relu:
+            dz = jnp.where(z > 0, dy, 0)
+        else:
+            inputs = z, *operands.consts
+            vjp = jax.vjp(transform.activation, *inputs)[1]
+            dz, *dconsts = vjp(transform.cast(dy))
+    axes, expand = transform.reduction.axes, transform.reduction.expand
+    alone = dz
+    if transform.activation is None and on_gpu:
+        alone = lax.optimization_barrier(dz)
+    dshift = jnp.sum(transform.cast(alone), axes)
+    dslope = jnp.sum(transform.cast(dz) * centered, axes)
+    dx = params.multiplier * transform.cast(dz)
+    if hidden is not None:
+        dx = jnp.where(hidden, 0, dx)
+    dresidual = [] if residual_dtype is None else [dz.astype(residual_dtype)]
+    return [dx, expand(dshift), expand(dslope), *dresidual, *dconsts]
+
+
+_elementwise_tangent_map = operation(
+    "batch_norm_elementwise_tangent_map",
+    _elementwise_tangent_map_reference,
+    transpose=_elementwise_tangent_map_transpose,
+)
+_elementwise_vjp = operation(
+    "batch_norm_elementwise_vjp",
+    _elementwise_vjp_reference,
+    gpu=functools.partial(_elementwise_vjp_reference, on_gpu=True),
+)
+
+
+def _vary_like(arrays, *values):
+    """Values of one shape, varying over all mesh axes that the arrays vary over.
+
+    They are joined, and not yet broadcast, so that the transpose is one sum over
+    devices of a per-channel array.
+    """
+    needed = frozenset().union(*map(varying_axes, arrays))
+    if all(varying_axes(value) >= needed for value in values):
+        return values
+    joined = jnp.stack(values)
+    missing = tuple(needed - varying_axes(joined))
+    return lax.pcast(joined, missing, to="varying") if missing else joined

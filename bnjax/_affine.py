@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _kernels as kernels
+from bnjax import _cpu
 from bnjax._operation import operation
 from bnjax._statistics import Reduction, live
 
@@ -138,17 +138,16 @@ def _normalized(operands, origin, mean, var, *, transform):
 def _normalized_on_cpu(operands, origin, mean, var, *, transform):
     # Without an activation, XLA fuses it with what follows: that is worth more than
     # large pages, unless the allocator maps the array anew each time.
-    relu = transform.activation is not None
     size = operands.x.size * transform.dtype.itemsize
-    alone = operands.residual is None and size >= MAPPED
-    if not (relu or alone) or not served(transform, operands):
+    small = transform.activation is None and size < MAPPED
+    if small or not served(transform, operands):
         return _normalized(operands, origin, mean, var, transform=transform)
-    y = kernels.output(
+    y = _cpu.output(
         operands.x,
         kernel_channels(operands, origin, mean, var),
         operands.residual,
-        relu=relu,
-        dtype=transform.dtype,
+        transform.activation,
+        transform.dtype,
     )
     return [y]
 
@@ -158,13 +157,14 @@ normalized = operation("batch_norm_output", _normalized, on_cpu=_normalized_on_c
 
 def served(transform: Transform, operands: Operands) -> bool:
     """Whether the kernels for a CPU compute the output, and its gradient."""
-    x, residual = operands.x, operands.residual
-    return (
-        operands.mask is None
-        and (residual is None or residual.dtype == x.dtype)
-        and transform.activation in (None, jax.nn.relu)
-        and transform.compute_dtype == jnp.float32
-        and kernels.serve(transform.reduction.axes, x, transform.dtype)
+    return _cpu.kernel_supports(
+        operands.x,
+        transform.reduction.axes,
+        transform.compute_dtype,
+        dtype=transform.dtype,
+        activation=transform.activation,
+        mask=operands.mask,
+        residual=operands.residual,
     )
 
 

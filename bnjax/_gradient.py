@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _kernels as kernels
+from bnjax import _cpu
 from bnjax._affine import (
     Channels,
     Operands,
@@ -189,12 +189,12 @@ def _pull_back_on_cpu(cotangents, operands, origin, moments, *, transform, types
             cotangents, operands, origin, moments, transform=transform, types=types
         )
     channels = kernel_channels(operands, origin, moments.mean, moments.var)
-    dx, depsilon, dscale, dbias, *dresidual = kernels.gradient(
-        dy,
-        operands.x,
-        [*channels, dmean, dvar],
-        operands.residual,
-        relu=transform.activation is not None,
+    y, activation = None, transform.activation
+    if operands.residual is not None:
+        arguments = operands.x, channels, operands.residual, activation
+        y = _cpu.output(*arguments, transform.dtype)
+    dx, depsilon, dscale, dbias, *dresidual = _cpu.gradient(
+        dy, operands.x, [*channels, dmean, dvar], y, activation
     )
     gradients = {"x": dx, "epsilon": depsilon, "scale": dscale, "bias": dbias}
     # Without an activation the residual is not among the operands.

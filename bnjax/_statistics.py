@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec, auto_axes
 
-from bnjax import _kernels as kernels
+from bnjax import _cpu
 from bnjax._operation import operation
 from bnjax._sums import batch_sums, cut_of
 
@@ -254,8 +254,8 @@ def _about_first_row(x, *, axes, dtype):
 
 
 def _about_first_row_on_cpu(x, *, axes, dtype):
-    if dtype == jnp.float32 and kernels.serve(axes, x):
-        return kernels.moments(x, axes)
+    if _cpu.kernel_supports(x, axes, dtype):
+        return _cpu.moments(x, axes)
     return _about_first_row(x, axes=axes, dtype=dtype)
 
 

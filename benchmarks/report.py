@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from bnjax import _kernels as kernels
+from bnjax import _cpu
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
@@ -76,7 +76,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": device.device_kind,
         "platform": device.platform,
-        "kernels": device.platform == "cpu" and kernels.available(),
+        "kernels": device.platform == "cpu" and _cpu.available(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

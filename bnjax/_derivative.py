@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bnjax import _kernels as kernels
+from bnjax import _cpu
+from bnjax._cpu import blocks
 from bnjax._moments import (
     Moments,
     Reduction,
@@ -229,19 +230,13 @@ def _output_reference(operands, origin, mean, var, *, transform):
 def _output_on_cpu(operands, origin, mean, var, *, transform):
     # Without an activation, XLA fuses it with what follows: that is worth more than
     # large pages, unless the allocator maps the array anew each time.
-    relu = transform.activation is not None
     size = operands.x.size * transform.dtype.itemsize
-    alone = operands.residual is None and size >= MAPPED
-    if not (relu or alone) or not served(transform, operands):
+    small = transform.activation is None and size < MAPPED
+    if small or not _kernel_supports(transform, operands, operands.residual):
         return _output_reference(operands, origin, mean, var, transform=transform)
-    y = kernels.output(
-        operands.x,
-        kernel_channels(operands, origin, mean, var),
-        operands.residual,
-        relu=relu,
-        dtype=transform.dtype,
-    )
-    return [y]
+    channels = _kernel_channels(operands, origin, mean, var)
+    activation, residual = transform.activation, operands.residual
+    return [_cpu.output(operands.x, channels, residual, activation, transform.dtype)]
 
 
 _output_operation = operation(
@@ -358,26 +353,26 @@ def _vjp_reference(cotangents, operands, origin, moments, *, transform, types):
 
 def _vjp_on_cpu(cotangents, operands, origin, moments, *, transform, types):
     dy, dmean, dvar = cotangents
-    if not served(transform, operands):
+    added = None if operands.output is None else types.residual
+    if not _kernel_supports(transform, operands, added):
         return _vjp_reference(
             cotangents, operands, origin, moments, transform=transform, types=types
         )
-    channels = kernel_channels(operands, origin, moments.mean, moments.var)
-    dx, depsilon, dscale, dbias, *dresidual = kernels.gradient(
+    channels = _kernel_channels(operands, origin, moments.mean, moments.var)
+    dx, depsilon, dscale, dbias, *dresidual = _cpu.gradient(
         dy,
         operands.x,
         [*channels, dmean, dvar],
-        operands.residual,
-        relu=transform.activation is not None,
+        operands.output,
+        transform.activation,
     )
-    gradients = {"x": dx, "epsilon": depsilon, "scale": dscale, "bias": dbias}
-    # Without an activation the residual is not among the operands.
-    (gradients["residual"],) = dresidual or [dy]
-    wanted = types._asdict()
+    # Without an activation, the gradient of a residual is that of the output.
+    (dresidual,) = dresidual or [dy]
+    gradients = Operands(dx, depsilon, None, dscale, dbias, dresidual)
     return [
-        gradient.astype(wanted[name].dtype)
-        for name, gradient in gradients.items()
-        if wanted[name] is not None
+        gradient.astype(wanted.dtype)
+        for gradient, wanted in zip(gradients, types, strict=True)
+        if isinstance(wanted, jax.core.ShapedArray)
     ]
 
 
@@ -387,20 +382,19 @@ _tangent_map = operation(
 _vjp = operation("batch_norm_vjp", _vjp_reference, cpu=OneDevice(_vjp_on_cpu))
 
 
-def served(transform: Transform, operands: Operands) -> bool:
-    """Whether the kernels for a CPU compute the output, and its gradient."""
-    x, residual = operands.x, operands.residual
-    return (
-        operands.mask is None
-        and operands.output is None
-        and (residual is None or residual.dtype == x.dtype)
-        and transform.activation in (None, jax.nn.relu)
-        and transform.compute_dtype == jnp.float32
-        and kernels.serve(transform.reduction.axes, x, transform.dtype)
+def _kernel_supports(transform, operands, residual):
+    return _cpu.kernel_supports(
+        operands.x,
+        transform.reduction.axes,
+        transform.compute_dtype,
+        dtype=transform.dtype,
+        activation=transform.activation,
+        mask=operands.mask,
+        residual=residual,
     )
 
 
-def kernel_channels(operands: Operands, *statistics: jax.Array) -> list[jax.Array]:
+def _kernel_channels(operands, *statistics):
     """Origin, mean and var, epsilon, scale and bias, as the kernels take them."""
     like = statistics[0]
     scale = jnp.ones_like(like) if operands.scale is None else operands.scale
@@ -505,34 +499,70 @@ def _elementwise_vjp_reference(
     keeps it from joining the other.
     """
     (dy,) = cotangents
-    centered, hidden = _centered(transform, operands, params)
-    dz, dconsts = dy, []
+    dz, *dconsts = _preactivation_vjp(transform, dy, operands, params, on_gpu)
+    alone = dz
+    if transform.activation is None and on_gpu:
+        alone = lax.optimization_barrier(dz)
+    centered, _ = _centered(transform, operands, params)
+    axes = transform.reduction.axes
+    sums = [
+        jnp.sum(transform.cast(alone), axes),
+        jnp.sum(transform.cast(dz) * centered, axes),
+    ]
+    dx, *dresidual = _arrays_vjp(transform, operands, params, dz, residual_dtype)
+    return [dx, *map(transform.reduction.expand, sums), *dresidual, *dconsts]
+
+
+def _arrays_vjp(transform, operands, params, dz, residual_dtype):
+    dx = params.multiplier * transform.cast(dz)
+    if operands.mask is not None:
+        _, hidden = _centered(transform, operands, params)
+        dx = jnp.where(hidden, 0, dx)
+    return [dx] if residual_dtype is None else [dx, dz.astype(residual_dtype)]
+
+
+def _preactivation_vjp(transform, dy, operands, params, on_gpu=False):
+    """The gradient dz of the preactivation, and those of `operands.consts`."""
     if operands.output is not None:
         output = operands.output
         if on_gpu:
             output = lax.optimization_barrier(output)
-        dz = jnp.where(output > 0, dy, 0)
-    elif transform.activation is not None:
-        z = _preactivation(transform, operands, params, centered)
-        if transform.activation is jax.nn.relu and on_gpu:
-            dz = transform.cast(dy) * jnp.maximum(jnp.sign(z), 0)
-        elif transform.activation is jax.nn.relu:
-            dz = jnp.where(z > 0, dy, 0)
-        else:
-            inputs = z, *operands.consts
-            vjp = jax.vjp(transform.activation, *inputs)[1]
-            dz, *dconsts = vjp(transform.cast(dy))
-    axes, expand = transform.reduction.axes, transform.reduction.expand
-    alone = dz
-    if transform.activation is None and on_gpu:
-        alone = lax.optimization_barrier(dz)
-    dshift = jnp.sum(transform.cast(alone), axes)
-    dslope = jnp.sum(transform.cast(dz) * centered, axes)
-    dx = params.multiplier * transform.cast(dz)
-    if hidden is not None:
-        dx = jnp.where(hidden, 0, dx)
-    dresidual = [] if residual_dtype is None else [dz.astype(residual_dtype)]
-    return [dx, expand(dshift), expand(dslope), *dresidual, *dconsts]
+        return [jnp.where(output > 0, dy, 0)]
+    if transform.activation is None:
+        return [dy]
+    centered, _ = _centered(transform, operands, params)
+    z = _preactivation(transform, operands, params, centered)
+    if transform.activation is not jax.nn.relu:
+        vjp = jax.vjp(transform.activation, z, *operands.consts)[1]
+        return vjp(transform.cast(dy))
+    if on_gpu:
+        return [transform.cast(dy) * jnp.maximum(jnp.sign(z), 0)]
+    return [jnp.where(z > 0, dy, 0)]
+
+
+def _elementwise_vjp_on_cpu(cotangents, operands, params, *, transform, residual_dtype):
+    # What is neither a row nor a channel cannot be cut into blocks.
+    if operands.mask is not None or operands.consts or operands.residual is not None:
+        return _elementwise_vjp_reference(
+            cotangents,
+            operands,
+            params,
+            transform=transform,
+            residual_dtype=residual_dtype,
+        )
+
+    def terms(dy, x, output, *params):
+        part, params = operands._replace(x=x, output=output), ChannelParams(*params)
+        (dz,) = _preactivation_vjp(transform, dy, part, params)
+        centered, _ = _centered(transform, part, params)
+        return transform.cast(dz), transform.cast(dz) * centered
+
+    (dy,), axes = cotangents, transform.reduction.axes
+    rows = dy, operands.x, operands.output
+    sums = blocks.sum_in_blocks(terms, rows, params, axes)
+    (dz,) = _preactivation_vjp(transform, dy, operands, params)
+    dx, *dresidual = _arrays_vjp(transform, operands, params, dz, residual_dtype)
+    return [dx, *map(transform.reduction.expand, sums), *dresidual]
 
 
 _elementwise_tangent_map = operation(
@@ -543,6 +573,7 @@ _elementwise_tangent_map = operation(
 _elementwise_vjp = operation(
     "batch_norm_elementwise_vjp",
     _elementwise_vjp_reference,
+    cpu=OneDevice(_elementwise_vjp_on_cpu),
     gpu=functools.partial(_elementwise_vjp_reference, on_gpu=True),
 )
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from bnjax import _kernels as kernels
+from bnjax import _cpu
+from bnjax._cpu import blocks
 from bnjax._primitive import OneDevice, operation
 
 AxisName = str | tuple[str, ...]
@@ -309,6 +310,16 @@ def round_once(value: jax.Array) -> jax.Array:
     return lax.reduce_precision(value, finfo.nexp, finfo.nmant - 3)
 
 
+def sum_terms(
+    terms: Callable[..., Sequence[jax.Array]],
+    rows: Sequence[jax.Array | None],
+    channels: Sequence[jax.Array | None],
+    axes: tuple[int, ...],
+) -> list[jax.Array]:
+    """Sum over a batch the terms of an elementwise function of arrays and channels."""
+    return [jnp.sum(term, axes) for term in terms(*rows, *channels)]
+
+
 def _moments_reference(x, mask, known_origin, *, axes, dtype):
     """Origin, mean, var and count about `known_origin`, else about the batch's mean."""
     origin = known_origin
@@ -318,24 +329,33 @@ def _moments_reference(x, mask, known_origin, *, axes, dtype):
     return _moments_about(x, mask, origin, axes, dtype)
 
 
-def _moments_on_one_device(x, mask, _, *, axes, dtype):
+def _moments_on_one_device(
+    x, mask, _, *, axes, dtype, cut=lambda x, part: part(x), sums=sum_terms
+):
     """The same about the first row, which lies in memory where sums do not fuse."""
     if mask is not None:
         return _moments_reference(x, mask, None, axes=axes, dtype=dtype)
-    first_row = lax.slice(
-        x, [0] * x.ndim, [1 if axis in axes else n for axis, n in enumerate(x.shape)]
-    )
+    sizes = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+    first_row = cut(x, lambda x: lax.slice(x, [0] * x.ndim, sizes))
     # A copy of its own: read from `x` again, it would keep `x` from being replaced.
     first_row = lax.optimization_barrier(lax.squeeze(first_row, axes).astype(dtype))
-    return _moments_about(x, None, first_row, axes, dtype)
+    return _moments_about(x, None, first_row, axes, dtype, sums)
 
 
 def _moments_on_cpu(x, mask, _, *, axes, dtype):
-    if mask is None and dtype == jnp.float32 and kernels.serve(axes, x):
-        origin, mean, var = kernels.moments(x, axes)
+    if _cpu.kernel_supports(x, axes, dtype, mask=mask):
+        origin, mean, var = _cpu.moments(x, axes)
         count = jnp.full_like(origin, Reduction(axes).local_count(x.shape))
         return [origin, mean, var, count]
-    return _moments_on_one_device(x, mask, None, axes=axes, dtype=dtype)
+    return _moments_on_one_device(
+        x,
+        mask,
+        None,
+        axes=axes,
+        dtype=dtype,
+        cut=blocks.cut_of,
+        sums=blocks.sum_in_blocks,
+    )
 
 
 _local_moments = operation(
@@ -346,30 +366,36 @@ _local_moments = operation(
 )
 
 
-def _moments_about(x, mask, origin, axes, dtype):
+def _moments_about(x, mask, origin, axes, dtype, sums=sum_terms):
     origin = lax.stop_gradient(origin)
-    moments = _from_sums(*_sums_about(x, mask, origin, axes, dtype))
+    moments = _from_sums(*_sums_about(x, mask, origin, axes, dtype, sums))
     # Whichever the origin is, it varies over the mesh axes that the moments vary over.
     origin = origin + jnp.zeros_like(moments.count)
     return [origin, moments.mean, moments.var, moments.count]
 
 
-def _sums_about(x, mask, origin, axes, dtype):
+def _sums_about(x, mask, origin, axes, dtype, sums=sum_terms):
     """The sums of the weights w, of w * (x - origin) and of w * (x - origin)^2."""
-    distance = x.astype(dtype)
-    if origin is not None:
-        distance = distance - jnp.expand_dims(origin, axes)
+
+    def powers(x, origin):
+        distance = x.astype(dtype)
+        if origin is not None:
+            distance = distance - origin
+        return distance, jnp.square(distance)
+
+    def weighted_powers(x, origin):
+        # What is hidden may be NaN, or overflow when squared.
+        distance = jnp.where(counted, powers(x, origin)[0], 0)
+        return weights * distance, weights * jnp.square(distance)
+
+    origin = None if origin is None else jnp.expand_dims(origin, axes)
     count = math.prod(x.shape[axis] for axis in axes)
     if mask is None:
-        first = jnp.sum(distance, axes)
-        second = jnp.sum(jnp.square(distance), axes)
+        first, second = sums(powers, [x], [origin], axes)
         return jnp.full_like(first, count), first, second
     counted = mask_to_bool(mask)
-    # What is hidden may be NaN, or overflow when squared.
-    distance = jnp.where(counted, distance, 0)
     weights = jnp.where(counted, mask, jnp.zeros_like(mask)).astype(dtype)
-    first = jnp.sum(weights * distance, axes)
-    second = jnp.sum(weights * jnp.square(distance), axes)
+    first, second = sums(weighted_powers, [x], [origin], axes)
     repeats = count // math.prod(mask.shape[axis] for axis in axes)
     return jnp.sum(weights, axes) * repeats + jnp.zeros_like(first), first, second
 
@@ -379,10 +405,8 @@ def complex_moments(
 ) -> Moments:
     """The complex mean and the real variance of |x - mean|, in two passes."""
     dtype = jnp.promote_types(x.dtype, jnp.complex64)
-    sums = [
-        *_sums_about(x, mask, None, reduction.axes, dtype)[:2],
-    ]
-    count, total = reduction.total(jnp.stack(sums))
+    count, total, _ = _sums_about(x, mask, None, reduction.axes, dtype)
+    count, total = reduction.total(jnp.stack([count, total]))
     count = count.real
     mean = total / safe_count(count)
     distance = jnp.abs(x.astype(dtype) - reduction.expand(mean))

@@ -30,7 +30,10 @@ TRANSFORM = "tests/test_transform.py"
 DERIVATIVES = "tests/test_derivatives.py"
 SHARED = "tests/integration/test_shared_statistics.py"
 SUMS = "tests/test_sums.py"
-KERNELS = "tests/kernels"
+CPU_VALUES = "tests/core/test_cpu_values.py"
+CPU_CALLS = "tests/core/test_cpu_calls.py"
+CPU_BUILD = "tests/core/test_cpu_build.py"
+CPU_PROGRAMS = "tests/core/test_cpu_programs.py"
 LAYERS = "tests/test_layers.py"
 FOLDING = "tests/folding/test_fold.py"
 PAIRS = "tests/folding/test_pairs.py"
@@ -326,94 +329,192 @@ MUTATIONS = [
     ),
     Mutation(
         "kernels: the last row taken for a full one",
-        "bnjax/_kernels/loops.h",
-        "int64_t full = length_of(&layout, end - 1) == width ? end : end - 1;",
-        "int64_t full = end;",
-        KERNELS,
+        "bnjax/_cpu/loops.h",
+        "int64_t full_end = row_length(&layout, end - 1) == width ? end : end - 1;",
+        "int64_t full_end = end;",
+        CPU_VALUES,
     ),
     Mutation(
         "kernels: every value passes the ReLU backward",
-        "bnjax/_kernels/loops.h",
-        "return preactivation_at(job, at, c, flags) > 0 ? dy : 0;",
-        "return preactivation_at(job, at, c, flags) > 0 ? dy : dy;",
-        KERNELS,
+        "bnjax/_cpu/loops.h",
+        "return passed > 0 ? dy : 0;",
+        "return passed > 0 ? dy : dy;",
+        CPU_VALUES,
     ),
     Mutation(
-        "kernels: a distance from the origin alone",
-        "bnjax/_kernels/loops.h",
+        "kernels: centered by the origin alone",
+        "bnjax/_cpu/loops.h",
         "job->column[ORIGIN][c] -\n         job->column[MEAN][c];",
         "job->column[ORIGIN][c];",
-        KERNELS,
+        CPU_VALUES,
     ),
     Mutation(
         "kernels: bfloat16 rounded half up",
-        "bnjax/_kernels/loops.h",
-        "uint32_t to_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
-        "uint32_t to_even = (bits + 0x8000) >> 16;",
-        KERNELS,
+        "bnjax/_cpu/loops.h",
+        "uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;",
+        "uint32_t rounded = (bits + 0x8000) >> 16;",
+        CPU_VALUES,
     ),
     Mutation(
         "kernels: columns beyond the first tile forgotten",
-        "bnjax/_kernels/loops.h",
-        "for (int64_t left = 0; left < width; left += SUMMED_WIDTH) {",
-        "for (int64_t left = 0; left < 1; left += SUMMED_WIDTH) {",
-        KERNELS,
+        "bnjax/_cpu/loops.h",
+        "for (int64_t left = 0; left < width; left += REDUCTION_WIDTH) {",
+        "for (int64_t left = 0; left < 1; left += REDUCTION_WIDTH) {",
+        CPU_VALUES,
     ),
     Mutation(
         "kernels: the sums of one part forgotten",
-        "bnjax/_kernels/kernels.c",
+        "bnjax/_cpu/kernels.c",
         "for (int64_t part = 1; part < job->layout.parts; part++)",
         "for (int64_t part = 2; part < job->layout.parts; part++)",
-        KERNELS,
+        CPU_VALUES,
     ),
     Mutation(
         "kernels: no gradient through the mean that is returned",
-        "bnjax/_kernels/kernels.c",
-        "(dmean[c] - gain * job.sums[c]) / count",
-        "(0 - gain * job.sums[c]) / count",
-        KERNELS,
+        "bnjax/_cpu/kernels.c",
+        "(dmean[c] - multiplier * sum_dz[c]) / count",
+        "(0 - multiplier * sum_dz[c]) / count",
+        CPU_VALUES,
     ),
     Mutation(
         "kernels: half the gradient through the variance",
-        "bnjax/_kernels/kernels.c",
+        "bnjax/_cpu/kernels.c",
         "(2 * dvar[c] - through_var) / count",
         "(dvar[c] - through_var) / count",
-        KERNELS,
+        CPU_VALUES,
     ),
     Mutation(
         "kernels: gradient of epsilon twice",
-        "bnjax/_kernels/kernels.c",
+        "bnjax/_cpu/kernels.c",
         "depsilon -= 0.5 * through_var;",
         "depsilon -= through_var;",
-        KERNELS,
+        CPU_VALUES,
     ),
     Mutation(
         "kernels: an overflow taken for a variance",
-        "bnjax/_kernels/kernels.c",
-        "isfinite(spread) ? fmaxf(spread, 0) : NAN",
-        "fmaxf(spread, 0)",
-        KERNELS,
+        "bnjax/_cpu/kernels.c",
+        "isfinite(variance) ? fmaxf(variance, 0) : NAN",
+        "fmaxf(variance, 0)",
+        CPU_VALUES,
     ),
     Mutation(
         "kernels: in a program that is exported",
         "bnjax/_operation.py",
         "return context.module_context.lowering_parameters.for_export",
         "return False",
-        KERNELS,
+        CPU_PROGRAMS,
     ),
     Mutation(
         "kernels: the gradient of a shared scale not summed over devices",
         "bnjax/_gradient.py",
         "if reduction.axis_name is None and operands.mask is None and alike:",
         "if reduction.axis_name is None and operands.mask is None:",
-        KERNELS,
+        CPU_PROGRAMS,
+    ),
+    Mutation(
+        "kernels: after a residual the mask is that of x",
+        "bnjax/_cpu/loops.h",
+        "float passed = variant / DTYPES == RELU ?",
+        "float passed = variant / DTYPES >= RELU ?",
+        CPU_VALUES,
+    ),
+    Mutation(
+        "kernels: a shape is not compared",
+        "bnjax/_cpu/kernels.c",
+        "same = array->dims[axis] == dims[axis];",
+        "same = 1;",
+        CPU_CALLS,
+    ),
+    Mutation(
+        "kernels: a dtype is not compared",
+        "bnjax/_cpu/kernels.c",
+        "dtype != XLA_FFI_DataType_INVALID && array->dtype == dtype &&",
+        "dtype != XLA_FFI_DataType_INVALID &&",
+        CPU_CALLS,
+    ),
+    Mutation(
+        "kernels: an unknown activation is taken",
+        "bnjax/_cpu/kernels.c",
+        "if (*activation == NO_ACTIVATION || *activation == RELU) return NULL;",
+        "if (*activation >= NO_ACTIVATION) return NULL;",
+        CPU_CALLS,
+    ),
+    Mutation(
+        "kernels: an array too many is taken",
+        "bnjax/_cpu/kernels.c",
+        "frame->args.size != argument_count ||",
+        "frame->args.size < argument_count ||",
+        CPU_CALLS,
+    ),
+    Mutation(
+        "kernels: an empty array is taken",
+        "bnjax/_cpu/kernels.c",
+        "if (rows < 1 ||",
+        "if (rows < 0 ||",
+        CPU_CALLS,
     ),
     Mutation(
         "kernels: a damaged library is loaded",
-        "bnjax/_kernels/library.py",
-        'if path.stem == f"{name}-{_digest([path.read_bytes()])}":',
-        "if path.stem:",
-        KERNELS,
+        "bnjax/_cpu/build.py",
+        'if not path.stem.endswith(f"-{_digest([content.read()])}"):',
+        "if not path.stem:",
+        CPU_BUILD,
+    ),
+    Mutation(
+        "kernels: a library of another user is loaded",
+        "bnjax/_cpu/build.py",
+        "_check_owner(file, path)",
+        "pass",
+        CPU_BUILD,
+    ),
+    Mutation(
+        "kernels: a folder of another user is trusted",
+        "bnjax/_cpu/build.py",
+        "_check_owner(file, folder)",
+        "pass",
+        CPU_BUILD,
+    ),
+    Mutation(
+        "kernels: what others can write is trusted",
+        "bnjax/_cpu/build.py",
+        "if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):",
+        "if found.st_mode & stat.S_IWOTH:",
+        CPU_BUILD,
+    ),
+    Mutation(
+        "kernels: a folder is looked up again after its check",
+        "bnjax/_cpu/build.py",
+        "yield pinned if pinned.exists() else folder",
+        "yield folder",
+        CPU_BUILD,
+    ),
+    Mutation(
+        "kernels: the umask decides who can write a library",
+        "bnjax/_cpu/build.py",
+        "fresh.chmod(0o700)",
+        "fresh.chmod(0o770)",
+        CPU_BUILD,
+    ),
+    Mutation(
+        "kernels: handlers are registered twice",
+        "bnjax/_cpu/build.py",
+        "if name not in _registered:",
+        "if name:",
+        CPU_BUILD,
+    ),
+    Mutation(
+        "kernels: what killed builds left stays",
+        "bnjax/_cpu/build.py",
+        "shutil.rmtree(left, ignore_errors=True)",
+        "pass",
+        CPU_BUILD,
+    ),
+    Mutation(
+        "kernels: builds clear away each other",
+        "bnjax/_cpu/build.py",
+        "        if locked:\n            for left",
+        "        if True:\n            for left",
+        CPU_BUILD,
     ),
 ]
 
@@ -442,7 +543,7 @@ def survives(mutation: Mutation, folder: pathlib.Path) -> bool:
         [*command, mutation.tests], cwd=folder, capture_output=True, check=False
     )
     path.write_text(source)
-    if done.returncode not in (0, 1):
+    if done.returncode > 1:  # a signal, which is below 0, is a failure too
         raise SystemExit(done.stdout.decode() + done.stderr.decode())
     return done.returncode == 0
 

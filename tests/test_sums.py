@@ -7,9 +7,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
-from bnjax import _kernels as kernels
-from bnjax._kernels import library
-from bnjax._sums import BLOCK, FEW, LARGE
+from bnjax._cpu import build
+from bnjax._cpu.blocks import BLOCK, FEW, LARGE
 from tests import oracle
 
 # Of how many examples a block is not a whole part, and where features come first.
@@ -28,8 +27,8 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 @pytest.fixture(params=["kernels", "blocks"], autouse=True)
 def sums_by(request, monkeypatch):
     if request.param == "blocks":
-        monkeypatch.setenv(library.CHOICE, "off")
-    elif not kernels.available():
+        monkeypatch.setenv(build.CHOICE, "off")
+    elif not build.available():
         pytest.skip("no C compiler for the kernels")
     jax.clear_caches()
     yield request.param

@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from bnjax._cpu.build import BuildError
+
 USAGE = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -67,6 +69,9 @@ def run_reporting(main: Callable[[], None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
+    except BuildError as error:
+        print("error:", *str(error).split(), file=sys.stderr)
+        return 1
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("bnjax"):
             raise

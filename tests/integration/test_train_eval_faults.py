@@ -1,5 +1,7 @@
 """A person's mistakes: one message on stderr, an exit status, no traceback."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -159,3 +161,22 @@ def test_a_typo_on_the_command_line_of_a_new_process(tmp_path):
     assert "--steps" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("compiler", ["nope", "false"])
+def test_kernels_that_cannot_be_had(compiler, tmp_path):
+    kernels = {"BNJAX_KERNELS": "on", "CC": compiler, "BNJAX_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "train.py", *SMALL, "--workdir", str(tmp_path / "run")],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | kernels,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    # jaxlib may log that it found no GPU.
+    (line,) = re.findall(r"^(?!WARNING: All log|I\d{4} ).+$", done.stderr, re.MULTILINE)
+    assert line.startswith("error: BNJAX_KERNELS=on: ")
+    assert compiler in line

@@ -7,9 +7,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import bnjax
-from bnjax._affine import MAPPED
-from bnjax._kernels import library
-from tests.kernels import needs_kernels
+from bnjax._cpu import build
+from bnjax._derivative import MAPPED
+from tests.core import needs_kernels
 
 pytestmark = needs_kernels
 
@@ -121,7 +121,7 @@ def test_devices_with_own_statistics_and_a_shared_scale(outside, check_vma):
 
 
 def test_off(monkeypatch):
-    monkeypatch.setenv(library.CHOICE, "off")
+    monkeypatch.setenv(build.CHOICE, "off")
     jax.clear_caches()
     assert calls(jax.grad(layer("relu")), *ARRAYS) == 0
     jax.clear_caches()

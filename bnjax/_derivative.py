@@ -368,11 +368,14 @@ def _vjp_on_cpu(cotangents, operands, origin, moments, *, transform, types):
     )
     # Without an activation, the gradient of a residual is that of the output.
     (dresidual,) = dresidual or [dy]
-    gradients = Operands(dx, depsilon, None, dscale, dbias, dresidual)
+    # In the order of the leaves of `types`.
+    gradients = {"x": dx, "epsilon": depsilon, "scale": dscale, "bias": dbias}
+    gradients["residual"] = dresidual
+    wanted = types._asdict()
     return [
-        gradient.astype(wanted.dtype)
-        for gradient, wanted in zip(gradients, types, strict=True)
-        if isinstance(wanted, jax.core.ShapedArray)
+        gradient.astype(wanted[name].dtype)
+        for name, gradient in gradients.items()
+        if wanted[name] is not None
     ]
 
 
@@ -516,7 +519,7 @@ def _elementwise_vjp_reference(
 def _arrays_vjp(transform, operands, params, dz, residual_dtype):
     dx = params.multiplier * transform.cast(dz)
     if operands.mask is not None:
-        _, hidden = _centered(transform, operands, params)
+        hidden: Any = _centered(transform, operands, params)[1]
         dx = jnp.where(hidden, 0, dx)
     return [dx] if residual_dtype is None else [dx, dz.astype(residual_dtype)]
 

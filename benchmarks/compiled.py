@@ -215,8 +215,11 @@ class ResultFile:
             self.rows[Program(**{name: row.pop(name) for name in names})] = row
 
     def put(self, program: Program, row: Row) -> None:
-        """Write the file, with a new row for one program."""
-        self.rows[program] = row
+        """Write the file, with a new row for a program, whatever size it had."""
+        cell = _unsized(program)
+        self.rows = {
+            one: old for one, old in self.rows.items() if _unsized(one) != cell
+        } | {program: row}
         order = {_unsized(one): place for place, one in enumerate(grid(self.target))}
         ordered = sorted(self.rows, key=lambda one: order.get(_unsized(one), 0))
         rows = [dataclasses.asdict(one) | self.rows[one] for one in ordered]
@@ -226,6 +229,7 @@ class ResultFile:
 
 
 def _unsized(program: Program) -> Program:
+    """Return what names a program in the tables."""
     return dataclasses.replace(program, layers=0, batch=0)
 
 

@@ -207,6 +207,12 @@ def test_rows_are_written_as_they_come_and_read_again(result_file):
     assert "libtpu" in record["versions"]
 
 
+def test_a_program_of_another_size_takes_the_place_of_the_last(result_file):
+    result_file().put(program(batch=128), FIGURES)
+    result_file().put(program(batch=16), FIGURES)
+    assert list(result_file().rows) == [program(batch=16)]
+
+
 def test_a_file_of_other_versions_is_begun_anew(result_file, capsys):
     result_file().put(program(), FIGURES)
     path = result_file().path

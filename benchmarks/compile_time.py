@@ -67,7 +67,8 @@ def measured(name: str, layers: int, rounds: int) -> dict[str, Any]:
     shape = SHAPES[name]
     x = jnp.zeros(shape)
     stacks = {
-        kind: Stack(layers, shape[-1], kind, dense=name == "dense") for kind in KINDS
+        kind: Stack(layers, shape[-1], normalization, dense=name == "dense")
+        for kind, normalization in KINDS.items()
     }
     variables = {kind: initial(stack, x) for kind, stack in stacks.items()}
     seconds: dict[str, dict[str, list[float]]] = {

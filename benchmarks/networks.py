@@ -1,6 +1,7 @@
 """Networks to measure batch normalization in, and their training step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from flax import linen as nn
 
 from bnjax import models
 from bnjax.models import Normalization
+from bnjax.models.convolution import ConvNorm
+from bnjax.models.resnet import Bottleneck
 
 KINDS = {
     "bnjax": Normalization(unbiased=False),
@@ -62,14 +65,14 @@ class Stack(nn.Module):
     Args:
         layers: how many.
         features: of each.
-        kind: of `KINDS`.
+        normalization: called as `bnjax.models.Normalization` is.
         dense: dense layers instead of 3x3 convolutions.
         dtype: of the computation.
     """
 
     layers: int
     features: int
-    kind: str
+    normalization: Any
     dense: bool = False
     dtype: Any = jnp.float32
 
@@ -82,9 +85,36 @@ class Stack(nn.Module):
                 x = nn.Dense(self.features, **options)(x)
             else:
                 x = nn.Conv(self.features, (3, 3), **options)(x)
-            x = KINDS[self.kind](
+            x = self.normalization(
                 x, train=train, activation="relu", name=f"bn{layer}", dtype=self.dtype
             )
+        return x
+
+
+class Blocks(nn.Module):
+    """Bottleneck blocks of a residual network, each with its addition.
+
+    Args:
+        blocks: how many.
+        features: of the 3x3 convolution of each; the input has four times as many.
+        normalization: called as `bnjax.models.Normalization` is.
+        dtype: of the computation.
+    """
+
+    blocks: int
+    features: int
+    normalization: Any
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Return an array of the shape of `x`, (batch, height, width, channels)."""
+        conv = functools.partial(
+            ConvNorm, normalization=self.normalization, dtype=self.dtype
+        )
+        for block in range(self.blocks):
+            layer = Bottleneck(self.features, 1, False, conv, name=f"block{block}")
+            x = layer(x, train=train)
         return x
 
 

@@ -1,9 +1,11 @@
-"""One batch-normalization layer of each library, as a pure function of its variables.
+"""The batch-normalization layer of each library: as a function, and in a network.
 
 Every layer is called as its library's users call it: in mixed precision with float32
 parameters and statistics and an output of the input's dtype, Equinox per example under
 vmap with the channels first, a ReLU and a residual as operations after the layer where
-the layer has none of its own.
+the layer has none of its own. `make` returns one layer as a pure function of its
+variables; `PeerNorm` stands in a network of `bnjax.models` where its `Normalization`
+would.
 """
 
 import dataclasses
@@ -237,3 +239,91 @@ PEERS: dict[str, Callable[[Case, dict[str, Any]], Layer]] = {
     "haiku": _haiku,
     "equinox": _equinox,
 }
+
+NORM_KINDS = {
+    "none": None,
+    "flax": "flax.linen",
+    "nnx": "flax.nnx",
+    "haiku": "haiku",
+    "equinox": "equinox",
+    "bnjax": "bnjax",
+    "bnjax_inside": "bnjax",
+}
+"""What a `PeerNorm` may be, and whose layer of `PEERS` it is.
+
+"none" leaves the activation; "bnjax_inside" gives activation and residual to the layer,
+where "bnjax" and all others have them as operations after it.
+"""
+_LINEN = {"flax.linen": linen.BatchNorm, "bnjax": bnjax.linen.BatchNorm}
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerNorm:
+    """A library's layer in training, in place of `bnjax.models.Normalization`.
+
+    The networks of all kinds have the same parameters but for the layer's own.
+
+    Args:
+        kind: of `NORM_KINDS`.
+        axis_name: share statistics with the devices of this axis; bnjax and flax.linen.
+    """
+
+    kind: str
+    axis_name: str | None = None
+    needs_bias: bool = dataclasses.field(default=False, init=False)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        activation: str,
+        name: str,
+        residual: jax.Array | None = None,
+        dtype: Any = None,
+        **_: Any,
+    ) -> jax.Array:
+        """Return activation(BN(x) + residual), as `Normalization` does."""
+        peer, inside = NORM_KINDS[self.kind], self.kind == "bnjax_inside"
+        if peer in _LINEN:
+            options: dict[str, Any] = {
+                "use_running_average": False,
+                "momentum": MOMENTUM,
+                "epsilon": EPSILON,
+                "axis_name": self.axis_name,
+                "dtype": dtype,
+                "name": name,
+            }
+            if inside:
+                options["activation"] = None if activation == "identity" else activation
+                return _LINEN[peer](**options)(x, residual=residual)
+            x = _LINEN[peer](**options)(x)
+        elif peer is not None:
+            x = _PeerModule(peer, name=name)(x)
+        if residual is not None:
+            x = x + residual
+        return x if activation == "identity" else getattr(jax.nn, activation)(x)
+
+
+class _PeerModule(linen.Module):
+    """A layer of `PEERS`, its variables kept as those of a linen module."""
+
+    peer: str
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # Of values that are the same in every layer: only shapes and dtypes matter.
+        vectors = ("scale", "bias", "mean", "var")
+        ones = {name: np.ones(x.shape[-1], np.float32) for name in vectors}
+        with jax.ensure_compile_time_eval():
+            layer = make(self.peer, Case(x.shape, x.dtype.name), ones)
+        leaves, tree = jax.tree.flatten(layer.params)
+        held, state_tree = jax.tree.flatten(layer.state)
+        params = jax.tree.unflatten(tree, self.param("leaves", lambda _: tuple(leaves)))
+        variable = self.variable("batch_stats", "leaves", lambda: tuple(held))
+        state = jax.tree.unflatten(state_tree, variable.value)
+        if layer.channels_first:
+            x = jnp.moveaxis(x, -1, 1)
+        y, state = layer.apply(params, state, x, None, True)
+        if not self.is_initializing():
+            variable.value = tuple(jax.tree.leaves(state))
+        return jnp.moveaxis(y, 1, -1) if layer.channels_first else y

@@ -27,26 +27,52 @@ PACKAGES = (
     "dm-haiku",
     "equinox",
     "torch",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "jax-cuda12-pjrt",
 )
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def write_result(path: Path, command: str, seeds: list[int], result: Any) -> None:
-    """Write what was measured, with the command, commit and machine, as JSON."""
+def write_result(
+    path: Path,
+    command: str,
+    seeds: list[int],
+    result: Any,
+    compiled_for: str | None = None,
+) -> None:
+    """Write what was measured, with the command, commit and machine, as JSON.
+
+    Args:
+        path: of the file.
+        command: that measured it.
+        seeds: of its random numbers.
+        result: what was measured.
+        compiled_for: the device, where programs were compiled for one that is not here.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
         "command": command,
         "commit": commit(),
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: _version(package) for package in PACKAGES},
-        },
+        "machine": machine(compiled_for),
+        "versions": versions(),
         "seeds": seeds,
         "result": result,
     }
-    path.write_text(_numbers_on_a_line(json.dumps(record, indent=2)) + "\n", "utf-8")
+    text = _numbers_on_a_line(json.dumps(record, indent=2)) + "\n"
+    # Whoever is stopped while writing leaves the file as it was.
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, "utf-8")
+    part.replace(path)
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of `PACKAGES`; None for one that is absent."""
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+    }
 
 
 def result_path(name: str) -> Path:
@@ -68,16 +94,20 @@ def write_run(name: str, result: Any, output: Path | None, *, quick: bool) -> No
         print(path)
 
 
-def machine() -> dict[str, Any]:
-    """Describe the processor and the device."""
-    device = jax.devices()[0]
-    return {
+def machine(compiled_for: str | None = None) -> dict[str, Any]:
+    """Describe the processor and the device, or the one that is compiled for."""
+    described = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if compiled_for is not None:
+        return described | {"compiled_for": compiled_for}
+    device = jax.devices()[0]
+    return described | {
         "device": device.device_kind,
         "platform": device.platform,
         "kernels": device.platform == "cpu" and _cpu.available(),
-        "system": f"{platform.system()} {platform.machine()}",
     }
 
 

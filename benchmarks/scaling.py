@@ -12,8 +12,6 @@ in turn. The result is benchmarks/results/scaling-<platform>.json, the figure
 docs/figures/scaling.png; with --quick nothing is written unless --output says where.
 """
 
-import math
-import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +26,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 import bnjax.linen
-from benchmarks import peers, timing
+from benchmarks import hlo, peers, timing
 from benchmarks.layer import measured
 from benchmarks.peers import Case
 from benchmarks.report import write_run
@@ -107,7 +105,7 @@ def over_devices(
             function = sharded(train_pass(library, shares, values), mesh)
             runs[name], text = compiled(function, values["x"], values["dy"])
             if shares:
-                collectives[library] = all_reduces(text)
+                collectives[library] = hlo.collectives(hlo.parse(text))
     # A layer's collective: the sums of its channels, once by itself.
     sums = jnp.zeros((count, 2, shape[-1]))
     bare = sharded(lambda sums, _: lax.psum(sums, AXIS), mesh)
@@ -196,17 +194,6 @@ def compiled(
         for value, sharding in zip(args, program.input_shardings[0], strict=True)
     ]
     return lambda: jax.block_until_ready(program(*placed)), program.as_text()
-
-
-def all_reduces(text: str) -> dict[str, int]:
-    """Count the all-reduces of a compiled program, and the bytes of their results."""
-    count = size = 0
-    for found in re.finditer(r" = (.*?) all-reduce(?:-start)?\(", text):
-        count += 1
-        for kind, dims in re.findall(r"([a-z]+\d+)\[([\d,]*)\]", found[1]):
-            bits = int(re.sub(r"\D", "", kind))
-            size += math.prod(int(n) for n in dims.split(",") if n) * bits // 8
-    return {"count": count, "bytes": size}
 
 
 def report(rows: dict[str, Sequence[dict[str, Any]]]) -> None:

@@ -223,7 +223,7 @@ def kept_bytes(layers: int, shape: Sequence[int]) -> dict[str, Any]:
     found: dict[str, Any] = {"layers": layers, "shape": list(shape), "dtype": "bf16"}
     x = jax.ShapeDtypeStruct(tuple(shape), jnp.bfloat16)
     for kind in ("bnjax", "flax"):
-        model = Stack(layers, shape[-1], kind, dtype=jnp.bfloat16)
+        model = Stack(layers, shape[-1], KINDS[kind], dtype=jnp.bfloat16)
         loss = loss_of(model)
         variables = initial(model, x)
 

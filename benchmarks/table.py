@@ -1,22 +1,27 @@
-"""The tables of docs/performance.md and of the README, from the result files.
+"""The tables of docs and of the README, from the result files.
 
     python -m benchmarks.table
     python -m benchmarks.table --write
 
-Without --write those of the page are printed; with it they take the place of what page
-and README have between their two markers.
+Without --write those of docs/performance.md and docs/compiled.md are printed; with it
+all take the place of what the pages and the README have between their two markers.
 """
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from benchmarks.aot import KINDS, TARGETS
 from benchmarks.report import RESULTS, ROOT
 from bnjax.training.errors import UserError, run_reporting
+
+Figure = Callable[[dict[str, Any]], float | None]
+Tables = Callable[[dict[str, Any]], list[str]]
 
 _LONGEST = 7
 BEGIN, END = "<!-- tables: python -m benchmarks.table --write -->", "<!-- end -->"
@@ -26,10 +31,10 @@ def main(write: bool = False) -> None:
     """Print the tables, or write them to the pages.
 
     Args:
-        write: To docs/performance.md, and the shortest to the README.
+        write: To docs/performance.md and docs/compiled.md, the shortest to the README.
     """
     if not write:
-        print(tables(RESULTS))
+        print(f"{tables(RESULTS)}\n\n{compiled(RESULTS)}")
         return
     for page, make in PAGES.items():
         page.write_text(replaced(page, make(RESULTS)), "utf-8")
@@ -66,12 +71,22 @@ def shortest(folder: Path) -> str:
 
 def tables(folder: Path) -> str:
     """Return the tables of the result files in a folder, as Markdown."""
+    return "\n\n".join(
+        part for name, make in TABLES.items() for part in _found(folder, name, make)
+    )
+
+
+def compiled(folder: Path) -> str:
+    """Return the tables of what was compiled for devices that are not here."""
+    return "\n\n".join(_found(folder, "compiled", _compiled))
+
+
+def _found(folder: Path, name: str, make: Tables) -> list[str]:
     found = []
-    for name, make in TABLES.items():
-        for path in sorted(folder.glob(f"{name}-*.json")):
-            record = json.loads(path.read_text("utf-8"))
-            found += [_heading(path, record), *make(record["result"])]
-    return "\n\n".join(found)
+    for path in sorted(folder.glob(f"{name}-*.json")):
+        record = json.loads(path.read_text("utf-8"))
+        found += [_heading(path, record), *make(record["result"])]
+    return found
 
 
 def _heading(path: Path, record: dict[str, Any]) -> str:
@@ -79,13 +94,17 @@ def _heading(path: Path, record: dict[str, Any]) -> str:
     load = record["result"].get("load_average_at_start")
     busy = f" Load average at the start: {load:.1f}." if load is not None else ""
     named = ("jax", "flax", "dm-haiku", "equinox", "torch")
+    target = machine.get("compiled_for")
+    if target is not None:
+        named = ("jax", *TARGETS[target].packages, *named[1:-1])
     libraries = ", ".join(
         f"{name} {versions[name]}" for name in named if versions.get(name)
     )
     return (
         f"### {path.name}\n\n"
         f"`{record['command']}`\n\n"
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['device']}"
+        f"{machine['cpu']}, {machine['cores']} cores, "
+        f"{f'compiled for {target}' if target else machine['device']}"
         f"{', C kernels' if machine.get('kernels') else ''}; "
         f"{libraries}; {record['date'][:10]}, "
         f"commit {(record['commit'] or 'unknown')[:10]}.{busy}"
@@ -286,8 +305,142 @@ def _kernels(result: dict[str, Any]) -> list[str]:
     ]
 
 
-PAGES = {ROOT / "docs" / "performance.md": tables, ROOT / "README.md": shortest}
-TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+# How many ratios to Flax's stand beside a figure: its own, and that of what BN adds.
+_COMPARED = {
+    "Cycles, in millions": 2,
+    "Traffic, in GB": 2,
+    "Temporary memory, in MB": 1,
+}
+
+
+def _compiled(result: dict[str, Any]) -> list[str]:
+    alone = [row for row in result["rows"] if row["sharing"] is None]
+    figures: dict[str, Figure] = {
+        "Cycles, in millions": lambda row: _scaled(row["cycles"], 1e-6),
+        "Traffic, in GB": lambda row: row["traffic_bytes"] / 1e9,
+        "Traffic for each layer of BN, in arrays of the network's input": lambda row: (
+            row["traffic_bytes"] / row["array_bytes"] / row["normalizations"]
+            if row["network"] in ("layer", "chain", "block")
+            else None
+        ),
+        "Temporary memory, in MB": lambda row: row["temporary_bytes"] / 1e6,
+        "Fusions of a convolution and sums": lambda row: (
+            None if row["cycles"] is None else float(row["fused_sums"])
+        ),
+        "Fusions for each layer of BN": lambda row: (
+            row["fusions"] / row["normalizations"]
+        ),
+        "Convolutions": lambda row: float(row["convolutions"]),
+        "Seconds to compile": lambda row: row["compile_seconds"],
+    }
+    found = []
+    for name, figure in figures.items():
+        found += _by_kind(name, alone, figure, _COMPARED.get(name, 0))
+    found += _collectives([row for row in result["rows"] if row["sharing"]])
+    notes = [f"{kind} is left out: {why}" for kind, why in result["absent"].items()]
+    for row in result["rows"]:
+        words = [row["network"], row["dtype"], row["kind"]]
+        if row["sharing"]:
+            words += [row["sharing"], str(row["chips"])]
+        if "failed" in row:
+            notes.append(f"{' '.join(words)} failed: {row['failed']}.")
+        elif row["control_flow"]:
+            notes.append(
+                f"{' '.join(words)}: without {row['control_flow']} branches or loops."
+            )
+    commits = Counter((row["commit"] or "unknown")[:10] for row in result["rows"])
+    if len(commits) > 1:
+        each = (f"{count} of {commit}" for commit, count in commits.items())
+        notes.append(f"Programs by commit: {', '.join(each)}.")
+    return [*found, "\n".join(f"- {note}" for note in notes)] if notes else found
+
+
+def _scaled(figure: float | None, factor: float) -> float | None:
+    return None if figure is None else factor * figure
+
+
+def _by_kind(
+    name: str, rows: Sequence[dict[str, Any]], figure: Figure, ratios: int
+) -> list[str]:
+    """Return a table of one figure, a kind a column; nothing where no row has it."""
+    lines: dict[tuple[str, str], dict[str, float | None]] = {}
+    failed = set()
+    for row in rows:
+        line = row["network"], row["dtype"]
+        if "failed" in row:
+            failed.add((*line, row["kind"]))
+        value = None if "failed" in row else figure(row)
+        if value is not None or "failed" in row:
+            lines.setdefault(line, {})[row["kind"]] = value
+    if all(value is None for values in lines.values() for value in values.values()):
+        return []
+    kinds = [kind for kind in KINDS if any(kind in values for values in lines.values())]
+    beside = (
+        "",
+        ": in brackets the ratio to Flax's",
+        ", then the ratio of what BN adds to what Flax's adds",
+    )
+    return [
+        f"{name}{''.join(beside[: ratios + 1])}.",
+        _table(
+            ["network", "dtype", *kinds],
+            (
+                [
+                    *line,
+                    *(
+                        "failed"
+                        if (*line, kind) in failed
+                        else _with_ratios(values, kind, ratios)
+                        for kind in kinds
+                    ),
+                ]
+                for line, values in lines.items()
+            ),
+        ),
+    ]
+
+
+def _with_ratios(values: dict[str, float | None], kind: str, count: int) -> str:
+    value, flax, none = (values.get(name) for name in (kind, "flax", "none"))
+    if value is None:
+        return ""
+    written = f"{value:.4g}" if 1e-3 <= abs(value) < 1e3 else f"{value:.0f}"
+    ratios = []
+    if flax and kind not in ("flax", "none"):
+        ratios.append(f"{value / flax:.2f}")
+        if none is not None and flax > none:
+            ratios.append(f"{(value - none) / (flax - none):.2f}")
+    told = ", ".join(ratios[:count])
+    return f"{written} ({told})" if told else written
+
+
+def _collectives(rows: Sequence[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    lines: dict[tuple[str, ...], dict[bool, str]] = {}
+    for row in rows:
+        line = row["network"], row["sharing"], str(row["chips"]), row["kind"]
+        found = row.get("collectives")
+        cell = "failed" if found is None else f"{found['count']} ({found['bytes']})"
+        lines.setdefault(line, {})[row["backward"]] = cell
+    return [
+        "Collectives over chips that share statistics, in brackets their bytes.",
+        _table(
+            ["network", "shared by", "chips", "kind", "forward", "with gradients"],
+            (
+                [*line, *(cells.get(backward, "") for backward in (False, True))]
+                for line, cells in lines.items()
+            ),
+        ),
+    ]
+
+
+PAGES = {
+    ROOT / "docs" / "performance.md": tables,
+    ROOT / "docs" / "compiled.md": compiled,
+    ROOT / "README.md": shortest,
+}
+TABLES: dict[str, Tables] = {
     "layer": _layer,
     "step": _step,
     "compile_time": _compile_time,

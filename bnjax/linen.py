@@ -106,8 +106,6 @@ class BatchNorm(nn.BatchNorm):
             x = _validate.as_input(x)
             features, _ = _validate.split_axes(x.shape, self.axis)
         shape = tuple(x.shape[axis] for axis in features)
-        # Too little to train on, but enough to make the variables from.
-        single = x.size <= math.prod(shape)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
@@ -118,6 +116,8 @@ class BatchNorm(nn.BatchNorm):
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
 
         initializing = self.is_initializing()
+        # Too little to train on, but enough to make the variables from.
+        single = initializing and x.size <= math.prod(shape)
         updating = not (use_running_average or initializing)
         if updating and not self.is_mutable_collection("batch_stats"):
             raise ImmutableBatchStatsError(layer)
@@ -127,7 +127,7 @@ class BatchNorm(nn.BatchNorm):
                 scale,
                 bias,
                 functional.BatchStats(mean.value, var.value),
-                use_running_average=use_running_average or (initializing and single),
+                use_running_average=use_running_average or single,
                 axis=self.axis,
                 momentum=self.momentum,
                 epsilon=self.epsilon,

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import compile_time, kernels, scaling, step, table
 from benchmarks.networks import (
+    KINDS,
     NETWORKS,
     Stack,
     batch_of,
@@ -80,7 +81,7 @@ def test_compile_time(tmp_path):
 
 def test_a_stack_has_its_layers():
     x = jnp.zeros((2, 4))
-    stack = Stack(3, 4, "bnjax", dense=True)
+    stack = Stack(3, 4, KINDS["bnjax"], dense=True)
     variables = initial(stack, x)
     assert len(variables["stats"]) == 3
     loss, updates = loss_of(stack)(*variables.values(), x, None)
@@ -151,15 +152,6 @@ def test_kernels_of_a_step_are_taken_together_by_name():
         {"name": "ffi_call", "calls": 2.0, "us": 7.0},
         {"name": "copy", "calls": 1.0, "us": 5.0},
     ]
-
-
-def test_all_reduces_are_counted_with_their_bytes():
-    text = """
-      %a = f32[2,8]{1,0} all-reduce(%x), to_apply=%sum
-      %b = (f32[8]{0}, bf16[3]{0}) all-reduce-start(%y, %z), to_apply=%sum
-      %c = f32[8]{0} add(%all-reduce.1, %q)
-    """
-    assert scaling.all_reduces(text) == {"count": 2, "bytes": 64 + 32 + 6}
 
 
 @pytest.mark.parametrize("page", table.PAGES, ids=lambda page: page.name)

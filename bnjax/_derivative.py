@@ -101,14 +101,19 @@ class Operands(NamedTuple):
 class ChannelParams(NamedTuple):
     """What is one number per channel, of the rank of the input.
 
-    The mean is that of x - origin: their sum would be rounded where it is large.
+    Attributes:
+        origin: a number close to the mean.
+        mean: that of x - origin; None for 0.
+        inv_std: 1 / sqrt(var + epsilon).
+        multiplier: scale * inv_std.
+        shift: bias - mean * multiplier; None for 0.
     """
 
-    origin: jax.Array | None
-    mean: jax.Array
+    origin: jax.Array
+    mean: jax.Array | None
     inv_std: jax.Array
     multiplier: jax.Array
-    bias: jax.Array | None
+    shift: jax.Array | None
 
 
 def normalize_by_batch(
@@ -136,7 +141,8 @@ def normalize_by(
 
     @_remat
     def affine(operands, mean, var):
-        params = _channel_params(transform, operands, None, mean, var)
+        # The mean itself is the origin.
+        params = _channel_params(transform, operands, transform.cast(mean), None, var)
         return _output(transform, operands, params)
 
     return affine(operands, mean, var)
@@ -164,30 +170,24 @@ def _hoist_activation(
 
 
 def _channel_params(transform, operands, origin, mean, var) -> ChannelParams:
-    expand, cast = transform.reduction.expand, transform.cast
-    inv_std = lax.rsqrt(cast(var) + operands.epsilon)
-    multiplier, bias = inv_std, operands.bias
+    cast, expand = transform.cast, transform.reduction.expand
+    multiplier = inv_std = lax.rsqrt(cast(var) + operands.epsilon)
     if operands.scale is not None:
         multiplier = cast(operands.scale) * inv_std
-    return ChannelParams(
-        None if origin is None else expand(origin),
-        expand(cast(mean)),
-        expand(inv_std),
-        expand(multiplier),
-        None if bias is None else expand(cast(bias)),
-    )
+    shift = cast(operands.bias)
+    if mean is not None:
+        shift = -mean * multiplier if shift is None else shift - mean * multiplier
+    params = origin, mean, inv_std, multiplier, shift
+    return ChannelParams(*(None if p is None else expand(p) for p in params))
 
 
-def _centered(transform, operands, params):
-    """`x` less its mean, 0 where a mask hides what is not finite, and where it does."""
-    centered = transform.cast(operands.x)
-    if params.origin is not None:
-        centered = centered - params.origin
-    centered = centered - params.mean
+def _distance(transform, operands, params):
+    """Return x - origin, or the mean of it where a mask hides what is not finite."""
+    distance = transform.cast(operands.x) - params.origin
     if operands.mask is None:
-        return centered, None
-    hidden = _hidden(centered, operands.mask)
-    return jnp.where(hidden, 0, centered), hidden
+        return distance
+    mean = 0 if params.mean is None else params.mean
+    return jnp.where(_hidden(distance, operands.mask), mean, distance)
 
 
 def _hidden(value, mask):
@@ -195,11 +195,16 @@ def _hidden(value, mask):
     return ~mask_to_bool(mask) & ~jnp.isfinite(jnp.square(value))
 
 
-def _preactivation(transform, operands, params, centered):
-    """The output before the activation, in the dtype of the computation."""
-    z = centered * params.multiplier
-    if params.bias is not None:
-        z = z + params.bias
+def _preactivation(transform, operands, params, distance):
+    """The output before the activation, in the dtype of the computation.
+
+    scale * (x - mean) / sqrt(var + epsilon) + bias, with one subtraction. It is exact
+    for any mean because the origin is close to it: origin + mean would be rounded where
+    it is large.
+    """
+    z = distance * params.multiplier
+    if params.shift is not None:
+        z = z + params.shift
     if operands.residual is not None:
         residual = transform.cast(operands.residual)
         if operands.mask is not None:
@@ -210,8 +215,8 @@ def _preactivation(transform, operands, params, centered):
 
 def _output(transform, operands, params):
     """The output, in its own dtype."""
-    centered, _ = _centered(transform, operands, params)
-    z = _preactivation(transform, operands, params, centered)
+    distance = _distance(transform, operands, params)
+    z = _preactivation(transform, operands, params, distance)
     if transform.activation is jax.nn.relu and operands.residual is not None:
         # The same numbers as of a float32 ReLU. But where `y` is a residual of another
         # layer, which takes it to float32 again, XLA for GPUs would see a float32
@@ -304,7 +309,8 @@ def _tangent_map_reference(operands, origin, moments, doperands, *, transform):
     sums = _tangent_sums(summed, params, dx, transform=transform)
     if reduction.axis_name is not None:
         sums = reduction.total(jnp.stack(sums))
-    dmean, covariance = (total / safe_count(moments.count) for total in sums)
+    first, second = (total / safe_count(moments.count) for total in sums)
+    covariance = second - moments.mean * first
 
     inv_std, multiplier = (
         lax.squeeze(value, reduction.axes)
@@ -314,22 +320,23 @@ def _tangent_map_reference(operands, origin, moments, doperands, *, transform):
         jnp.zeros_like(multiplier) if tangent is None else transform.cast(tangent)
         for tangent in (doperands.bias, doperands.scale)
     )
-    shift = dbias - multiplier * dmean
+    offset = dbias - multiplier * first
     slope = inv_std * dscale - multiplier * jnp.square(inv_std) * covariance
-    shift, slope = _vary_like(arrays, shift, slope)
+    offset, slope = _vary_like(arrays, offset, slope)
     slope = slope - 0.5 * multiplier * jnp.square(inv_std) * doperands.epsilon
+    offset = offset - moments.mean * slope
     dresidual = doperands.residual
     if dresidual is not None:
         (dresidual,) = _vary_like(arrays, dresidual)
     tangents = _ElementwiseTangents(
         dx,
-        reduction.expand(shift),
+        reduction.expand(offset),
         reduction.expand(slope),
         dresidual,
         doperands.consts,
     )
     (dy,) = _elementwise_tangent_map(operands, params, tangents, transform=transform)
-    return [dy, dmean, 2 * covariance]
+    return [dy, first, 2 * covariance]
 
 
 def _tangent_map_transpose(
@@ -407,19 +414,18 @@ def _kernel_channels(operands, *statistics):
 
 
 def _tangent_sums_reference(operands, params, dx, *, transform):
-    """The sums of dx and of dx * (x - mean), weighted where there is a mask."""
-    centered, _ = _centered(transform, operands, params)
+    """The sums of dx and of dx * (x - origin), weighted where there is a mask."""
+    distance = _distance(transform, operands, params)
     if operands.mask is not None:
         weight = operands.mask.astype(transform.compute_dtype)
         dx = jnp.where(mask_to_bool(operands.mask), weight * dx, 0)
     axes = transform.reduction.axes
-    return [jnp.sum(dx, axes), jnp.sum(dx * centered, axes)]
+    return [jnp.sum(dx, axes), jnp.sum(dx * distance, axes)]
 
 
 def _tangent_sums_transpose(cotangents, operands, params, dx, *, transform):
     dfirst, dsecond = map(transform.reduction.expand, cotangents)
-    centered, _ = _centered(transform, operands, params)
-    dx = dfirst + dsecond * centered
+    dx = _distance(transform, operands, params) * dsecond + dfirst
     if operands.mask is not None:
         weight = operands.mask.astype(transform.compute_dtype)
         dx = jnp.where(mask_to_bool(operands.mask), weight * dx, 0)
@@ -438,29 +444,29 @@ class _ElementwiseTangents(NamedTuple):
 
     Attributes:
         x: in the dtype of the computation.
-        shift: added to every value of a channel, of the rank of the input.
-        slope: likewise, times x - mean.
+        offset: added to every value of a channel, of the rank of the input.
+        slope: likewise, times x - origin.
         residual: in the dtype of the residual.
         consts: of what the activation depends on besides its argument.
     """
 
     x: jax.Array
-    shift: jax.Array
+    offset: jax.Array
     slope: jax.Array
     residual: jax.Array | None
     consts: tuple[jax.Array, ...]
 
 
 def _elementwise_tangent_map_reference(operands, params, tangents, *, transform):
-    centered, hidden = _centered(transform, operands, params)
-    dx = tangents.x if hidden is None else jnp.where(hidden, 0, tangents.x)
-    dz = params.multiplier * dx + centered * tangents.slope + tangents.shift
+    distance = _distance(transform, operands, params)
+    dx = _unless_hidden(transform, operands, params, tangents.x)
+    dz = params.multiplier * dx + distance * tangents.slope + tangents.offset
     if tangents.residual is not None:
         dz = dz + transform.cast(tangents.residual)
     if operands.output is not None:
         dz = jnp.where(operands.output > 0, dz, 0)
     elif transform.activation is not None:
-        z = _preactivation(transform, operands, params, centered)
+        z = _preactivation(transform, operands, params, distance)
         inputs, dinputs = (z, *operands.consts), (dz, *tangents.consts)
         dz = jax.jvp(transform.activation, inputs, dinputs)[1]
     return [dz.astype(transform.dtype)]
@@ -506,11 +512,11 @@ def _elementwise_vjp_reference(
     alone = dz
     if transform.activation is None and on_gpu:
         alone = lax.optimization_barrier(dz)
-    centered, _ = _centered(transform, operands, params)
+    distance = _distance(transform, operands, params)
     axes = transform.reduction.axes
     sums = [
         jnp.sum(transform.cast(alone), axes),
-        jnp.sum(transform.cast(dz) * centered, axes),
+        jnp.sum(transform.cast(dz) * distance, axes),
     ]
     dx, *dresidual = _arrays_vjp(transform, operands, params, dz, residual_dtype)
     return [dx, *map(transform.reduction.expand, sums), *dresidual, *dconsts]
@@ -518,10 +524,16 @@ def _elementwise_vjp_reference(
 
 def _arrays_vjp(transform, operands, params, dz, residual_dtype):
     dx = params.multiplier * transform.cast(dz)
-    if operands.mask is not None:
-        hidden: Any = _centered(transform, operands, params)[1]
-        dx = jnp.where(hidden, 0, dx)
+    dx = _unless_hidden(transform, operands, params, dx)
     return [dx] if residual_dtype is None else [dx, dz.astype(residual_dtype)]
+
+
+def _unless_hidden(transform, operands, params, value):
+    """`value`, but 0 where a mask hides an input that is not finite."""
+    if operands.mask is None:
+        return value
+    distance = transform.cast(operands.x) - params.origin
+    return jnp.where(_hidden(distance, operands.mask), 0, value)
 
 
 def _preactivation_vjp(transform, dy, operands, params, on_gpu=False):
@@ -533,8 +545,8 @@ def _preactivation_vjp(transform, dy, operands, params, on_gpu=False):
         return [jnp.where(output > 0, dy, 0)]
     if transform.activation is None:
         return [dy]
-    centered, _ = _centered(transform, operands, params)
-    z = _preactivation(transform, operands, params, centered)
+    distance = _distance(transform, operands, params)
+    z = _preactivation(transform, operands, params, distance)
     if transform.activation is not jax.nn.relu:
         vjp = jax.vjp(transform.activation, z, *operands.consts)[1]
         return vjp(transform.cast(dy))
@@ -557,8 +569,8 @@ def _elementwise_vjp_on_cpu(cotangents, operands, params, *, transform, residual
     def terms(dy, x, output, *params):
         part, params = operands._replace(x=x, output=output), ChannelParams(*params)
         (dz,) = _preactivation_vjp(transform, dy, part, params)
-        centered, _ = _centered(transform, part, params)
-        return transform.cast(dz), transform.cast(dz) * centered
+        distance = _distance(transform, part, params)
+        return transform.cast(dz), transform.cast(dz) * distance
 
     (dy,), axes = cotangents, transform.reduction.axes
     rows = dy, operands.x, operands.output

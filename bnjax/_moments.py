@@ -370,8 +370,8 @@ def _moments_on_cpu(x, mask, _, *, axes, dtype):
 _local_moments = operation(
     "batch_norm_moments",
     _moments_reference,
-    cpu=OneDevice(_moments_on_cpu),
-    gpu=OneDevice(_moments_on_one_device),
+    cpu=OneDevice(_moments_on_cpu, exported=_moments_on_one_device),
+    gpu=OneDevice(_moments_on_one_device, exported=_moments_on_one_device),
 )
 
 

@@ -20,14 +20,19 @@ Computation = Callable[..., Sequence[jax.Array]]
 
 @dataclass(frozen=True)
 class OneDevice:
-    """A backend for whole arrays in this process.
+    """A backend that needs the whole array, and may call code of this process.
 
     It is left out where XLA partitions the arrays of a program among devices, which
-    would make it see a part as the whole, and in programs that are exported, which run
-    where what it calls may be missing.
+    would make it see a part as the whole.
+
+    Attributes:
+        compute: the same as the reference.
+        exported: likewise, for programs that are exported to run elsewhere, where
+            there is nothing to call but XLA; None for the reference.
     """
 
     compute: Computation
+    exported: Computation | None = None
 
 
 def operation(
@@ -96,13 +101,19 @@ def _flat(compute: Computation) -> Callable[..., Any]:
 
 
 def _lowering(backend: Computation | OneDevice, default: Any) -> Any:
+    def rule_of(compute: Computation) -> Any:
+        return mlir.lower_fun(_flat(compute), multiple_results=True)
+
     if not isinstance(backend, OneDevice):
-        return mlir.lower_fun(_flat(backend), multiple_results=True)
-    on_one_device = mlir.lower_fun(_flat(backend.compute), multiple_results=True)
+        return rule_of(backend)
+    here = rule_of(backend.compute)
+    elsewhere = default if backend.exported is None else rule_of(backend.exported)
 
     def lower(context: Any, /, *leaves: Any, **static: Any) -> Any:
-        elsewhere = _partitioned(context) or _exported(context)
-        rule = default if elsewhere else on_one_device
+        if _partitioned(context):
+            rule = default
+        else:
+            rule = elsewhere if _exported(context) else here
         return rule(context, *leaves, **static)
 
     return lower

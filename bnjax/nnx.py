@@ -92,13 +92,15 @@ class BatchNorm(nnx.BatchNorm):
         with _validate.naming(layer):
             _validate.check_flag(use_running_average, "use_running_average")
             x = _validate.as_input(x)
-            x, mean, var, scale, bias = self.promote_dtype(
+            cast, mean, var, scale, bias = self.promote_dtype(
                 (x, self.mean[...], self.var[...], scale, bias), dtype=self.dtype
             )
             if not use_running_average:
                 mean, var = self.mean[...], self.var[...]
+            # What is only widened is left as it is, and kept so for the gradient.
+            widened = _validate.promoted(x.dtype, cast.dtype) == cast.dtype
             y, batch_stats = functional.batch_norm(
-                x,
+                x if widened else cast,
                 scale,
                 bias,
                 functional.BatchStats(mean, var),
@@ -113,7 +115,7 @@ class BatchNorm(nnx.BatchNorm):
                 axis_index_groups=self.axis_index_groups,
                 activation=self.activation,
                 residual=residual,
-                dtype=self.dtype,
+                dtype=cast.dtype,
             )
         if not use_running_average:
             for kept, new in (

@@ -177,8 +177,13 @@ def _channel_params(transform, operands, origin, mean, var) -> ChannelParams:
     shift = cast(operands.bias)
     if mean is not None:
         shift = -mean * multiplier if shift is None else shift - mean * multiplier
-    params = origin, mean, inv_std, multiplier, shift
-    return ChannelParams(*(None if p is None else expand(p) for p in params))
+    return ChannelParams(
+        origin=expand(origin),
+        mean=None if mean is None else expand(mean),
+        inv_std=expand(inv_std),
+        multiplier=expand(multiplier),
+        shift=None if shift is None else expand(shift),
+    )
 
 
 def _distance(transform, operands, params):

@@ -251,7 +251,7 @@ def _merge_shared(
         count = rest.pop(0)
     else:
         count = jnp.full_like(first, devices * fixed_count)
-    joined = _from_sums(count, first, second, jnp.finfo(first.dtype).eps)
+    joined = _from_sums(count, first, second, _least_digit(first.dtype))
     if origin is None:
         return joined
     # Sums about different origins mean nothing: better a NaN than a wrong mean.
@@ -272,7 +272,8 @@ def _merge_about_zero(
     sum(n * (var + mean**2)) / n - mean**2 does not cancel.
     """
     first, second = _power_sums(parts)
-    return _from_sums(*total(jnp.stack([parts.count, first, second])))
+    count, first, second = total(jnp.stack([parts.count, first, second]))
+    return _from_sums(count, first, second)
 
 
 def _power_sums(moments: Moments) -> tuple[jax.Array, jax.Array]:
@@ -295,6 +296,11 @@ def _from_sums(
     square = jnp.square(mean)
     var = jnp.maximum(second / divisor - square, least_digit * square)
     return Moments(mean, var, count)
+
+
+def _least_digit(dtype) -> float:
+    """The part of a square that is still seen beside it."""
+    return float(jnp.finfo(dtype).eps)
 
 
 def safe_count(count: jax.Array) -> jax.Array:
@@ -332,7 +338,8 @@ def sum_terms(
 def _moments_reference(x, mask, known_origin, *, axes, dtype):
     """Origin, mean, var and count about `known_origin`, else about the batch's mean."""
     if known_origin is not None:
-        return _moments_about(x, mask, known_origin, axes, dtype, jnp.finfo(dtype).eps)
+        least = _least_digit(dtype)
+        return _moments_about(x, mask, known_origin, axes, dtype, least)
     count, total, _ = _sums_about(x, mask, None, axes, dtype)
     mean = round_once(total / safe_count(count))
     return _moments_about(x, mask, mean, axes, dtype)

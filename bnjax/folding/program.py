@@ -137,10 +137,8 @@ def _called(equation: core.JaxprEqn) -> tuple[core.Jaxpr, Any] | None:
         return None
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = equation.params.get(key)
-        if isinstance(inner, core.ClosedJaxpr):
-            return inner.jaxpr, inner.consts
-        if isinstance(inner, core.Jaxpr):
-            return inner, ()
+        if inner is not None:
+            return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
     return None
 
 

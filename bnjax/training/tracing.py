@@ -19,7 +19,7 @@ class SecondCall:
         self._workdir = workdir
         self._calls = 0
 
-    def __call__(self) -> contextlib.AbstractContextManager[None]:
+    def __call__(self) -> contextlib.AbstractContextManager[object]:
         """Return a context, which traces if it is the second."""
         self._calls += 1
         if self._workdir is None or self._calls != 2:

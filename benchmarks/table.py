@@ -31,7 +31,7 @@ def main(write: bool = False) -> None:
     """Print the tables, or write them to the pages.
 
     Args:
-        write: To docs/performance.md and docs/compiled.md, the shortest to the README.
+        write: To pages of docs, the shortest to the README.
     """
     if not write:
         print(f"{tables(RESULTS)}\n\n{compiled(RESULTS)}")
@@ -79,6 +79,47 @@ def tables(folder: Path) -> str:
 def compiled(folder: Path) -> str:
     """Return the tables of what was compiled for devices that are not here."""
     return "\n\n".join(_found(folder, "compiled", _compiled))
+
+
+def memory(folder: Path) -> str:
+    """Return what a policy saves and costs for whole networks, as Markdown."""
+    lines = []
+    for path in sorted(folder.glob("compiled-*.json")):
+        rows = json.loads(path.read_text("utf-8"))["result"]["rows"]
+        lines += [
+            line
+            for network in ("resnet50", "inception")
+            for line in _memory(path.stem.removeprefix("compiled-"), network, rows)
+        ]
+    header = ["device", "network", "layer", "temporary memory", "traffic", "cycles"]
+    return _table(header, lines)
+
+
+def _memory(target: str, network: str, rows: Sequence[dict[str, Any]]) -> list[list]:
+    wanted = {
+        row["kind"]: row
+        for row in rows
+        if (row["network"], row["dtype"], row["chips"]) == (network, "bfloat16", 1)
+        and "failed" not in row
+    }
+    flax = wanted.get("flax")
+    if flax is None or "bnjax_policy" not in wanted:
+        return []
+    figures = ("temporary_bytes", 1e-6, "MB"), ("traffic_bytes", 1e-9, "GB")
+    lines = []
+    for kind in ("flax", "flax_policy", "bnjax", "bnjax_inside", "bnjax_policy"):
+        if (row := wanted.get(kind)) is None:
+            continue
+        cells = [target, network, kind]
+        for name, factor, unit in (*figures, ("cycles", 1e-6, "M")):
+            value = row[name]
+            cells.append(
+                ""
+                if value is None
+                else f"{value * factor:.4g} {unit} ({value / flax[name]:.2f})"
+            )
+        lines.append(cells)
+    return lines
 
 
 def _found(folder: Path, name: str, make: Tables) -> list[str]:
@@ -438,6 +479,7 @@ def _collectives(rows: Sequence[dict[str, Any]]) -> list[str]:
 PAGES = {
     ROOT / "docs" / "performance.md": tables,
     ROOT / "docs" / "compiled.md": compiled,
+    ROOT / "docs" / "memory.md": memory,
     ROOT / "README.md": shortest,
 }
 TABLES: dict[str, Tables] = {

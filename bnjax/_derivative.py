@@ -514,14 +514,14 @@ def _elementwise_vjp_reference(
     a value costs less than to compute it again. A float32 factor costs four, and is
     not kept.
 
-    Without an activation, `dy` is often a select of a ReLU outside. XLA for GPUs then
-    writes it to memory, in the same pass as a sum if that sum stands alone: the barrier
-    keeps it from joining the other.
+    Without an activation, `dy` is often a select of a ReLU outside. In 16 bits, XLA for
+    GPUs then writes it to memory, in the same pass as a sum if that sum stands alone:
+    the barrier keeps it from joining the other. In float32 it computes `dy` again.
     """
     (dy,) = cotangents
     dz, *dconsts = _preactivation_vjp(transform, dy, operands, params, on_gpu)
     alone = dz
-    if transform.activation is None and on_gpu:
+    if transform.activation is None and on_gpu and dz.dtype.itemsize < 4:
         alone = lax.optimization_barrier(dz)
     centered = _distance(transform, operands, params) - params.mean
     axes = transform.reduction.axes

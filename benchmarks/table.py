@@ -69,6 +69,53 @@ def shortest(folder: Path) -> str:
     )
 
 
+def readme(folder: Path) -> str:
+    """Return what the README shows: compiled programs, then one layer on a CPU."""
+    return "\n\n".join([_on_devices(folder), _ON_A_CPU, shortest(folder)])
+
+
+_ON_A_CPU = """\
+One layer alone on two CPU cores: how many times as long as bnjax the others take,
+geometric mean over 13 shapes from 4x4x4x8 to 32x112x112x64
+([file](benchmarks/results/layer-cpu.json)):"""
+
+
+def _on_devices(folder: Path) -> str:
+    """Return ResNet-50's figures on each device over those of Flax's, as Markdown."""
+    names = {
+        "bnjax": "activation and addition after the layer",
+        "bnjax_inside": "`activation=` and `residual=` in the layer",
+        "bnjax_policy": "the same under `bnjax.checkpoint_policy`",
+    }
+    figures = {
+        "cycles": "cycles",
+        "traffic_bytes": "traffic",
+        "temporary_bytes": "memory",
+    }
+    columns = {}
+    for path in sorted(folder.glob("compiled-*.json")):
+        kinds = _kinds(path, "resnet50")
+        target = path.stem.removeprefix("compiled-")
+        for figure, word in figures.items():
+            # Traffic tells of a GPU what cycles tell of a TPU.
+            has_cycles = kinds.get("flax", {}).get("cycles") is not None
+            if "flax" in kinds and (
+                figure == "temporary_bytes" or has_cycles == (figure == "cycles")
+            ):
+                columns[f"{target}: {word}"] = {
+                    kind: f"{kinds[kind][figure] / kinds['flax'][figure]:.3f}"
+                    for kind in names
+                    if kind in kinds
+                }
+    return _table(
+        ["", *columns],
+        (
+            [name, *(column.get(kind, "") for column in columns.values())]
+            for kind, name in names.items()
+        ),
+    )
+
+
 def tables(folder: Path) -> str:
     """Return the tables of the result files in a folder, as Markdown."""
     return "\n\n".join(
@@ -85,23 +132,24 @@ def memory(folder: Path) -> str:
     """Return what a policy saves and costs for whole networks, as Markdown."""
     lines = []
     for path in sorted(folder.glob("compiled-*.json")):
-        rows = json.loads(path.read_text("utf-8"))["result"]["rows"]
-        lines += [
-            line
-            for network in ("resnet50", "inception")
-            for line in _memory(path.stem.removeprefix("compiled-"), network, rows)
-        ]
+        target = path.stem.removeprefix("compiled-")
+        for network in ("resnet50", "inception"):
+            lines += _memory(target, network, _kinds(path, network))
     header = ["device", "network", "layer", "temporary memory", "traffic", "cycles"]
     return _table(header, lines)
 
 
-def _memory(target: str, network: str, rows: Sequence[dict[str, Any]]) -> list[list]:
-    wanted = {
+def _kinds(path: Path, network: str) -> dict[str, dict[str, Any]]:
+    """Return the programs of a network in bfloat16 on one chip, by kind."""
+    return {
         row["kind"]: row
-        for row in rows
+        for row in json.loads(path.read_text("utf-8"))["result"]["rows"]
         if (row["network"], row["dtype"], row["chips"]) == (network, "bfloat16", 1)
         and "failed" not in row
     }
+
+
+def _memory(target: str, network: str, wanted: dict[str, dict[str, Any]]) -> list[list]:
     flax = wanted.get("flax")
     if flax is None or "bnjax_policy" not in wanted:
         return []
@@ -480,7 +528,7 @@ PAGES = {
     ROOT / "docs" / "performance.md": tables,
     ROOT / "docs" / "compiled.md": compiled,
     ROOT / "docs" / "memory.md": memory,
-    ROOT / "README.md": shortest,
+    ROOT / "README.md": readme,
 }
 TABLES: dict[str, Tables] = {
     "layer": _layer,

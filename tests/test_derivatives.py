@@ -273,6 +273,36 @@ def test_named_statistics_are_not_computed_again():
     assert collectives(None) == 3
 
 
+def test_the_policy_keeps_what_batch_norm_is_given():
+    # Layers of one shape would be one equation.
+    x, kernels = jnp.ones((8, 4)), [jnp.ones((n, n + 1)) for n in (4, 5, 6)]
+
+    def loss(kernels, x, policy=None, remat=True):
+        def network(kernels, x):
+            for kernel in kernels:
+                x, _ = bnjax.normalize_batch(x @ kernel, activation="relu")
+                x = jnp.sin(x)
+            return x
+
+        if remat:
+            network = jax.checkpoint(network, policy=policy)
+        return jnp.sum(network(kernels, x) ** 2)
+
+    def counts(**options):
+        jaxpr = jax.make_jaxpr(jax.grad(functools.partial(loss, **options)))(kernels, x)
+        names = "dot_general[", "batch_norm_moments[", " sin "
+        return [str(jaxpr).count(name) for name in names]
+
+    products, sums, _ = counts(remat=False)
+    assert counts(policy=bnjax.checkpoint_policy) == [products, sums, 5]
+    assert counts()[:2] == [products + 3, sums + 3]
+
+
+def test_moments_are_named():
+    jaxpr = jax.make_jaxpr(lambda x: bnjax.moments(x).var)(jnp.ones((4, 3)))
+    assert f"name={bnjax.CHECKPOINT_NAME}" in str(jaxpr)
+
+
 def test_gradients_flow_through_the_statistics():
     x = jnp.array([[1.0, 2.0], [3.0, 7.0]])
 

@@ -78,7 +78,9 @@ def test_message(mistake):
         jax.jit(lambda: call(**options))()
 
 
-@pytest.mark.parametrize("flag", ["use_running_average", "update_stats", "unbiased"])
+@pytest.mark.parametrize(
+    "flag", ["use_running_average", "update_stats", "unbiased", "use_fast_variance"]
+)
 def test_traced_flag(flag):
     with pytest.raises(TypeError, match=f"{flag} is a traced value.*static_argnames"):
         jax.jit(lambda value: call(**{flag: value}))(True)

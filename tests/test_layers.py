@@ -211,6 +211,32 @@ def test_fused_activation_and_residual(api, activation):
 
 
 @pytest.mark.parametrize("api", RUNNERS)
+def test_the_exact_variance_by_its_name(api):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 16, 5)) + 1e5, "float32")
+    layer = {"linen": bnjax.linen.BatchNorm, "nnx": bnjax.nnx.BatchNorm}[api]
+
+    def output(fast):
+        options = {"use_running_average": False, "use_fast_variance": fast}
+        options["axis_name"] = "data"
+        if api == "linen":
+            model = layer(**options)
+            variables = model.init(jax.random.key(0), x[0])
+        else:
+            graph, state = flax.nnx.split(layer(5, rngs=flax.nnx.Rngs(0), **options))
+
+        def run(x):
+            if api == "nnx":
+                return flax.nnx.merge(graph, state, copy=True)(x)
+            return model.apply(variables, x, mutable=["batch_stats"])[0]
+
+        return np.reshape(jax.vmap(run, axis_name="data")(x), (64, 5))
+
+    wanted = oracle.forward(x.reshape(64, 5), np.ones(5), np.zeros(5))
+    np.testing.assert_allclose(output(False), wanted, atol=1e-4)
+    assert np.abs(output(True) - wanted).max() > 0.1
+
+
+@pytest.mark.parametrize("api", RUNNERS)
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_unbiased(api, unbiased):
     case = cases.Case("few", (4, 3))

@@ -207,3 +207,35 @@ def test_momentum_and_epsilon_may_be_traced():
     np.testing.assert_allclose(
         y, oracle.forward(x, scale, bias, epsilon=0.5), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_complex_inputs(shared):
+    """The mean is complex, the variance that of the distance from it."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(64, 3)) + 1j * rng.normal(size=(64, 3)) + 30 - 20j).astype(
+        np.complex64
+    )
+    mask = rng.random((64, 1)) < 0.7
+    old = bnjax.BatchStats(jnp.zeros(3, np.complex64), jnp.ones(3))
+
+    def run(x, mask):
+        options = {"momentum": 0.9, "axis_name": "data" if shared else None}
+        return bnjax.batch_norm(x, None, None, old, mask=mask, **options)
+
+    if shared:
+        parts = x.reshape(4, 16, 3), mask.reshape(4, 16, 1)
+        with jax.numpy_dtype_promotion("standard"):
+            y, stats = jax.vmap(run, axis_name="data")(*parts)
+        stats = jax.tree.map(lambda leaf: leaf[2], stats)
+    else:
+        with jax.numpy_dtype_promotion("standard"):
+            y, stats = run(x, mask)
+    seen = x[mask[:, 0]].astype(np.complex128)
+    mean, var = seen.mean(0), seen.var(0)
+    wanted = (x - mean) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(np.reshape(y, x.shape), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(stats.mean, 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(
+        stats.var, 0.9 + 0.1 * var * len(seen) / (len(seen) - 1), rtol=1e-5
+    )

@@ -82,6 +82,27 @@ def test_each_device_of_a_shard_map_calls_them():
     np.testing.assert_allclose(own_moments(x), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_shard_map_over_some_of_the_axes_calls_none():
+    """XLA divides the arrays over the others."""
+    mesh = jax.make_mesh((2, 4), ("map", "xla"), axis_types=(AxisType.Auto,) * 2)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), "float32")
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec(("map", "xla"))))
+    rows = PartitionSpec("map")
+    mapped = {"mesh": mesh, "in_specs": rows, "out_specs": rows}
+
+    @jax.jit
+    @jax.shard_map(axis_names={"map"}, **mapped)
+    def own_moments(x):
+        found = bnjax.moments(x)
+        return jnp.stack([found.mean, found.var])[None]
+
+    text = own_moments.lower(x).compile().as_text()
+    assert text.count('custom_call_target="bnjax_') == 0
+    parts = np.asarray(x, np.float64).reshape(2, -1, 8)
+    wanted = np.stack([parts.mean(1), parts.var(1)], 1)
+    np.testing.assert_allclose(own_moments(x), wanted, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("outside", [True, False])
 def test_devices_with_own_statistics_and_a_shared_scale(outside, check_vma):

@@ -220,6 +220,14 @@ def test_what_is_not_finite_stays_in_its_channel():
     np.testing.assert_array_equal(np.isnan(found.var), ~finite)
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_relu_leaves_a_nan_what_it_is(residual):
+    case = Case("two examples", "float32", "float32", jax.nn.relu, residual)
+    x = case.x.at[1, 2].set(jnp.nan)
+    y = _cpu.output(x, case.channels, case.residual, jax.nn.relu, "float32")
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
+
+
 def test_what_overflows_has_no_variance():
     x = jnp.float32([[1e30], [-1e30], [1e25]])
     assert np.isnan(jax.jit(bnjax.moments)(x).var)

@@ -74,6 +74,26 @@ def test_exact_on_one_device(ratio, count, masked):
     assert_exact(found, x, scale, bias, dy, mask)
 
 
+def test_exact_in_a_program_that_is_exported():
+    arrays = data(97, 1e6)
+    exported = jax.export.export(jax.jit(step))(*arrays, jnp.zeros(FEATURES))
+    assert_exact(exported.call(*arrays, jnp.zeros(FEATURES)), *arrays)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_the_first_row_is_the_origin_where_it_costs_nothing(platform):
+    """XLA for TPUs could not fuse the sums into what makes `x`."""
+    x = jnp.ones((32, FEATURES))
+
+    def run(x, mean):
+        return bnjax.normalize_batch(x, origin=mean)[0]
+
+    traced = jax.jit(run).trace(x, x[0])
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    of_one_device = "stablehlo.slice" in text or "bnjax_moments" in text
+    assert of_one_device == (platform != "tpu")
+
+
 # The origin of a TPU, of arrays that XLA partitions and of shared statistics: here in
 # arrays that XLA partitions among eight devices.
 def partitioned(x, scale, bias, dy, mask, mean, **options):
@@ -104,6 +124,41 @@ def test_exact_by_name(ratio, count, masked):
     assert_exact(found, *arrays)
 
 
+def test_the_common_origin_is_rounded_once():
+    """A compiler may compute a quotient anew, and otherwise, wherever it is used."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    @jax.shard_map(mesh=mesh, in_specs=P("data"), out_specs=P())
+    def variance(x):
+        return bnjax.moments(x, axis_name="data").var
+
+    # The operation of each device is an equation of its own.
+    assert str(jax.make_jaxpr(variance)(data(64, 1e6)[0])).count("reduce_prec") == 1
+
+
+@pytest.mark.parametrize("mapping", ["pmap", "vmap"])
+@pytest.mark.parametrize("masked", [False, "first hidden", "weights"])
+def test_exact_by_name_on_three_devices(masked, mapping):
+    devices = 3
+    x, scale, bias, dy, mask = data(16 * devices, 1e6, masked)
+    mean = jnp.zeros(FEATURES)
+    mapper = {"pmap": jax.pmap, "vmap": lambda *a, **b: jax.jit(jax.vmap(*a, **b))}
+
+    def run(x, dy, mask):
+        return step(x, scale, bias, dy, mask, mean, "data", use_fast_variance=False)
+
+    parts = [None if a is None else a.reshape(devices, 16, -1) for a in (x, dy, mask)]
+    y, (dx, *params), stats = mapper[mapping](
+        run, axis_name="data", in_axes=(0, 0, None if mask is None else 0)
+    )(*parts)
+    found = (
+        np.reshape(y, x.shape),
+        (np.reshape(dx, x.shape), *(param.sum(0) for param in params)),
+        jax.tree.map(lambda leaf: leaf[1], stats),
+    )
+    assert_exact(found, x, scale, bias, dy, mask)
+
+
 @pytest.mark.parametrize("run", ["partitioned", "shared", "reference"])
 @pytest.mark.parametrize("distance", [0.0, 1.0, 10.0, 100.0, 1000.0])
 def test_the_documented_bound(distance, run):
@@ -124,13 +179,21 @@ def test_the_documented_bound(distance, run):
     exact = x.astype(np.float64).var(0)
     limit = BOUND * (1 + distance**2 / exact) * exact
     assert (np.abs(np.asarray(var, np.float64) - exact) <= limit).all()
-    if distance >= 100:
-        assert (np.abs(np.asarray(var, np.float64) - exact) > 1e-7 * exact).any()
+    if distance >= 100:  # what a second pass over the values would not lose
+        assert (np.abs(np.asarray(var, np.float64) - exact) > 1e-5 * exact).any()
 
 
-def test_a_variance_that_is_lost_leaves_outputs_small():
+@pytest.mark.parametrize("mapping", [None, "pmap", "vmap"])
+def test_a_variance_that_is_lost_leaves_outputs_small(mapping):
     x, scale, bias, dy, _ = data(1000, 1e5)
-    y, _, stats = partitioned(x, scale, bias, dy, None, jnp.zeros(FEATURES))
+    mean = jnp.zeros(FEATURES)
+    if mapping is None:
+        y, _, stats = partitioned(x, scale, bias, dy, None, mean)
+    else:
+        y, _, stats = {"pmap": jax.pmap, "vmap": jax.vmap}[mapping](
+            lambda x, dy: step(x, scale, bias, dy, None, mean, "data"),
+            axis_name="data",
+        )(x.reshape(8, 125, -1), dy.reshape(8, 125, -1))
     assert (np.asarray(stats.var) >= 1.1e-7 * 1e10).all()
     assert np.abs((np.asarray(y) - bias) / scale).max() < 5
 

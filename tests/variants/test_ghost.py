@@ -10,6 +10,7 @@ from bnjax.variants.ghost import (
     GhostBatchNorm,
     ghost_batch_norm,
     merge_stacked,
+    normalize_groups,
 )
 
 
@@ -55,6 +56,21 @@ def test_gradients_are_those_of_the_groups(x64):
     expected = jax.grad(groups, (0, 1, 2))(x, scale, bias)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_the_count_is_that_of_one_device():
+    """Where devices share a group, merging their moments counts each value once."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 4)), "float32")
+
+    def run(x):
+        options = {"virtual_batch_size": 6, "axis_name": "data"}
+        return normalize_groups(x, None, None, **options)[1]
+
+    found = jax.vmap(run, axis_name="data")(x)
+    np.testing.assert_array_equal(found.count, np.full((2, 4), 12))
+    merged = merge_stacked(found)
+    np.testing.assert_array_equal(merged.count, np.full(4, 24))
+    np.testing.assert_allclose(merged.var, x.reshape(24, 4).var(0), rtol=1e-5)
 
 
 def test_other_feature_axes_and_a_residual(x64):

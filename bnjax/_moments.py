@@ -425,7 +425,7 @@ def complex_moments(
     count, total, _ = _sums_about(x, mask, None, reduction.axes, dtype)
     count, total = reduction.total(jnp.stack([count, total]))
     count = count.real
-    mean = total / safe_count(count)
+    mean = total / safe_count(count).astype(dtype)
     distance = jnp.abs(x.astype(dtype) - reduction.expand(mean))
     _, var, _ = _sums_about(
         jnp.square(distance), mask, None, reduction.axes, count.dtype

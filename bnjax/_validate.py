@@ -210,9 +210,8 @@ def check_number(
     if isinstance(value, jax.core.Tracer):
         return
     try:
-        # NumPy reads numbers from strings, and takes None for NaN.
-        number = np.asarray(None if isinstance(value, str) else value)
-        number = number.astype(np.float64, casting="same_kind")
+        # Not as float(value), which reads numbers from strings.
+        number = np.asarray(value).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError):
         raise TypeError(
             f"batch_norm: {name}={value!r} is no number; expected {expected}."

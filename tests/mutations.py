@@ -38,14 +38,14 @@ class Mutation:
     tests: str
 
 
-TRANSFORM = "tests/test_transform.py"
-MOMENTS = "tests/test_moments.py"
+TRANSFORM = "tests/core/test_transform.py"
+MOMENTS = "tests/core/test_moments.py"
 ORIGIN = "tests/core/test_origin.py"
-DERIVATIVE = "tests/core/test_derivative.py"
-DERIVATIVES = "tests/test_derivatives.py"
+FORMS = "tests/core/test_derivative_forms.py"
+DERIVATIVES = "tests/core/test_derivatives.py"
 SHARED = "tests/integration/test_shared_statistics.py"
-SUMS = "tests/test_sums.py"
-ERRORS = "tests/test_errors.py"
+BLOCKS = "tests/core/test_cpu_blocks.py"
+ERRORS = "tests/core/test_errors.py"
 CPU_VALUES = "tests/core/test_cpu_values.py"
 CPU_CALLS = "tests/core/test_cpu_calls.py"
 CPU_BUILD = "tests/core/test_cpu_build.py"
@@ -254,7 +254,7 @@ MUTATIONS = [
         "bnjax/_moments.py",
         "return _moments_about(x, None, first_row, axes, dtype, sums=sums)",
         "return _moments_about(x, None, 0 * first_row, axes, dtype, sums=sums)",
-        f"{SUMS}::test_a_large_mean_costs_no_digits[blocks]",
+        f"{BLOCKS}::test_a_large_mean_costs_no_digits[blocks]",
     ),
     Mutation(
         "exported programs take the running mean",
@@ -464,9 +464,30 @@ MUTATIONS = [
     Mutation(
         "the slope is about the origin",
         "bnjax/_derivative.py",
-        "offset = offset - moments.mean * slope",
-        "pass",
+        "centered = distance - params.mean",
+        "centered = distance",
+        f"{FORMS}::test_forward_mode_through_an_activation",
+    ),
+    Mutation(
+        "the sums of the gradient are about the origin",
+        "bnjax/_derivative.py",
+        "centered = _distance(transform, operands, params) - params.mean",
+        "centered = _distance(transform, operands, params)",
+        f"{FORMS}::test_the_forms_of_all_platforms_have_the_same_values",
+    ),
+    Mutation(
+        "the sums in blocks are about the origin",
+        "bnjax/_derivative.py",
+        "centered = _distance(transform, part, params) - params.mean",
+        "centered = _distance(transform, part, params)",
         XLA_GRADIENTS,
+    ),
+    Mutation(
+        "gradients of 16 bits without the origin",
+        "bnjax/_derivative.py",
+        "(dfirst - params.origin * dsecond)",
+        "dfirst",
+        f"{FORMS}::test_gradient_of_inputs_of_few_bits",
     ),
     Mutation(
         "gradient of epsilon of the wrong sign",
@@ -526,42 +547,42 @@ MUTATIONS = [
         "bnjax/_derivative.py",
         "dz = dz + transform.cast(tangents.residual)",
         "pass",
-        f"{DERIVATIVE}::test_forward_mode_through_an_activation",
+        f"{FORMS}::test_forward_mode_through_an_activation",
     ),
     Mutation(
         "forward mode through a ReLU at zero",
         "bnjax/_derivative.py",
         "dz = jnp.where(operands.output > 0, dz, 0)",
         "dz = jnp.where(operands.output >= 0, dz, 0)",
-        f"{DERIVATIVE}::test_forward_mode_through_an_activation",
+        f"{FORMS}::test_forward_mode_through_an_activation",
     ),
     Mutation(
         "a ReLU after a residual lets all pass",
         "bnjax/_derivative.py",
         "return [jnp.where(output > 0, dy, 0)]",
         "return [jnp.where(output >= 0, dy, 0)]",
-        f"{DERIVATIVE}::test_the_forms_of_all_platforms_have_the_same_values",
+        f"{FORMS}::test_the_forms_of_all_platforms_have_the_same_values",
     ),
     Mutation(
         "a ReLU lets pass what is at zero",
         "bnjax/_derivative.py",
         "return [jnp.where(z > 0, dy, 0)]",
         "return [jnp.where(z >= 0, dy, 0)]",
-        f"{DERIVATIVE}::test_a_relu_lets_nothing_pass_at_zero",
+        f"{FORMS}::test_a_relu_lets_nothing_pass_at_zero",
     ),
     Mutation(
         "on a GPU, a ReLU turns what is below zero around",
         "bnjax/_derivative.py",
         "return [transform.cast(dy) * jnp.maximum(jnp.sign(z), 0)]",
         "return [transform.cast(dy) * jnp.sign(z)]",
-        f"{DERIVATIVE}::test_the_forms_of_all_platforms_have_the_same_values[relu]",
+        f"{FORMS}::test_the_forms_of_all_platforms_have_the_same_values[relu]",
     ),
     Mutation(
         "a residual is not replaced by the output",
         "bnjax/_derivative.py",
         "operands = operands._replace(bias=None, residual=None, output=y)",
         "pass",
-        f"{SUMS}::test_a_fused_activation_and_residual[kernels]",
+        f"{BLOCKS}::test_a_fused_activation_and_residual[kernels]",
     ),
     Mutation(
         "a residual is kept that nothing needs",
@@ -576,7 +597,7 @@ MUTATIONS = [
         "bnjax/_derivative.py",
         "(dresidual,) = dresidual or [dy]",
         "dresidual = dy",
-        f"{SUMS}::test_a_fused_activation_and_residual[kernels]",
+        f"{BLOCKS}::test_a_fused_activation_and_residual[kernels]",
     ),
     Mutation(
         "an output from statistics without a name",
@@ -605,7 +626,7 @@ MUTATIONS = [
         "return [dx, *map(transform.reduction.expand, sums), *dresidual, *dconsts]",
         "return [\n        dx,\n        *map(transform.reduction.expand, sums),\n  "
         "      *dresidual,\n        *(0 * dconst for dconst in dconsts),\n    ]",
-        f"{DERIVATIVE}::test_large_arrays_with_other_operands[True]",
+        f"{FORMS}::test_large_arrays_with_other_operands[True]",
     ),
     Mutation(
         "an activation that is not elementwise",
@@ -633,7 +654,7 @@ MUTATIONS = [
         "bnjax/_derivative.py",
         "return ~mask_to_bool(mask) & ~jnp.isfinite(jnp.square(value))",
         "return ~mask_to_bool(mask) & ~jnp.isfinite(value)",
-        f"{DERIVATIVE}::test_what_is_hidden_and_not_finite_has_no_gradient",
+        f"{FORMS}::test_what_is_hidden_and_not_finite_has_no_gradient",
     ),
     Mutation(
         "a hidden residual that is not finite",
@@ -647,7 +668,7 @@ MUTATIONS = [
         "bnjax/_derivative.py",
         "return jnp.where(_hidden(distance, operands.mask), 0, value)",
         "return value",
-        f"{DERIVATIVE}::test_what_is_hidden_and_not_finite_has_no_gradient",
+        f"{FORMS}::test_what_is_hidden_and_not_finite_has_no_gradient",
     ),
     Mutation(
         "blocks of a mask",
@@ -655,7 +676,7 @@ MUTATIONS = [
         "if operands.mask is not None or operands.consts or operands.residual is n"
         "ot None:",
         "if operands.consts or operands.residual is not None:",
-        f"{DERIVATIVE}::test_large_arrays_with_a_mask",
+        f"{FORMS}::test_large_arrays_with_a_mask",
     ),
     Mutation(
         "blocks of what an activation depends on",
@@ -663,7 +684,7 @@ MUTATIONS = [
         "if operands.mask is not None or operands.consts or operands.residual is n"
         "ot None:",
         "if operands.mask is not None or operands.residual is not None:",
-        f"{DERIVATIVE}::test_large_arrays_with_other_operands",
+        f"{FORMS}::test_large_arrays_with_other_operands",
     ),
     Mutation(
         "blocks of a residual",
@@ -671,7 +692,7 @@ MUTATIONS = [
         "if operands.mask is not None or operands.consts or operands.residual is n"
         "ot None:",
         "if operands.mask is not None or operands.consts:",
-        f"{DERIVATIVE}::test_large_arrays_with_other_operands",
+        f"{FORMS}::test_large_arrays_with_other_operands",
     ),
     Mutation(
         "kernels: the gradient of a shared scale not summed over devices",
@@ -1004,28 +1025,28 @@ MUTATIONS = [
         "bnjax/_cpu/blocks.py",
         "blocks, rest = divmod(count, PARTS * length)",
         "blocks, rest = count // (PARTS * length), 0",
-        f"{SUMS}::test_output_statistics_and_gradients",
+        f"{BLOCKS}::test_output_statistics_and_gradients",
     ),
     Mutation(
         "sums: channels of joined examples in another order",
         "bnjax/_cpu/blocks.py",
         "jnp.tile(c.reshape(1, -1), joined)",
         "jnp.repeat(c.reshape(1, -1), joined, 1)",
-        f"{SUMS}::test_output_statistics_and_gradients",
+        f"{BLOCKS}::test_output_statistics_and_gradients",
     ),
     Mutation(
         "sums: a float32 copy of all that is to be summed",
         "bnjax/_cpu/blocks.py",
         "held, here = lax.optimization_barrier((rows, start))",
         "held, here = rows, start",
-        f"{SUMS}::test_nothing_of_the_size_of_the_input_is_written",
+        f"{BLOCKS}::test_nothing_of_the_size_of_the_input_is_written",
     ),
     Mutation(
         "sums: blocks of a batch that is divided among devices",
         "bnjax/_primitive.py",
         "return devices > 1",
         "return False",
-        f"{SUMS}::test_a_sharded_batch_is_not_gathered[blocks]",
+        f"{BLOCKS}::test_a_sharded_batch_is_not_gathered[blocks]",
     ),
     Mutation(
         "kernels: the last row taken for a full one",
@@ -1224,7 +1245,7 @@ MUTATIONS = [
         "bnjax/_cpu/loops.h",
         "return passed > 0 ? dy : 0;",
         "return passed >= 0 ? dy : 0;",
-        f"{DERIVATIVE}::test_a_relu_lets_nothing_pass_at_zero[kernels-False]",
+        f"{FORMS}::test_a_relu_lets_nothing_pass_at_zero[kernels-False]",
     ),
     Mutation(
         "kernels: a residual without an activation is taken",

@@ -112,6 +112,16 @@ def test_no_rows_in_inference(shape):
     assert layer.apply(variables, x).shape == shape
 
 
+@pytest.mark.usefixtures("strict")
+def test_complex_inputs_under_strict_promotion():
+    x = jnp.asarray(X, jnp.complex64) * (1 + 2j)
+    mask = jnp.arange(16)[:, None] % 3 != 0
+    y, new = bnjax.batch_norm(x, jnp.ones(4), jnp.zeros(4), STATS, mask=mask)
+    mean = x[mask[:, 0]].mean(0)
+    np.testing.assert_allclose(new.mean, 0.99 * 0.5 + 0.01 * mean, rtol=1e-5)
+    assert y.dtype == x.dtype
+
+
 def test_complex_inputs_as_flax_takes_them():
     x = np.complex64(RNG.normal(size=(32, 3)) + 1j * RNG.normal(size=(32, 3)) * 2 + 3)
 

@@ -187,3 +187,25 @@ def test_what_is_hidden_and_not_finite_has_no_gradient(hidden):
     (dx,) = jax.vjp(layer, x)[1](dy)
     np.testing.assert_array_equal(dx[3], np.zeros(3))
     assert np.isfinite(np.asarray(dx)).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("mean", [0, -20])
+def test_gradient_of_inputs_of_few_bits(dtype, mean):
+    """Of features before the batch, which the kernels of a CPU do not support."""
+    x = (values(8, 3, 7, 5) + mean).astype(dtype)
+    scale, bias, dy = values(3, seed=1), values(3, seed=2), values(*x.shape, seed=3)
+    dy = dy.astype(dtype) + x / 4  # so that it depends on the input
+
+    def loss(x, scale, bias):
+        stats = bnjax.BatchStats.init(3)
+        y, _ = bnjax.batch_norm(x, scale, bias, stats, axis=1)
+        return jnp.sum(y.astype("float32") * dy.astype("float32"))
+
+    found = jax.grad(loss, (0, 1, 2))(x, scale, bias)
+    wanted = oracle.backward(x, scale, dy, axis=1)
+    rounding = float(jnp.finfo(dtype).eps)
+    for one, other in zip(found, wanted, strict=True):
+        one = np.asarray(one, np.float64)
+        bound = rounding * np.abs(other) + 1e-5 * np.abs(other).max()
+        assert (np.abs(one - other) <= bound).all()

@@ -195,6 +195,11 @@ def _distance(transform, operands, params):
     return jnp.where(_hidden(distance, operands.mask), mean, distance)
 
 
+def _centered(transform, operands, params):
+    """Return x - mean, the mean being that of the batch."""
+    return _distance(transform, operands, params) - params.mean
+
+
 def _hidden(value, mask):
     # Squared, because a value that overflows only later harms as much as an inf.
     return ~mask_to_bool(mask) & ~jnp.isfinite(jnp.square(value))
@@ -523,7 +528,7 @@ def _elementwise_vjp_reference(
     alone = dz
     if transform.activation is None and on_gpu and dz.dtype.itemsize < 4:
         alone = lax.optimization_barrier(dz)
-    centered = _distance(transform, operands, params) - params.mean
+    centered = _centered(transform, operands, params)
     axes = transform.reduction.axes
     sums = [
         jnp.sum(transform.cast(alone), axes),
@@ -580,8 +585,9 @@ def _elementwise_vjp_on_cpu(cotangents, operands, params, *, transform, residual
     def terms(dy, x, output, *params):
         part, params = operands._replace(x=x, output=output), ChannelParams(*params)
         (dz,) = _preactivation_vjp(transform, dy, part, params)
-        centered = _distance(transform, part, params) - params.mean
-        return transform.cast(dz), transform.cast(dz) * centered
+        return transform.cast(dz), transform.cast(dz) * _centered(
+            transform, part, params
+        )
 
     (dy,), axes = cotangents, transform.reduction.axes
     rows = dy, operands.x, operands.output

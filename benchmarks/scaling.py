@@ -154,15 +154,10 @@ def train_pass(
     )
 
     def train(x, dy):
+        params = {name: values[name] for name in ("scale", "bias")}
         # Varying: without the sum of the gradients over devices that training adds.
-        params, state = lax.pcast(
-            (
-                {name: values[name] for name in ("scale", "bias")},
-                {name: values[name] for name in ("mean", "var")},
-            ),
-            AXIS,
-            to="varying",
-        )
+        params = lax.pcast(params, AXIS, to="varying")
+        state = {name: values[name] for name in ("mean", "var")}
 
         def forward(params, x):
             variables = {"params": params, "batch_stats": state}

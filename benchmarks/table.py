@@ -80,6 +80,13 @@ geometric mean over 13 shapes from 4x4x4x8 to 32x112x112x64
 ([file](benchmarks/results/layer-cpu.json)):"""
 
 
+_FIGURES = {
+    "cycles": "cycles",
+    "traffic": "traffic_bytes",
+    "memory": "temporary_bytes",
+}
+
+
 def _on_devices(folder: Path) -> str:
     """Return ResNet-50's figures on each device over those of Flax's, as Markdown."""
     names = {
@@ -87,26 +94,21 @@ def _on_devices(folder: Path) -> str:
         "bnjax_inside": "`activation=` and `residual=` in the layer",
         "bnjax_policy": "the same under `bnjax.checkpoint_policy`",
     }
-    figures = {
-        "cycles": "cycles",
-        "traffic_bytes": "traffic",
-        "temporary_bytes": "memory",
-    }
     columns = {}
     for path in sorted(folder.glob("compiled-*.json")):
         kinds = _kinds(path, "resnet50")
+        if (flax := kinds.get("flax")) is None:
+            continue
+        # Traffic tells of a GPU what cycles tell of a TPU.
+        first = "cycles" if flax["cycles"] is not None else "traffic"
         target = path.stem.removeprefix("compiled-")
-        for figure, word in figures.items():
-            # Traffic tells of a GPU what cycles tell of a TPU.
-            has_cycles = kinds.get("flax", {}).get("cycles") is not None
-            if "flax" in kinds and (
-                figure == "temporary_bytes" or has_cycles == (figure == "cycles")
-            ):
-                columns[f"{target}: {word}"] = {
-                    kind: f"{kinds[kind][figure] / kinds['flax'][figure]:.3f}"
-                    for kind in names
-                    if kind in kinds
-                }
+        for word in (first, "memory"):
+            figure = _FIGURES[word]
+            columns[f"{target}: {word}"] = {
+                kind: f"{kinds[kind][figure] / flax[figure]:.3f}"
+                for kind in names
+                if kind in kinds
+            }
     return _table(
         ["", *columns],
         (

@@ -110,9 +110,7 @@ def test_same_as_on_one_device(
     channels = P(spec[3]) if len(spec) > 3 else P()
 
     def put(array, spec):
-        return (
-            None if array is None else jax.device_put(array, NamedSharding(mesh, spec))
-        )
+        return jax.device_put(array, NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh) if within else contextlib.nullcontext():
         got = step(

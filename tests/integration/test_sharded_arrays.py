@@ -36,9 +36,7 @@ def test_jit_with_sharded_arrays(axis_type, layout, masked):
     channels = P(spec[3]) if len(spec) > 3 else P()
 
     def put(array, spec):
-        return (
-            None if array is None else jax.device_put(array, NamedSharding(mesh, spec))
-        )
+        return jax.device_put(array, NamedSharding(mesh, spec))
 
     with jax.set_mesh(mesh):
         args = (

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bnjax.training.errors import run_reporting
+from bnjax.cli import run_reporting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = list(sys.argv[1:] if argv is None else argv)
         workdirs, options = tyro.cli(arguments, prog="eval.py", args=args)
 
-        from bnjax.training.scoring import evaluate_runs
+        from bnjax.training.evaluation import evaluate_runs
 
         evaluate_runs(workdirs, **options)
 

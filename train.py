@@ -11,7 +11,7 @@ docs/training.md says what a run writes.
 import sys
 from collections.abc import Sequence
 
-from bnjax.training.errors import run_reporting
+from bnjax.cli import run_reporting
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ import tyro
 from benchmarks import timing
 from benchmarks.networks import KINDS, Stack, initial, loss_of
 from benchmarks.report import write_run
-from bnjax.training.errors import run_reporting
+from bnjax.cli import run_reporting
 
 STAGES = ("trace", "lower", "compile")
 # On a CPU the statistics of the last are summed in blocks, in a loop.

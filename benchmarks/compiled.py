@@ -38,7 +38,8 @@ import tyro
 import bnjax
 from benchmarks import report
 from benchmarks.aot import KINDS, NETWORKS, POLICIES, SHARING, TARGETS, Program
-from bnjax.training.errors import UserError, run_reporting
+from bnjax.cli import run_reporting
+from bnjax.data.config import SettingError
 
 DTYPES = ("bfloat16", "float32")
 LIBRARIES = {"nnx": "flax", "haiku": "dm-haiku", "equinox": "equinox"}
@@ -89,14 +90,13 @@ def compare(
     ):
         for name in given:
             if name not in known:
-                raise UserError(
-                    f"--{flag} {name}: expected some of {', '.join(known)}.", 2
+                raise SettingError(
+                    f"--{flag} {name}: expected some of {', '.join(known)}."
                 )
     if output is None and (layers or batch_size):
-        raise UserError(
+        raise SettingError(
             "--layers and --batch-size make other networks than the tables have; "
-            "name a folder for the results with --output.",
-            2,
+            "name a folder for the results with --output."
         )
     check_installed(targets)
     absent = {kind: why for kind in KINDS if (why := why_absent(kind))}
@@ -120,7 +120,7 @@ def compare(
     for file in files.values():
         print(file.path)
     if failed:
-        raise UserError(
+        raise SettingError(
             f"{failed} of {len(programs)} programs failed; the files have the reasons."
         )
 
@@ -131,7 +131,7 @@ def check_installed(targets: Sequence[str]) -> None:
     for target in targets:
         missing = [name for name in TARGETS[target].packages if found[name] is None]
         if missing:
-            raise UserError(
+            raise SettingError(
                 f"--targets {target}: {', '.join(missing)} not installed; write pip "
                 "install -r requirements-compiled.txt, or other targets."
             )

@@ -25,9 +25,9 @@ from benchmarks.networks import random_variables
 from benchmarks.report import ROOT, write_result
 from benchmarks.timing import interleaved
 from bnjax import models
+from bnjax.cli import run_reporting
 from bnjax.folding import fold_batch_norm
 from bnjax.models import Normalization
-from bnjax.training.errors import run_reporting
 
 RESULT = ROOT / "benchmarks" / "results" / "folding.json"
 Run = Callable[[], jax.Array]

@@ -31,7 +31,8 @@ from benchmarks.passes import Program
 from benchmarks.peers import Case
 from benchmarks.report import write_run
 from benchmarks.step import sized, step_program
-from bnjax.training.errors import UserError, run_reporting
+from bnjax.cli import run_reporting
+from bnjax.data.config import SettingError
 
 SHAPES = ("256x28x28x64", "32x28x28x192", "32x8x8x48")
 LIBRARIES = ("bnjax", "flax.linen")
@@ -61,10 +62,9 @@ def compare(
     _, absent = installed(libraries)
     for name in libraries:
         if name in absent or name not in peers.PEERS:
-            raise UserError(
+            raise SettingError(
                 f"--libraries {name}: not installed here, or without a profile by JAX; "
-                f"expected some of {', '.join(peers.PEERS)}.",
-                2,
+                f"expected some of {', '.join(peers.PEERS)}."
             )
     timing.keep_memory()
     rows = []

@@ -37,7 +37,8 @@ from benchmarks.passes import PASSES, Program
 from benchmarks.peers import PEERS, Case
 from benchmarks.report import write_run
 from benchmarks.summary import row_of, summarize
-from bnjax.training.errors import UserError, run_reporting
+from bnjax.cli import run_reporting
+from bnjax.data.config import SettingError
 
 SHAPES = (
     "256x28x28x64",
@@ -131,8 +132,8 @@ def installed(libraries: Sequence[str]) -> tuple[list[str], list[str]]:
     known = (*PEERS, "torch")
     for name in libraries:
         if name not in known:
-            raise UserError(
-                f"--libraries {name}: expected some of {', '.join(known)}.", 2
+            raise SettingError(
+                f"--libraries {name}: expected some of {', '.join(known)}."
             )
     present = [
         name
@@ -164,8 +165,8 @@ def parse(shape: str) -> tuple[int, ...]:
     except ValueError:
         sizes = ()
     if len(sizes) < 2 or min(sizes) < 1:
-        raise UserError(
-            f"--shapes {shape}: expected two or more sizes, such as 32x28x28x192.", 2
+        raise SettingError(
+            f"--shapes {shape}: expected two or more sizes, such as 32x28x28x192."
         )
     return sizes
 
@@ -234,7 +235,7 @@ def check(case: Case, kind: str, programs: dict[str, Program]) -> None:
     """Raise where two libraries differ in an output or a gradient.
 
     Raises:
-        UserError: with the name of the library that is far from the first.
+        SettingError: with the name of the library that is far from the first.
     """
     (first, program), *others = programs.items()
     examples = max(1, _COMPARED // math.prod(case.shape[1:]))
@@ -253,7 +254,7 @@ def check(case: Case, kind: str, programs: dict[str, Program]) -> None:
             got = found[name]
             far = np.linalg.norm(got - value) / np.linalg.norm(value)
             if not far <= TOLERANCE[case.dtype]:
-                raise UserError(
+                raise SettingError(
                     f"{other} and {first} do other work: {name} of {kind}, "
                     f"{case.variation}, {case.dtype}[{case.name}], is {far:.1e} of its "
                     f"norm apart; expected at most {TOLERANCE[case.dtype]:.0e}. Leave "

@@ -17,11 +17,11 @@ from pathlib import Path
 import tyro
 
 from benchmarks.report import ROOT, write_result
+from bnjax.cli import run_reporting
 from bnjax.data.sources import open_source
 from bnjax.training.config import BatchNormConfig, Config
-from bnjax.training.errors import run_reporting
+from bnjax.training.loop import Run
 from bnjax.training.presets import mnist
-from bnjax.training.run import Run
 
 RESULT = ROOT / "benchmarks" / "results" / "mnist_steps_per_second.json"
 

@@ -30,7 +30,7 @@ from benchmarks import hlo, peers, timing
 from benchmarks.layer import measured
 from benchmarks.peers import Case
 from benchmarks.report import write_run
-from bnjax.training.errors import run_reporting
+from bnjax.cli import run_reporting
 
 AXIS = "batch"
 LIBRARIES = {"bnjax": bnjax.linen.BatchNorm, "flax.linen": linen.BatchNorm}

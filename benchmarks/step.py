@@ -48,7 +48,8 @@ from benchmarks.networks import (
 )
 from benchmarks.passes import Program
 from benchmarks.report import ROOT, write_run
-from bnjax.training.errors import UserError, run_reporting
+from bnjax.cli import run_reporting
+from bnjax.data.config import SettingError
 
 ARRAYS = "arrays"
 STACK_SHAPE = (64, 56, 56, 64)
@@ -104,7 +105,9 @@ def compare(
 def sized(name: str, batch_size: int | None) -> Network:
     """Return the network called `name`, with a batch of the size given."""
     if name not in NETWORKS:
-        raise UserError(f"--networks {name}: expected some of {', '.join(NETWORKS)}.")
+        raise SettingError(
+            f"--networks {name}: expected some of {', '.join(NETWORKS)}."
+        )
     network = NETWORKS[name]
     if batch_size is None:
         return network

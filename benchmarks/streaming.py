@@ -24,13 +24,11 @@ import numpy as np
 import tyro
 
 from benchmarks.report import ROOT, write_result
+from bnjax.cli import run_reporting
 from bnjax.data.config import AugmentConfig, DataConfig
-from bnjax.data.order import HostOrder
-from bnjax.data.pipeline import Feed, host_transform, make_feed
+from bnjax.data.pipeline import Feed, HostBatches, HostOrder, host_transform, make_feed
 from bnjax.data.sources import open_data
-from bnjax.data.streaming import HostBatches
 from bnjax.training.config import Config
-from bnjax.training.errors import run_reporting
 
 RESULTS = ROOT / "benchmarks" / "results"
 MEBIBYTE = 2**20
@@ -109,7 +107,12 @@ def rate(
     for size in batch_sizes:
         for count in workers:
             config = make_config(size, count, 8, name)
-            feed = make_feed(config, open_data(config.data), jax.random.key)
+            feed = make_feed(
+                config.data,
+                open_data(config.data),
+                batch_size=config.batch_size,
+                key=jax.random.key(0),
+            )
             row = {"batch_size": size, "workers": count}
             rows.append(row | take_steps(feed, steps, step_ms / 1000))
             feed.close()
@@ -143,7 +146,12 @@ def memory(
         name: The data set.
     """
     config = make_config(batch_size, workers, 4, name)
-    feed = make_feed(config, open_data(config.data), jax.random.key)
+    feed = make_feed(
+        config.data,
+        open_data(config.data),
+        batch_size=config.batch_size,
+        key=jax.random.key(0),
+    )
     samples = []
     for step in range(batches):
         feed.chunk(step, 1)

@@ -18,7 +18,8 @@ import tyro
 
 from benchmarks.aot import KINDS, TARGETS
 from benchmarks.report import RESULTS, ROOT
-from bnjax.training.errors import UserError, run_reporting
+from bnjax.cli import run_reporting
+from bnjax.data.config import SettingError
 
 Figure = Callable[[dict[str, Any]], float | None]
 Tables = Callable[[dict[str, Any]], list[str]]
@@ -45,7 +46,7 @@ def replaced(page: Path, text: str) -> str:
     """Return what is in the page, with `text` between its markers."""
     now = page.read_text("utf-8")
     if BEGIN not in now or END not in now:
-        raise UserError(f"{page.name} lacks a marker; expected {BEGIN} and {END}.")
+        raise SettingError(f"{page.name} lacks a marker; expected {BEGIN} and {END}.")
     before, _, rest = now.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
 

@@ -33,11 +33,12 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 from benchmarks.report import ROOT, write_result
+from bnjax.cli import run_reporting
+from bnjax.data.config import SettingError
 from bnjax.data.sources import Source, open_source
 from bnjax.training.config import Config
-from bnjax.training.errors import UserError, run_reporting
+from bnjax.training.loop import Run
 from bnjax.training.presets import mnist
-from bnjax.training.run import Run
 
 RESULT = ROOT / "benchmarks" / "results" / "training_rate.json"
 ASKED = {"flax loop": 1.2, "torch loop": 3.5, "products": None}
@@ -182,7 +183,7 @@ def torch_loop(
         child.stdin.flush()
         answer = child.stdout.readline()
         if not answer:
-            raise UserError(f"{python} ended: expected a Python that has torch.")
+            raise SettingError(f"{python} ended: expected a Python that has torch.")
         return float(answer)
 
     return take, child

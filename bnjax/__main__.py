@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 
 import bnjax
+from bnjax.cli import run_reporting
 from bnjax.commands import COMMANDS
-from bnjax.training.errors import run_reporting
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -275,3 +275,15 @@ def naming(layer: str):
         if message.startswith("batch_norm: "):
             error.args = (message.replace("batch_norm", layer, 1),)
         raise
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return what another library's error says, in one line.
+
+    Example:
+        >>> first_line(ValueError("no such file\n\nTraceback: ..."))
+        'no such file'
+        >>> first_line(EOFError())
+        'EOFError'
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -25,12 +25,12 @@ import numpy as np
 import tyro
 
 from benchmarks.report import ROOT, write_result
+from bnjax.cli import run_reporting
 from bnjax.data.sources import open_data
 from bnjax.population import recompute_batch_stats
-from bnjax.training.build import build
 from bnjax.training.config import Config
-from bnjax.training.errors import run_reporting
 from bnjax.training.presets.small import lenet_mnist
+from bnjax.training.program import build
 from experiments.figures import new_figure, save
 from experiments.runs import once, rounded, visit
 

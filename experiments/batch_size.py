@@ -23,11 +23,12 @@ import numpy as np
 import tyro
 
 from benchmarks.report import ROOT, write_result
+from bnjax.cli import run_reporting
+from bnjax.data.config import SettingError
 from bnjax.data.sources import open_data
-from bnjax.training.build import build
 from bnjax.training.config import Config
-from bnjax.training.errors import UserError, run_reporting
 from bnjax.training.presets import mnist
+from bnjax.training.program import build
 from experiments.figures import COLORS, WITH, WITHOUT, new_figure, plot_median, save
 from experiments.runs import once, rounded, visit
 
@@ -111,7 +112,7 @@ def refusal(data_dir: Path | None) -> str:
     """Return what is said of batches of one example with normalization."""
     try:
         next(visit(settings(WITH, 1, 0, data_dir), [1]))
-    except UserError as error:
+    except SettingError as error:
         return str(error)
     raise AssertionError("a batch of one example was taken")
 

@@ -20,8 +20,8 @@ import numpy as np
 import tyro
 
 from benchmarks.report import ROOT, write_result
+from bnjax.cli import run_reporting
 from bnjax.training.config import Config
-from bnjax.training.errors import run_reporting
 from experiments.cifar10 import networks, trained
 from experiments.figures import new_figure, save
 from experiments.runs import rounded

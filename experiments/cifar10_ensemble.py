@@ -18,10 +18,10 @@ from typing import Any
 import tyro
 
 from benchmarks.report import ROOT, write_result
-from bnjax.training.errors import run_reporting
+from bnjax.cli import run_reporting
+from bnjax.training.evaluation import evaluate_runs
 from bnjax.training.loop import train
 from bnjax.training.presets import PRESETS
-from bnjax.training.scoring import evaluate_runs
 from bnjax.training.workdir import CONFIG, SUMMARY
 from experiments.cifar10 import CACHE
 from experiments.runs import RUNS

@@ -19,8 +19,8 @@ import numpy as np
 import tyro
 
 from benchmarks.report import ROOT, write_result
+from bnjax.cli import run_reporting
 from bnjax.training.config import Config
-from bnjax.training.errors import run_reporting
 from bnjax.training.presets import PRESETS
 from experiments.cifar10 import CACHE
 from experiments.figures import COLORS, WITH, WITHOUT, new_figure, save

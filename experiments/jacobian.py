@@ -23,12 +23,12 @@ import numpy as np
 import tyro
 
 from benchmarks.report import ROOT, write_result
+from bnjax.cli import run_reporting
 from bnjax.data.sources import open_data
 from bnjax.diagnostics import layer_block, layer_input, singular_values
-from bnjax.training.build import build
 from bnjax.training.config import Config
-from bnjax.training.errors import run_reporting
 from bnjax.training.presets import mnist
+from bnjax.training.program import build
 from experiments.figures import COLORS, WITH, WITHOUT, new_figure, save
 from experiments.runs import once, rounded, visit
 

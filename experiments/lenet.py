@@ -18,8 +18,8 @@ import numpy as np
 import tyro
 
 from benchmarks.report import ROOT, write_result
+from bnjax.cli import run_reporting
 from bnjax.training.config import Config
-from bnjax.training.errors import run_reporting
 from bnjax.training.presets import PRESETS
 from experiments.runs import once, rounded, run_once
 

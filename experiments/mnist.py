@@ -23,13 +23,13 @@ import numpy as np
 import tyro
 
 from benchmarks.report import ROOT, write_result
+from bnjax.cli import run_reporting
 from bnjax.data.sources import open_data
 from bnjax.diagnostics import input_percentiles, movement, nonlinearity_inputs
-from bnjax.training.build import build
 from bnjax.training.config import Config
-from bnjax.training.errors import run_reporting
 from bnjax.training.presets import mnist
-from bnjax.training.state import state_sha256
+from bnjax.training.program import build
+from bnjax.training.step import state_sha256
 from experiments.figures import (
     COLORS,
     WITH,

@@ -30,13 +30,12 @@ import tyro
 from matplotlib.axes import Axes
 
 from benchmarks.report import ROOT, write_result
-from bnjax.data.resident import Arrays
-from bnjax.data.sources import open_data
+from bnjax.cli import run_reporting
+from bnjax.data.sources import Arrays, open_data
 from bnjax.population import recompute_batch_stats
-from bnjax.training.build import build
 from bnjax.training.config import Config
-from bnjax.training.errors import run_reporting
 from bnjax.training.presets import mnist
+from bnjax.training.program import build
 from experiments import batch_size
 from experiments.figures import WITH, new_figure, plot_median, save
 from experiments.runs import once, rounded, visit

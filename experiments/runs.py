@@ -17,12 +17,10 @@ from typing import Any
 
 from benchmarks.report import ROOT, commit
 from bnjax.data.sources import open_data
-from bnjax.training.config import Config
-from bnjax.training.errors import DivergedError
-from bnjax.training.loop import train
+from bnjax.training.config import Config, result_config
+from bnjax.training.faults import DivergedError
+from bnjax.training.loop import Run, train
 from bnjax.training.metrics import read_metrics
-from bnjax.training.record import result_config
-from bnjax.training.run import Run
 from bnjax.training.workdir import CONFIG
 
 RUNS = ROOT / "runs" / "experiments"

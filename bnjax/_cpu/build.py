@@ -27,7 +27,7 @@ from pathlib import Path
 
 import jax
 
-from bnjax._cache import cache_dir
+from bnjax._files import cache_dir
 
 try:
     import fcntl

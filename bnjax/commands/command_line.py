@@ -9,7 +9,7 @@ import tyro
 
 from bnjax._validate import did_you_mean
 from bnjax.commands import COMMANDS
-from bnjax.training.errors import USAGE, UserError
+from bnjax.data.config import SettingError
 
 Command = Callable[[], None]
 Flag = tyro.conf.FlagCreatePairsOff[bool]
@@ -33,22 +33,21 @@ def parse(words: Sequence[str]) -> Command:
         What does it when called.
 
     Raises:
-        UserError: there is no such command.
+        SettingError: there is no such command.
         SystemExit: status 0 after --help, 2 after a flag tyro refuses.
 
     Example:
         >>> parse(["inspct", "runs/a"])
         Traceback (most recent call last):
-        bnjax.training.errors.UserError: there is no command 'inspct'. Did you mean
+        bnjax.data.config.SettingError: there is no command 'inspct'. Did you mean
         'inspect'? Expected one of: inspect, ...
     """
     name = words[0] if words else ""
     if name not in COMMANDS:
         given = f"there is no command {name!r}." if name else "no command is given."
-        raise UserError(
+        raise SettingError(
             f"{given}{did_you_mean(name, COMMANDS)} Expected one of: "
             f"{', '.join(COMMANDS)}. python -m bnjax --help says what they do.",
-            USAGE,
         )
     prog = f"python -m bnjax {name}"
     own, flags = list(words[1:]), ()

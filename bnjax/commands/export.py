@@ -8,12 +8,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from bnjax._files import check_output
 from bnjax.commands.fold import fold_state
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.interop.export import export_inference, save
-from bnjax.interop.files import check_output
-from bnjax.training.errors import UserError
-from bnjax.training.trained import open_trained
+from bnjax.training.config import RunError
+from bnjax.training.evaluation import open_trained
 
 
 def export_run(
@@ -43,7 +43,7 @@ def export_run(
         data_dir: where tfds data sets are, if no longer where the run found them.
 
     Raises:
-        UserError: the folder is no run, the network cannot be exported, or the file
+        RunError: the folder is no run, the network cannot be exported, or the file
             not written.
     """
     check_output(out, overwrite=force)
@@ -53,8 +53,8 @@ def export_run(
     if fold and state.batch_stats:
         try:
             network, _ = fold_state(program, state, run.source.image_shape)
-        except UserError as error:
-            raise UserError(f"{error} Or export it as it is: --no-fold.") from error
+        except RunError as error:
+            raise RunError(f"{error} Or export it as it is: --no-fold.") from error
     else:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         network = functools.partial(program.model.apply, variables, train=False)

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from bnjax._files import check_output, write_output
 from bnjax._validate import did_you_mean
+from bnjax.data.config import SettingError
 from bnjax.folding import Folded, fold_batch_norm
-from bnjax.interop.files import check_output, write_output
 from bnjax.interop.torch import write_state_dict
-from bnjax.training.build import Program
-from bnjax.training.errors import USAGE, UserError
-from bnjax.training.state import TrainState
-from bnjax.training.trained import open_trained
+from bnjax.training.config import RunError
+from bnjax.training.evaluation import open_trained
+from bnjax.training.program import Program
+from bnjax.training.step import TrainState
 
 SUFFIXES = (".npz", ".safetensors")
 EXAMPLES = 16
@@ -43,7 +44,7 @@ def fold_run(
         data_dir: where tfds data sets are, if no longer where the run found them.
 
     Raises:
-        UserError: the folder is no run, its network has nothing to fold, or a file
+        RunError: the folder is no run, its network has nothing to fold, or a file
             cannot be written.
     """
     _check_suffix(out)
@@ -97,7 +98,7 @@ def fold_state(
         from before, on random inputs.
 
     Raises:
-        UserError: it cannot be folded.
+        RunError: it cannot be folded.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
 
@@ -108,7 +109,7 @@ def fold_state(
     try:
         folded = fold_batch_norm(apply, variables, x, dtype=dtype and jnp.dtype(dtype))
     except ValueError as error:
-        raise UserError(f"the network cannot be folded: {error}") from error
+        raise RunError(f"the network cannot be folded: {error}") from error
     before, after = (
         np.float64(logits) for logits in (jax.jit(apply)(variables, x), folded(x))
     )
@@ -117,10 +118,9 @@ def fold_state(
 
 def _npz(out: Path, weights: dict[str, np.ndarray]) -> bytes:
     if any(leaf.dtype.kind == "V" for leaf in weights.values()):
-        raise UserError(
+        raise SettingError(
             f"{out}: NumPy's files have no bfloat16. Give a name that ends in "
             ".safetensors, or --dtype float32.",
-            USAGE,
         )
     file = io.BytesIO()
     np.savez(file, **weights)  # pyright: ignore[reportArgumentType]
@@ -129,8 +129,7 @@ def _npz(out: Path, weights: dict[str, np.ndarray]) -> bytes:
 
 def _check_suffix(out: Path) -> None:
     if out.suffix not in SUFFIXES:
-        raise UserError(
+        raise SettingError(
             f"{out} ends in {out.suffix!r}; expected {' or '.join(SUFFIXES)}."
             f"{did_you_mean(out.suffix, SUFFIXES)}",
-            USAGE,
         )

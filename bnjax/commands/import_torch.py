@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from bnjax.commands.new_run import check_new_run, write_run
+from bnjax.data.config import SettingError
 from bnjax.data.sources import open_data
 from bnjax.interop.torch import from_torch, match, read_state_dict, trace
-from bnjax.training.build import build
-from bnjax.training.errors import USAGE, UserError
 from bnjax.training.presets import parse
+from bnjax.training.program import build
 
 
 def import_torch(
@@ -39,7 +39,7 @@ def import_torch(
         force: replace a run that is in `output`.
 
     Raises:
-        UserError: the file cannot be read, its tensors do not fit the network, or the
+        RunError: the file cannot be read, its tensors do not fit the network, or the
             folder cannot be written.
     """
     given = dict(_pair(each) for each in names)
@@ -81,9 +81,8 @@ def import_torch(
 def _pair(text: str) -> tuple[str, str]:
     theirs, _, ours = text.partition("=")
     if not theirs or not ours:
-        raise UserError(
+        raise SettingError(
             f"--names {text}: expected THEIRS=OURS, a layer or block of PyTorch and "
             "the path of ours, such as layer1=stage1.",
-            USAGE,
         )
     return theirs, ours

@@ -10,9 +10,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bnjax.commands.table import format_table
+from bnjax.data.config import SettingError
 from bnjax.interop.torch_files import natural
-from bnjax.training.errors import USAGE, UserError
-from bnjax.training.trained import open_trained
+from bnjax.training.evaluation import open_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +128,11 @@ def inspect_run(
         data_dir: where tfds data sets are, if no longer where the run found them.
 
     Raises:
-        UserError: the folder is no run, or something in it is damaged.
+        RunError: the folder is no run, or something in it is damaged.
     """
     for flag, value in (("scale", scale_below), ("var", var_below)):
         if value is not None and not value >= 0:
-            raise UserError(f"--{flag}-below {value}: expected 0 or more.", USAGE)
+            raise SettingError(f"--{flag}-below {value}: expected 0 or more.")
     run = open_trained(workdir, data_dir)
     _, state = run.restore()
     var_below = run.config.bn.epsilon if var_below is None else var_below

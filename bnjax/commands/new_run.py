@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bnjax.data.config import SettingError
 from bnjax.training.checkpoint import Notes, open_checkpoints
 from bnjax.training.config import Config
-from bnjax.training.description import describe
-from bnjax.training.errors import USAGE, UserError
-from bnjax.training.state import TrainState
-from bnjax.training.workdir import CONFIG, write_json, writing
+from bnjax.training.step import TrainState
+from bnjax.training.workdir import CONFIG, describe, write_json, writing
 
 
 def check_new_run(workdir: Path, *, force: bool = False) -> None:
@@ -23,27 +22,24 @@ def check_new_run(workdir: Path, *, force: bool = False) -> None:
         force: a run that is there may be replaced; nothing else may.
 
     Raises:
-        UserError: it is there already, or the folder it is to be in is not.
+        RunError: it is there already, or the folder it is to be in is not.
     """
     if not workdir.parent.is_dir():
-        raise UserError(
+        raise SettingError(
             f"--output {workdir}: {workdir.parent} is not there. Make it first, or "
             "give another place.",
-            USAGE,
         )
     if not workdir.exists() or (workdir.is_dir() and not any(workdir.iterdir())):
         return
     if not (workdir / CONFIG).is_file():
-        raise UserError(
+        raise SettingError(
             f"--output {workdir} is there and holds no run: expected a folder that is "
             "new or empty, or with --force one that holds a run.",
-            USAGE,
         )
     if not force:
-        raise UserError(
+        raise SettingError(
             f"--output {workdir} holds a run already. Nothing was overwritten: give "
             "another folder, or --force to replace it.",
-            USAGE,
         )
 
 
@@ -69,7 +65,7 @@ def write_run(
         force: a run that is there may be replaced.
 
     Raises:
-        UserError: as `check_new_run`, the state is not finite, or the disk is full.
+        RunError: as `check_new_run`, the state is not finite, or the disk is full.
     """
     check_new_run(workdir, force=force)
     with _replacing_folder(workdir) as folder:

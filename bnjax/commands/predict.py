@@ -9,17 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from bnjax._files import check_output, write_output
 from bnjax.commands.table import format_table
-from bnjax.data.folder import SUFFIXES
+from bnjax.data.config import SettingError
 from bnjax.data.pipeline import make_to_inputs
-from bnjax.data.records import decode_image
-from bnjax.data.sources import Source
-from bnjax.interop.files import check_output, write_output
-from bnjax.training.ensemble import Predictor, softmax
-from bnjax.training.errors import USAGE, UserError
-from bnjax.training.layouts import Spmd
-from bnjax.training.progress import Loading
-from bnjax.training.trained import open_trained
+from bnjax.data.sources import SUFFIXES, Source, decode_image
+from bnjax.training.config import RunError
+from bnjax.training.evaluation import Predictor, open_trained, softmax
+from bnjax.training.metrics import Loading
+from bnjax.training.sharding import Spmd
 
 BATCH = 64
 # Of an image in a file, whatever the data set has.
@@ -50,11 +48,11 @@ def predict_images(
         data_dir: where tfds data sets are, if no longer where the run found them.
 
     Raises:
-        UserError: the folder is no run, there is no image, none can be decoded, or one
+        RunError: the folder is no run, there is no image, none can be decoded, or one
             is not of the network's size and the run resized none.
     """
     if top < 1:
-        raise UserError(f"--top {top}: expected 1 or more.", USAGE)
+        raise SettingError(f"--top {top}: expected 1 or more.")
     if output is not None:
         check_output(output, overwrite=force)
     files = list_images(images)
@@ -72,7 +70,7 @@ def predict_images(
     for found, pixels in _batches(files, run.source, unreadable):
         probabilities = softmax(np.asarray(predictor(pixels))[: len(found)])
         if not np.isfinite(probabilities).all():
-            raise UserError(
+            raise RunError(
                 f"the network of {workdir} gives {found[0]} no finite probability: its "
                 "outputs overflow. Train again with a lower --learning-rate."
             )
@@ -92,7 +90,7 @@ def predict_images(
                 }
             )
     if not described:
-        raise UserError(
+        raise RunError(
             f"none of {len(files):,} files can be decoded, {files[0]} being the first. "
             "Expected JPEG, PNG, BMP or WebP."
         )
@@ -116,7 +114,7 @@ def list_images(places: Sequence[Path]) -> list[Path]:
             suffix of an image.
 
     Raises:
-        UserError: one is not there, or holds no image.
+        RunError: one is not there, or holds no image.
     """
     files = []
     for place in places:
@@ -125,21 +123,19 @@ def list_images(places: Sequence[Path]) -> list[Path]:
                 path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES
             )
             if not found:
-                raise UserError(
+                raise SettingError(
                     f"{place} holds no image ({', '.join(SUFFIXES)}). Give files, or "
                     "folders that hold some.",
-                    USAGE,
                 )
             files += found
         elif place.is_file():
             files.append(place)
         else:
-            raise UserError(
+            raise SettingError(
                 f"{place} is not there. Give image files, or folders that hold some.",
-                USAGE,
             )
     if not files:
-        raise UserError("no image is given: name files, or folders of them.", USAGE)
+        raise SettingError("no image is given: name files, or folders of them.")
     return files
 
 
@@ -174,7 +170,7 @@ def _read(file: Path, source: Source) -> np.ndarray | None:
     try:
         encoded = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from error
+        raise RunError(f"{file} cannot be read: {error.strerror or error}.") from error
     image = decode_image(encoded, shape[2] if len(shape) == 3 else 1)
     if image is None:
         return None
@@ -184,7 +180,7 @@ def _read(file: Path, source: Source) -> np.ndarray | None:
         given, expected = (
             "x".join(map(str, each[:2])) for each in (image.shape, shape)
         )
-        raise UserError(
+        raise RunError(
             f"{file} is {given} pixels (height x width); the network takes {expected}, "
             "and its run resized no image (--data.image-size). Resize it first."
         )

@@ -11,14 +11,13 @@ from flax.traverse_util import flatten_dict
 
 from bnjax.commands.new_run import check_new_run, write_run
 from bnjax.commands.table import format_table
-from bnjax.training.build import build
+from bnjax.data.config import SettingError
 from bnjax.training.checkpoint import open_checkpoints
-from bnjax.training.errors import USAGE, UserError
-from bnjax.training.feed import make_run_feed
-from bnjax.training.parallel import evaluation_parallel
-from bnjax.training.population import Population
-from bnjax.training.progress import Loading
-from bnjax.training.trained import open_trained
+from bnjax.training.config import RunError
+from bnjax.training.evaluation import Population, open_trained
+from bnjax.training.metrics import Loading
+from bnjax.training.program import build, make_run_feed
+from bnjax.training.sharding import evaluation_parallel
 from bnjax.training.workdir import CONFIG, read_json
 
 
@@ -47,19 +46,17 @@ def recompute_run(
         data_dir: where tfds data sets are, if no longer where the run found them.
 
     Raises:
-        UserError: a folder is no run or cannot be written, or the network has no
+        RunError: a folder is no run or cannot be written, or the network has no
             statistics to estimate.
     """
     if batches < 1:
-        raise UserError(f"--batches {batches}: expected 1 or more.", USAGE)
+        raise SettingError(f"--batches {batches}: expected 1 or more.")
     check_new_run(output, force=force)
     if output.resolve() == workdir.resolve():
-        raise UserError(
-            f"--output {output} is the run itself. Give another folder.", USAGE
-        )
+        raise SettingError(f"--output {output} is the run itself. Give another folder.")
     run = open_trained(workdir, data_dir)
     if run.config.ema is not None:
-        raise UserError(
+        raise RunError(
             f"{workdir} was trained with --ema: eval.py takes its statistics again "
             "each time, over --batch-stats-from batches."
         )
@@ -67,7 +64,7 @@ def recompute_run(
     with open_checkpoints(workdir, run.config, read_only=True) as found:
         state, notes = found.restore(program.initial_state())
     if not state.batch_stats:
-        raise UserError(
+        raise RunError(
             f"{workdir} was trained without batch normalization: it has no statistics."
         )
     parallel = evaluation_parallel(run.config)

@@ -4,8 +4,15 @@ import dataclasses
 import math
 from typing import Literal
 
-from bnjax.data.order import Shuffle
-from bnjax.training.errors import USAGE, UserError
+Shuffle = Literal["global", "within-shard", "fixed-batches"]
+
+
+class SettingError(ValueError):
+    """A setting that no run can use; the message names its flag."""
+
+
+class DataError(ValueError):
+    """Data that are not there, or that cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +84,12 @@ def validate_data(data: DataConfig) -> None:
     """Refuse values no run can use.
 
     Raises:
-        UserError: naming the flag, what was given and what was expected.
+        DataError: naming the flag, what was given and what was expected.
 
     Example:
         >>> validate_data(DataConfig(workers=-1))
         Traceback (most recent call last):
-        bnjax.training.errors.UserError: --data.workers -1: expected 0 or more.
+        bnjax.data.config.DataError: --data.workers -1: expected 0 or more.
     """
     for name, least in (
         ("workers", 0),
@@ -124,7 +131,7 @@ def check_images(data: DataConfig, image_shape: tuple[int, ...]) -> None:
         image_shape: (height, width) or (height, width, channels).
 
     Raises:
-        UserError: naming the flag, what was given and what was expected.
+        DataError: naming the flag, what was given and what was expected.
     """
     channels = image_shape[2] if len(image_shape) == 3 else 1
     for name in ("mean", "std"):
@@ -143,4 +150,4 @@ def check_images(data: DataConfig, image_shape: tuple[int, ...]) -> None:
 def _refuse(field: str, value: object, expected: str) -> None:
     flag = "--data." + field.replace("_", "-")
     shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    raise UserError(f"{flag} {shown}: expected {expected}.", USAGE)
+    raise SettingError(f"{flag} {shown}: expected {expected}.")

@@ -10,10 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax._validate import did_you_mean
-from bnjax.interop.files import check_output, write_output
+from bnjax._files import check_output, write_output
+from bnjax._validate import did_you_mean, first_line
 from bnjax.interop.trailer import check_trailer, trailer
-from bnjax.training.errors import USAGE, UserError, first_line
+
+
+class ExportError(ValueError):
+    """A function that cannot be exported, or a file of one that cannot be read."""
+
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
@@ -46,7 +50,7 @@ def export_inference(
         What `save` writes; `.call(x)` runs it.
 
     Raises:
-        UserError: the function cannot be exported, or not for every batch size; a
+        ExportError: the function cannot be exported, or not for every batch size; a
             platform is unknown, or the example has no batch.
 
     Example:
@@ -60,7 +64,7 @@ def export_inference(
     platforms = _check_platforms(platforms)
     shape, dtype = _check_example(example)
     if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size {batch_size}: expected 1 or more, or None.", USAGE)
+        raise ExportError(f"batch_size {batch_size}: expected 1 or more, or None.")
     if variables is not None:
         function = functools.partial(function, jax.tree.map(np.asarray, variables))
 
@@ -81,7 +85,7 @@ def export_inference(
         return lower(symbol)
     except Exception as error:
         _or_refused(lambda: lower(fixed))
-        raise UserError(
+        raise ExportError(
             "the function cannot be exported for every batch size: "
             f"{first_line(error)} It computes with the number of examples, or "
             "branches on it. Export it for one: batch_size=N, --batch-size N on the "
@@ -103,12 +107,12 @@ def save(
         overwrite: a file that is there may be replaced.
 
     Raises:
-        UserError: it cannot be written there, or it cannot be serialized.
+        ExportError: it cannot be written there, or it cannot be serialized.
     """
     path = Path(path)
     check_output(path, overwrite=overwrite)
     if len(exported.in_avals) != 1:
-        raise UserError(
+        raise ExportError(
             f"{exported.fun_name} takes {len(exported.in_avals)} arrays; expected one, "
             "the images, as export_inference gives it."
         )
@@ -117,7 +121,7 @@ def save(
     except ImportError as error:
         raise _needs_flatbuffers() from error
     except ValueError as error:
-        raise UserError(
+        raise ExportError(
             f"{exported.fun_name} cannot be written: {first_line(error)} Expected a "
             "function that gives arrays, in tuples, lists or dictionaries."
         ) from error
@@ -159,7 +163,7 @@ class Loaded:
             What the function gave that was exported.
 
         Raises:
-            UserError: the array is of another shape or dtype.
+            ExportError: the array is of another shape or dtype.
         """
         x = jnp.asarray(x)
         expected = self.input_shape
@@ -167,12 +171,12 @@ class Loaded:
         fixed = isinstance(expected[0], int)
         if not fits or not x.shape[0] or (fixed and x.shape[0] != expected[0]):
             batch = "" if fixed else ", b being 1 or more"
-            raise UserError(
+            raise ExportError(
                 f"x has shape {x.shape}; expected ({', '.join(map(str, expected))})"
                 f"{batch}."
             )
         if x.dtype != self.input_dtype:
-            raise UserError(
+            raise ExportError(
                 f"x has dtype {x.dtype}; expected {self.input_dtype}: convert it with "
                 f"x.astype({self.input_dtype.name!r}), and scale it as the network was "
                 "trained."
@@ -188,7 +192,7 @@ def load(path: str | Path) -> Loaded:
             you do not trust.
 
     Raises:
-        UserError: it is no such file, is damaged or cut short, was written for other
+        ExportError: it is no such file, is damaged or cut short, was written for other
             platforms than JAX runs on here, or by a version of JAX too far from this.
 
     Example:
@@ -201,14 +205,14 @@ def load(path: str | Path) -> Loaded:
         [[2.0, 4.0], [6.0, 8.0]]
         >>> double(x[0])
         Traceback (most recent call last):
-        bnjax.training.errors.UserError: x has shape (2,); expected (b, 2), b being 1
+        bnjax.interop.export.ExportError: x has shape (2,); expected (b, 2), b being 1
         or more.
     """
     path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(
+        raise ExportError(
             f"{path} could not be read: {error.strerror or error}. Expected a file "
             "that bnjax.interop.export.save wrote."
         ) from error
@@ -220,14 +224,14 @@ def load(path: str | Path) -> Loaded:
     except ImportError as error:
         raise _needs_flatbuffers() from error
     except Exception as error:
-        raise UserError(
+        raise ExportError(
             f"{path} was written by JAX {version}, and JAX {jax.__version__} cannot "
             f"read it: {first_line(error)}. Export it again with this version, or run "
             "it with that one or a newer one."
         ) from error
     here = jax.export.default_export_platform()
     if here not in exported.platforms:
-        raise UserError(
+        raise ExportError(
             f"{path} was exported for {', '.join(exported.platforms)}, and JAX runs on "
             f"{here} here. Export it again with {here} among its platforms, or set "
             "JAX_PLATFORMS to one of them."
@@ -248,7 +252,7 @@ def _or_refused(lower: Callable[[], jax.export.Exported]) -> jax.export.Exported
     try:
         return lower()
     except Exception as error:
-        raise UserError(
+        raise ExportError(
             f"the function cannot be exported: {first_line(error)}"
         ) from error
 
@@ -262,15 +266,13 @@ def _check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
                 if name == "gpu"
                 else did_you_mean(name, KNOWN_PLATFORMS)
             )
-            raise UserError(
+            raise ExportError(
                 f"platform {name!r} is unknown: expected any of "
                 f"{', '.join(KNOWN_PLATFORMS)}.{hint}",
-                USAGE,
             )
     if not given:
-        raise UserError(
+        raise ExportError(
             f"no platform is given: expected any of {', '.join(KNOWN_PLATFORMS)}.",
-            USAGE,
         )
     return tuple(dict.fromkeys(given))
 
@@ -278,14 +280,14 @@ def _check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
 def _check_example(example: Any) -> tuple[tuple[int, ...], Any]:
     example = example if hasattr(example, "shape") else np.asarray(example)
     if not example.shape:
-        raise UserError(
+        raise ExportError(
             "the example has no dimension; expected an array of shape (batch, ...)."
         )
     return tuple(example.shape), jax.dtypes.canonicalize_dtype(example.dtype)
 
 
-def _needs_flatbuffers() -> UserError:
-    return UserError(
+def _needs_flatbuffers() -> ExportError:
+    return ExportError(
         "JAX writes and reads exported functions with the package flatbuffers, which "
         "is not installed: pip install flatbuffers."
     )

@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import unfreeze
 
-from bnjax.interop.torch_files import as_array, read_state_dict, write_state_dict
+from bnjax.interop.torch_files import (
+    TorchError,
+    as_array,
+    read_state_dict,
+    write_state_dict,
+)
 from bnjax.interop.torch_layers import Leaf, layers_of
 from bnjax.interop.torch_mapping import COUNTER, NameMapping, Pair
 from bnjax.interop.torch_matching import match
 from bnjax.interop.torch_trace import Call, trace
-from bnjax.training.errors import UserError
 
 __all__ = (
     "Call",
@@ -54,7 +58,7 @@ def from_torch(
         Variables of the same structure and dtypes. What was given stays as it was.
 
     Raises:
-        UserError: a tensor is missing, too many or of another shape; all are named.
+        TorchError: a tensor is missing, too many or of another shape; all are named.
 
     Example:
         >>> from flax import linen as nn
@@ -103,7 +107,7 @@ def to_torch(
         Arrays by name, for `write_state_dict`.
 
     Raises:
-        UserError: the mapping is of other variables.
+        TorchError: the mapping is of other variables.
 
     Example:
         >>> from bnjax.linen import BatchNorm
@@ -179,7 +183,7 @@ def batch_norm_options(
         momentum, epsilon, unbiased, use_scale and use_bias.
 
     Raises:
-        UserError: momentum is None.
+        TorchError: momentum is None.
 
     Example:
         >>> batch_norm_options(0.1)["momentum"], torch_batch_norm_options(0.9)
@@ -189,7 +193,7 @@ def batch_norm_options(
         True
     """
     if momentum is None:
-        raise UserError(
+        raise TorchError(
             "momentum=None, the plain mean over all batches, has no counterpart; "
             "expected a number. Take one, such as 0.1, and estimate the statistics "
             "again after training, with bnjax.population.recompute_batch_stats."
@@ -249,8 +253,8 @@ def _misfit(state: Mapping[str, Any], name: str, pair: Pair) -> list[str]:
     return []
 
 
-def _unlike(what: str, problems: Sequence[str]) -> UserError:
-    return UserError(
+def _unlike(what: str, problems: Sequence[str]) -> TorchError:
+    return TorchError(
         f"the mapping was made for another {what}:\n  "
         + "\n  ".join(problems)
         + "\nExpected the one it was made for; call match again."

@@ -12,8 +12,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from bnjax.interop.files import check_output, write_output
-from bnjax.training.errors import UserError, first_line
+from bnjax._files import check_output, write_output
+from bnjax._validate import first_line
+
+
+class TorchError(ValueError):
+    """Weights of PyTorch that cannot be read, or that do not fit a network."""
+
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".pt", ".pth", ".bin")
@@ -39,7 +44,7 @@ def read_state_dict(path: Path | str) -> dict[str, np.ndarray]:
         Arrays by name, of the dtypes of the file; bfloat16 is that of ml_dtypes.
 
     Raises:
-        UserError: the file is not there, is damaged or of another kind, holds more
+        TorchError: the file is not there, is damaged or of another kind, holds more
             than tensors, or a package is missing.
 
     Example:
@@ -53,7 +58,7 @@ def read_state_dict(path: Path | str) -> dict[str, np.ndarray]:
     pickled = _is_pickle(path)
     if not path.is_file():
         reason = "is a folder" if path.is_dir() else "is not there"
-        raise UserError(f"{path} {reason}; expected a file of PyTorch weights.")
+        raise TorchError(f"{path} {reason}; expected a file of PyTorch weights.")
     state = _read_pickle(path) if pickled else _read_safetensors(path)
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in state):
@@ -74,7 +79,7 @@ def write_state_dict(
         overwrite: a file that is there may be replaced.
 
     Raises:
-        UserError: the file is there already or cannot be written, its ending is
+        TorchError: the file is there already or cannot be written, its ending is
             unknown, or a package is missing.
 
     Example:
@@ -82,7 +87,7 @@ def write_state_dict(
         >>> path = Path(tempfile.mkdtemp()) / "bn.npz"
         >>> write_state_dict(path, {"bn.weight": np.ones(2)})
         Traceback (most recent call last):
-        bnjax.training.errors.UserError: .../bn.npz ends in '.npz'; expected a file
+        bnjax.interop.torch_files.TorchError: .../bn.npz ends in '.npz'; expected a file
         of PyTorch weights: .safetensors, .pt, .pth, .bin.
     """
     path = Path(path)
@@ -124,7 +129,7 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 
 def _is_pickle(path: Path) -> bool:
     if path.suffix not in SAFETENSORS + PICKLES:
-        raise UserError(
+        raise TorchError(
             f"{path} ends in {path.suffix!r}; expected a file of PyTorch weights: "
             f"{', '.join(SAFETENSORS + PICKLES)}."
         )
@@ -136,7 +141,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         state = load(path)
     except Exception as error:
-        raise UserError(
+        raise TorchError(
             f"{path} is damaged, or no safetensors file: {first_line(error)}. Copy or "
             "download it again."
         ) from error
@@ -149,14 +154,14 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"WeightsUnpickler error: (.*)", str(error))
-        raise UserError(
+        raise TorchError(
             f"{path} was refused: it is damaged, or holds more than tensors, and to "
             f"read that could run code from the file "
             f"({found[1] if found else first_line(error)}). Where you trust it, open "
             "it in PyTorch and save model.state_dict() alone."
         ) from error
     except Exception as error:
-        raise UserError(
+        raise TorchError(
             f"{path} is damaged, or was not written by torch.save: "
             f"{first_line(error)}. Copy or download it again."
         ) from error
@@ -172,7 +177,7 @@ def _unwrapped(path: Path, content: Any) -> dict[str, Any]:
             break
     if not tensors:
         keys = list(content) if isinstance(content, Mapping) else type(content).__name__
-        raise UserError(
+        raise TorchError(
             f"{path} holds {keys}; expected tensors by name, as model.state_dict() "
             f"gives them, at the top or under one of {', '.join(WRAPPERS)}."
         )
@@ -195,7 +200,7 @@ def _safetensors(path: Path) -> Any:
     try:
         return importlib.import_module("safetensors.numpy")
     except ModuleNotFoundError as error:
-        raise UserError(
+        raise TorchError(
             f"{path} needs the package safetensors: pip install 'bnjax[torch]', or "
             "pip install safetensors."
         ) from error
@@ -205,13 +210,13 @@ def _torch(path: Path) -> Any:
     try:
         torch = importlib.import_module("torch")
     except ModuleNotFoundError as error:
-        raise UserError(
+        raise TorchError(
             f"{path} needs PyTorch: pip install torch. Or, where PyTorch is, write "
             "the weights with safetensors.torch.save_file to a .safetensors file."
         ) from error
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < OLDEST_TORCH:
-        raise UserError(
+        raise TorchError(
             f"{path} was not opened: PyTorch {torch.__version__} can be made to run "
             "code by a file of weights (CVE-2025-32434); expected 2.6 or newer."
         )

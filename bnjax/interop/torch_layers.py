@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from flax.core import unfreeze
 
-from bnjax.interop.torch_files import natural
+from bnjax.interop.torch_files import TorchError, natural
 from bnjax.interop.torch_trace import Call
-from bnjax.training.errors import UserError
 
 NAMES = {
     "kernel": "weight",
@@ -140,7 +139,7 @@ def layers_of(
             where none does.
 
     Raises:
-        UserError: without calls, what reaches a matrix flattened cannot be told; or
+        TorchError: without calls, what reaches a matrix flattened cannot be told; or
             the channels given do not divide its rows.
     """
     variables = unfreeze(dict(variables))
@@ -231,7 +230,7 @@ def _first_matrix(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[st
     fitting = {each for each in convolutions if rows % each == 0}
     if fitting == {last}:
         return {path: last}
-    raise UserError(
+    raise TorchError(
         f"{path} has {rows} rows, and the names do not tell which feature map reaches "
         "it flattened: PyTorch and Flax flatten in different orders. Expected "
         "calls=trace(model, images, train=False); or the channels of that map, "
@@ -249,7 +248,7 @@ def _layer(path: str, call: Call, arrays: Sequence[Any]) -> Layer:
         rows = len(shape) == 2 if has_kernel else name in NAMES and name != "embedding"
         if call.channels and rows and len(shape) <= 2:
             if shape[0] % call.channels:
-                raise UserError(
+                raise TorchError(
                     f"channels: {path} has {shape[0]} rows, which is no multiple of "
                     f"{call.channels}; expected the channels of the feature map that "
                     "reaches it flattened, or None where none does."

@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 
 from bnjax._validate import did_you_mean
-from bnjax.interop.torch_files import natural
+from bnjax.interop.torch_files import TorchError, natural
 from bnjax.interop.torch_layers import Layer, Leaf, layers_of, shortcuts_last
 from bnjax.interop.torch_mapping import COUNTER, NameMapping, Pair
 from bnjax.interop.torch_trace import Call
-from bnjax.training.errors import UserError
 
 LEAVES = ("weight", "bias", "running_mean", "running_var")
 
@@ -68,7 +67,7 @@ def match(
         The mapping.
 
     Raises:
-        UserError: arrays are missing, too many or of other shapes, and all are named;
+        TorchError: arrays are missing, too many or of other shapes, and all are named;
             or a name given is unknown.
 
     Example:
@@ -191,7 +190,7 @@ def _paths(leaf: Leaf) -> tuple[str, str]:
 
 def _torch_layers(state: Mapping[str, Any]) -> dict[str, TorchLayer]:
     if not state:
-        raise UserError("the state dict is empty; expected tensors by name.")
+        raise TorchError("the state dict is empty; expected tensors by name.")
     order = list(state)
     if order == sorted(order):
         order.sort(key=natural)
@@ -218,14 +217,14 @@ def _check_known(option: str, given: Any, paths: Any, separator: str) -> None:
     for prefix in given:
         if all(_under(path, [prefix], separator) is None for path in paths):
             starts = {path.rsplit(separator, n)[0] for path in paths for n in range(3)}
-            raise UserError(
+            raise TorchError(
                 f"{option}: there is no {prefix!r}.{did_you_mean(prefix, starts)} "
                 f"Expected a layer or the start of its path, one of: "
                 f"{', '.join(sorted(starts, key=natural))}."
             )
 
 
-def _misfit(theirs: list[TorchLayer], ours: list[Layer]) -> UserError:
+def _misfit(theirs: list[TorchLayer], ours: list[Layer]) -> TorchError:
     """Name every array that has no counterpart."""
     lines = []
     for layer in ours:
@@ -255,7 +254,7 @@ def _misfit(theirs: list[TorchLayer], ours: list[Layer]) -> UserError:
                     ": our layer has no bias. Where a normalization follows it, "
                     "calls=trace(model, images, train=False) takes it into the mean"
                 )
-    return UserError(
+    return TorchError(
         "the state dict does not fit the network; of layers alike the last are named:"
         "\n  "
         + "\n  ".join(lines)

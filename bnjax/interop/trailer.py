@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from bnjax.training.errors import UserError
+from bnjax.interop.torch_files import TorchError
 
 _TRAILER = b"\nbnjax-export "
 
@@ -25,13 +25,13 @@ def check_trailer(path: Path, content: bytes) -> tuple[bytes, str]:
         described = json.loads(line)
         version, digest = described["jax"], described["sha256"]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
+        raise TorchError(
             f"{path} is no exported function, or is cut short: it does not end as "
             "bnjax.interop.export.save ends a file. Copy it again, or export again. "
             "What another program exported is read by jax.export.deserialize."
         ) from error
     if hashlib.sha256(body).hexdigest() != digest:
-        raise UserError(
+        raise TorchError(
             f"{path} is damaged: its bytes are not those that were written. Copy it "
             "again, or export again."
         )

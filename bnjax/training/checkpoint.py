@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import shutil
 import sys
@@ -15,12 +16,53 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from bnjax.training.config import Config
-from bnjax.training.digests import digests, first_change
-from bnjax.training.errors import DivergedError, UserError, first_line
-from bnjax.training.record import result_config
-from bnjax.training.state import TrainState
+from bnjax._validate import first_line
+from bnjax.training.config import Config, RunError, result_config
+from bnjax.training.faults import DivergedError
+from bnjax.training.step import TrainState
 from bnjax.training.workdir import CHECKPOINTS, read_json, sync_folder, write_json
+
+
+def digests(folder: Path, *, leave_out: str = "") -> dict[str, str]:
+    """Return the SHA-256 of every file, by its path within the folder.
+
+    Args:
+        folder: looked through with all folders below.
+        leave_out: the name of a file that is not digested.
+    """
+    return {
+        path.relative_to(folder).as_posix(): _sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != leave_out
+    }
+
+
+def first_change(folder: Path, expected: dict[str, str]) -> str | None:
+    """Say which file is no longer as its digest says, or nothing.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "a").write_text("one")
+        >>> before = digests(folder)
+        >>> first_change(folder, before)
+        >>> _ = (folder / "a").write_text("two")
+        >>> first_change(folder, before)
+        'a is not what was written'
+    """
+    found = digests(folder)
+    for name, digest in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 
 ROOM = 2**18
 MANIFEST = "manifest.json"
@@ -98,7 +140,7 @@ class Checkpoints:
 
         Raises:
             DivergedError: the state is not finite.
-            UserError: the disk does not take it, or did not take the one before.
+            RunError: the disk does not take it, or did not take the one before.
                 Whichever it is, the last good checkpoint is kept.
         """
         self.wait()
@@ -122,7 +164,7 @@ class Checkpoints:
         """Return once the checkpoint being written is there.
 
         Raises:
-            UserError: it could not be written.
+            RunError: it could not be written.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
@@ -138,7 +180,7 @@ class Checkpoints:
             target: a state of the shapes and the devices to restore to.
 
         Raises:
-            UserError: there is none, all are damaged, or it was made with another
+            RunError: there is none, all are damaged, or it was made with another
                 configuration.
         """
         tree, notes = self._newest(jax.tree.map(_copy, target))
@@ -151,7 +193,7 @@ class Checkpoints:
             The fields of a `TrainState`: nested dicts of NumPy arrays.
 
         Raises:
-            UserError: as `restore`.
+            RunError: as `restore`.
         """
         return self._newest(None)[0]
 
@@ -169,8 +211,8 @@ class Checkpoints:
                     _put_aside(error.where)
             return found
         if damaged:
-            raise UserError(f"{damaged[0]} There is no other. Train again.")
-        raise UserError(
+            raise RunError(f"{damaged[0]} There is no other. Train again.")
+        raise RunError(
             f"{self.folder} holds no whole checkpoint: the run ended before its "
             "first, or its files are damaged. Train again in a new --workdir."
         )
@@ -206,7 +248,7 @@ class Checkpoints:
             self._prune()
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(
+            raise RunError(
                 f"checkpoint {where} could not be written: {first_line(error)}. "
                 f"{self.last_good()} Is the disk full?"
             ) from error
@@ -244,7 +286,7 @@ class Checkpoints:
             raise
         except Exception as error:
             raise DamageError(where, first_line(error)) from error
-        raise UserError(
+        raise RunError(
             f"config.json is not the configuration that checkpoint {where} was "
             "made with: one of the two was edited or damaged since. Restore the "
             "file, or train again."
@@ -255,14 +297,14 @@ class Checkpoints:
         needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + ROOM
         free = shutil.disk_usage(self.folder).free
         if free < needed:
-            raise UserError(
+            raise RunError(
                 f"checkpoint {where} could not be written: the disk has {free:,} "
                 f"bytes left and {needed:,} are wanted. {self.last_good()} Make room, "
                 "or give a --workdir on another disk."
             )
 
 
-class DamageError(UserError):
+class DamageError(RunError):
     """A checkpoint that is not what was written."""
 
     def __init__(self, where: Path, reason: str) -> None:

@@ -1,16 +1,29 @@
 """What a run is told: typed, frozen, documented.
 
 tyro reads these classes for the command line; the sentence under each field is what
-`--help` shows. `bnjax.training.validation` refuses what no run can use.
+`--help` shows. `bnjax.training.config` refuses what no run can use.
 """
 
 import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from bnjax.data.config import DataConfig
+from bnjax import models
+from bnjax._validate import ACTIVATIONS, did_you_mean
+from bnjax.data.config import INCIDENTAL as DATA_INCIDENTAL
+from bnjax.data.config import DataConfig, SettingError, validate_data
+from bnjax.models import MODELS
+
+
+class RunError(ValueError):
+    """A run that cannot be started, read or gone on with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,3 +244,325 @@ INCIDENTAL = frozenset(
     }
 )
 """Fields of `Config` that no result depends on: a resumed run may change them."""
+
+
+def is_import_path(name: str) -> bool:
+    """Say whether a model's name is a function of the user's own.
+
+    Example:
+        >>> is_import_path("my_package.nets:make_net"), is_import_path("mlp")
+        (True, False)
+    """
+    return ":" in name
+
+
+OPTIONS = tuple(
+    field.name for field in dataclasses.fields(ModelConfig) if field.name != "name"
+)
+
+
+def set_options(model: ModelConfig) -> dict[str, Any]:
+    """Return the options that are set.
+
+    Example:
+        >>> set_options(ModelConfig(name="lenet", pool="max"))
+        {'pool': 'max'}
+    """
+    values = {name: getattr(model, name) for name in OPTIONS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def refuse_options(model: ModelConfig, known: Collection[str]) -> None:
+    """Refuse an option that the model does not have.
+
+    Args:
+        model: what is asked for.
+        known: the names of the options it has.
+
+    Raises:
+        RunError: naming the option, and those that there are.
+
+    Example:
+        >>> refuse_options(ModelConfig(name="lenet", width=0.5), ("pool",))
+        Traceback (most recent call last):
+        bnjax.training.config.RunError: --model.width 0.5: lenet has no such option;
+        it has --model.pool.
+    """
+    for name, value in set_options(model).items():
+        if name in known:
+            continue
+        has = [f"--model.{each.replace('_', '-')}" for each in OPTIONS if each in known]
+        raise SettingError(
+            f"--model.{name.replace('_', '-')} {value}: {model.name} has no such "
+            f"option; it has {', '.join(has) or 'none'}.{did_you_mean(name, known)}",
+        )
+
+
+def to_json(config: Any) -> Any:
+    """Return a configuration as JSON holds it.
+
+    Example:
+        >>> from bnjax.training.presets import digits
+        >>> to_json(digits())["bn"]["momentum"]
+        0.9
+        >>> from_json(to_json(digits()), "config.json") == digits()
+        True
+    """
+    if dataclasses.is_dataclass(config):
+        fields = dataclasses.fields(config)
+        return {field.name: to_json(getattr(config, field.name)) for field in fields}
+    if isinstance(config, tuple):
+        return [to_json(item) for item in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_json(value: Any, where: str) -> Config:
+    """Read a configuration back, exactly as it was.
+
+    Args:
+        value: what `to_json` gave.
+        where: the file, for messages.
+
+    Raises:
+        RunError: a field is missing, unknown or of another type, or its value is one
+            that no run can use.
+    """
+    try:
+        config = _read(Config, value, "")
+        validate(config)
+    except (TypeError, ValueError, RunError) as error:
+        raise RunError(
+            f"{where} is damaged or from another version of bnjax: {error} "
+            "Restore the file, or train again."
+        ) from error
+    return config
+
+
+def result_config(config: Config) -> dict[str, Any]:
+    """Return the part of the configuration that results depend on, as JSON."""
+    value = to_json(config)
+    data = value["data"]
+    value["data"] = {n: data[n] for n in data if n not in DATA_INCIDENTAL}
+    return {name: value[name] for name in value if name not in INCIDENTAL}
+
+
+def differences(recorded: Config, given: Config) -> list[str]:
+    """Name each flag by which two runs would have different results.
+
+    Example:
+        >>> from bnjax.training.presets import digits
+        >>> import dataclasses
+        >>> differences(digits(), dataclasses.replace(digits(), seed=1, keep=9))
+        ['--seed: the run has 0, 1 was given']
+    """
+    before, now = (_flatten(result_config(config)) for config in (recorded, given))
+    return [
+        f"--{name.replace('_', '-')}: the run has {before[name]}, {now[name]} was given"
+        for name in before
+        if before[name] != now[name]
+    ]
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, item in value.items():
+        path = f"{prefix}{name}"
+        flat |= _flatten(item, f"{path}.") if isinstance(item, dict) else {path: item}
+    return flat
+
+
+def _read(kind: Any, value: Any, path: str) -> Any:
+    """Return `value` as `kind`, or raise naming the place."""
+    if dataclasses.is_dataclass(kind):
+        return _read_fields(kind, value, path)
+    origin, choices = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal and value in choices:
+        return value
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(choices[0], item, path) for item in value)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _read(choices[0], value, path)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    raise TypeError(f"{path} is {value!r}; expected {kind}.")
+
+
+def _read_fields(kind: Any, value: Any, path: str) -> Any:
+    names = {field.name for field in dataclasses.fields(kind)}
+    if not isinstance(value, dict) or set(value) != names:
+        given = sorted(value) if isinstance(value, dict) else value
+        raise ValueError(
+            f"{path or 'the configuration'} has {given}; expected {sorted(names)}."
+        )
+    hints = typing.get_type_hints(kind)
+    return kind(
+        **{
+            name: _read(hints[name], value[name], f"{path}.{name}".lstrip("."))
+            for name in names
+        }
+    )
+
+
+def validate(config: Config) -> None:
+    """Refuse values no run can use.
+
+    Raises:
+        RunError: naming the flag, what was given and what was expected.
+    """
+    _integers(config)
+    _numbers(config)
+    _optimizer(config)
+    validate_data(config.data)
+    if config.resume and config.workdir is None:
+        raise SettingError(
+            "--resume needs the folder of the run to continue: add --workdir."
+        )
+    _model(config.model)
+    if config.batch_norm and config.batch_size < 2:
+        raise SettingError(
+            "--batch-size 1: batch normalization in training needs at least 2 examples "
+            "to take statistics over. Give a larger batch, or --no-batch-norm.",
+        )
+    if config.batch_norm and config.bn.implementation == "flax" and config.bn.unbiased:
+        raise SettingError(
+            "--bn.implementation flax keeps the biased variance only: "
+            "add --bn.no-unbiased.",
+        )
+    if config.init_stats != "adapt" and config.init_from is None:
+        raise SettingError(
+            f"--init-stats {config.init_stats}: there are no statistics to start from; "
+            "add --init-from.",
+        )
+    _statistics(config)
+    _hosts(config.hosts)
+
+
+def _model(model: ModelConfig) -> None:
+    if not is_import_path(model.name):
+        if model.name not in MODELS:
+            expected = (
+                f"one of {', '.join(MODELS)}, or a function of your own, such as "
+                "my_package.nets:make_net"
+            )
+            hint = did_you_mean(model.name, MODELS)
+            _refuse("model.name", model.name, expected, hint)
+        refuse_options(model, models.options(model.name))
+    if model.hidden is not None and min(model.hidden, default=0) <= 0:
+        _refuse("model.hidden", model.hidden, "one or more positive widths")
+    for name in ("weight_scale", "width"):
+        value = getattr(model, name)
+        if value is not None and not 0 < value < math.inf:
+            _refuse(f"model.{name}", value, "a positive number")
+    if model.weight_std is not None and not 0 <= model.weight_std < math.inf:
+        _refuse("model.weight_std", model.weight_std, "a number of 0 or more")
+    if model.dropout is not None and not 0 <= model.dropout < 1:
+        _refuse("model.dropout", model.dropout, "a rate in [0, 1)")
+    if model.activation is not None and model.activation not in ACTIVATIONS:
+        hint = did_you_mean(model.activation, ACTIVATIONS)
+        expected = f"one of {', '.join(ACTIVATIONS)}"
+        _refuse("model.activation", model.activation, expected, hint)
+
+
+def _hosts(hosts: HostsConfig) -> None:
+    if hosts.count < 1:
+        _refuse("hosts.count", hosts.count, "1 or more")
+    if not 0 <= hosts.index < hosts.count:
+        _refuse(
+            "hosts.index", hosts.index, f"from 0 to --hosts.count {hosts.count} - 1"
+        )
+    if hosts.timeout < 1:
+        _refuse("hosts.timeout", hosts.timeout, "1 or more seconds")
+    if hosts.coordinator is None and hosts.count > 1:
+        _refuse("hosts.coordinator", None, "ADDRESS:PORT of host 0 for several hosts")
+    if hosts.coordinator not in (None, "auto") and not re.fullmatch(
+        r".+:\d{1,5}", hosts.coordinator or ""
+    ):
+        _refuse("hosts.coordinator", hosts.coordinator, 'ADDRESS:PORT, or "auto"')
+
+
+def _statistics(config: Config) -> None:
+    sync, virtual = config.bn.sync, config.bn.virtual_batch_size
+    if not re.fullmatch(r"global|per-device|group:[1-9]\d*", sync):
+        _refuse("bn.sync", sync, "global, per-device, or group:K, such as group:2")
+    if virtual is not None and virtual < 2:
+        _refuse("bn.virtual_batch_size", virtual, "2 or more")
+    if config.devices is not None and config.devices < 1:
+        _refuse("devices", config.devices, "1 or more")
+    if config.batch_size % config.accumulate:
+        _refuse("accumulate", config.accumulate, f"a divisor of {config.batch_size}")
+    plain = sync == "global" and virtual is None and config.accumulate == 1
+    if config.batch_norm and config.bn.implementation == "flax" and not plain:
+        raise SettingError(
+            "--bn.implementation flax has the statistics of a whole batch only: leave "
+            "out --bn.sync, --bn.virtual-batch-size and --accumulate.",
+        )
+
+
+def _integers(config: Config) -> None:
+    for name in (
+        "steps",
+        "batch_size",
+        "accumulate",
+        "batch_stats_from",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "eval_batch_size",
+        "keep",
+    ):
+        value = getattr(config, name)
+        if value <= 0:
+            _refuse(name, value, "a whole number of 1 or more")
+    if not 0 <= config.seed < 2**32:
+        _refuse("seed", config.seed, "a whole number from 0 to 2**32 - 1")
+
+
+def _numbers(config: Config) -> None:
+    positive = {
+        "learning_rate": config.learning_rate,
+        "bn.epsilon": config.bn.epsilon,
+    }
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            _refuse(name, value, "a positive number")
+    if config.ema is not None and not 0 <= config.ema < 1:
+        expected = "a number in [0, 1), the weight of the old average"
+        _refuse("ema", config.ema, expected)
+    if not 0 <= config.bn.momentum <= 1:
+        expected = (
+            "a number in [0, 1], the weight of the old value (PyTorch's 0.1 is 0.9 "
+            "here)"
+        )
+        _refuse("bn.momentum", config.bn.momentum, expected)
+
+
+def _optimizer(config: Config) -> None:
+    optim = config.optim
+    for name in ("momentum", "beta1", "beta2", "rms_decay"):
+        value = getattr(optim, name)
+        if not 0 <= value < 1:
+            _refuse(f"optim.{name}", value, "a number in [0, 1)")
+    for name in ("epsilon", "decay_rate", "clip_norm"):
+        value = getattr(optim, name)
+        if value is not None and not 0 < value < math.inf:
+            _refuse(f"optim.{name}", value, "a positive number")
+    if not 0 <= optim.weight_decay < math.inf:
+        _refuse("optim.weight_decay", optim.weight_decay, "a number of 0 or more")
+    if optim.decay_steps <= 0:
+        _refuse("optim.decay_steps", optim.decay_steps, "1 or more")
+    if not 0 <= optim.warmup_steps < config.steps:
+        expected = f"0 or more, and fewer than the {config.steps} --steps"
+        _refuse("optim.warmup_steps", optim.warmup_steps, expected)
+    rising = sorted({step for step in optim.boundaries if step > 0})
+    if list(optim.boundaries) != rising or (optim.schedule == "step") != bool(rising):
+        expected = "rising steps with --optim.schedule step, none with another"
+        _refuse("optim.boundaries", optim.boundaries, expected)
+
+
+def _refuse(field: str, value: object, expected: str, hint: str = "") -> None:
+    flag = "--" + field.replace("_", "-")
+    raise SettingError(f"{flag} {value}: expected {expected}.{hint}")

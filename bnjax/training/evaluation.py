@@ -1,17 +1,54 @@
 """How good a state is on a split: every example scored exactly once."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 
-from bnjax.data.blocks import Block, SplitBlocks
-from bnjax.data.resident import Arrays, padded_rows
-from bnjax.training.build import Program
-from bnjax.training.layouts import Spmd
-from bnjax.training.state import TrainState
-from bnjax.training.step import make_eval_step
+from bnjax.data.config import SettingError
+from bnjax.data.pipeline import (
+    Block,
+    CropBlocks,
+    Feed,
+    SplitBlocks,
+    ToInputs,
+    crop_blocks,
+    load_test,
+    make_to_inputs,
+    padded_rows,
+)
+from bnjax.data.sources import Arrays, Report, Source, open_data
+from bnjax.population import Layers, Method, recompute_batch_stats
+from bnjax.training.checkpoint import open_checkpoints
+from bnjax.training.config import Config, RunError
+from bnjax.training.metrics import Loading
+from bnjax.training.optimizer import AveragedState, average_of
+from bnjax.training.program import Program, build, make_run_feed
+from bnjax.training.sharding import Spmd, evaluation_parallel
+from bnjax.training.step import (
+    Batch,
+    Stream,
+    TrainState,
+    hits,
+    make_eval_step,
+    make_predict_step,
+    stream_key,
+)
+from bnjax.training.workdir import (
+    CHECKPOINTS,
+    EVALUATION,
+    SUMMARY,
+    read_config,
+    read_json,
+    write_json,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,3 +152,567 @@ class Evaluator:
             scores = self._steps(params, batch_stats, placed, self._rows)
             parts.append({n: np.asarray(scores[n])[self._mask][kept] for n in scores})
         return evaluation_of(parts)
+
+
+class Predictor:
+    """One trained network on the devices.
+
+    Args:
+        model: gives logits.
+        to_inputs: makes stored pixels its inputs.
+        state: of the network.
+        parallel: lays the work out on devices.
+    """
+
+    def __init__(
+        self, model: nn.Module, to_inputs: ToInputs, state: TrainState, parallel: Spmd
+    ) -> None:
+        self._parallel = parallel
+        self._variables = parallel.place((state.params, state.batch_stats))
+        self._steps = parallel.eval_steps(
+            make_predict_step(model),
+            lambda _, images, __: {"image": to_inputs(images)},
+        )
+
+    def __call__(self, images: np.ndarray) -> jax.Array:
+        """Return the logits, shape (batch, classes), of a batch that the devices share.
+
+        Args:
+            images: uint8, shape (batch, ...), as they are stored.
+        """
+        chunk = self._parallel.place_rows(images[None])
+        return self._steps(*self._variables, (), chunk)["logits"][0]
+
+
+class _Batch(NamedTuple):
+    """Crops, each with the number of its example, its label, and how many it is."""
+
+    images: np.ndarray
+    examples: np.ndarray
+    labels: np.ndarray
+    counts: np.ndarray
+
+
+def evaluate_crops(
+    predictors: Sequence[Predictor],
+    blocks: CropBlocks,
+    batch_size: int,
+    report: Report = lambda done, total: None,  # noqa: ARG005
+) -> tuple[list[Evaluation], Evaluation]:
+    r"""Score networks and their ensemble on the crops of every test image.
+
+    The probabilities of an image, by one network and by the ensemble, are
+
+    .. math:: p_k = \frac{1}{C} \sum_{c=1}^{C} \mathrm{softmax}(f_k(x_c)), \quad
+              p = \frac{1}{K} \sum_{k=1}^{K} p_k
+
+    in float64; the loss is the mean of :math:`-\log p_t`.
+
+    Args:
+        predictors: the networks.
+        blocks: the crops of the test set.
+        batch_size: crops that each network is given at a time; a multiple of the
+            devices. The last batch is filled up, and what fills it not counted.
+        report: called with examples scored and their total.
+
+    Returns:
+        The scores of each network, and those of the ensemble.
+
+    References:
+        Szegedy et al. 2015 (GoogLeNet), section 7; Ioffe and Szegedy 2015, section
+        4.2.3.
+    """
+    # What the last example of a batch has so far: its crops may go on in the next.
+    sums, labels, first = None, np.zeros(0, np.int32), 0
+    scores = [[] for _ in range(len(predictors) + 1)]
+
+    def score(sums: np.ndarray, labels: np.ndarray) -> None:
+        members = sums / blocks.crops
+        for part, found in zip(scores, [*members, members.mean(0)], strict=True):
+            part.append(_example_scores(found, labels))
+
+    for batch in _batches(blocks, batch_size):
+        size = len(batch.labels)
+        filled = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
+        filled[:size] = batch.images
+        # All networks are given their work before the first is waited for.
+        logits = [predict(filled) for predict in predictors]
+        found = np.stack([softmax(np.asarray(each)[:size]) for each in logits])
+        places, starts = np.unique(batch.examples - first, return_index=True)
+        shape = (len(predictors), places[-1] + 1, found.shape[-1])
+        total = np.zeros(shape)
+        if sums is not None:
+            total[:, : len(labels)] = sums
+        weighted = found * batch.counts[:, None]
+        total[:, places] += np.add.reduceat(weighted, starts, axis=1)
+        labels = np.resize(labels, shape[1])
+        labels[places] = batch.labels[starts]
+        if shape[1] > 1:
+            score(total[:, :-1], labels[:-1])
+        sums, labels, first = total[:, -1:], labels[-1:], batch.examples[-1]
+        report(int(first) + 1, blocks.split.source.sizes["test"])
+    if sums is not None:
+        score(sums, labels)
+    *members, ensemble = map(evaluation_of, scores)
+    return members, ensemble
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities in float64.
+
+    Args:
+        logits: shape (batch, classes), of any floating type.
+
+    Example:
+        >>> softmax(np.log([[1.0, 3.0]])).round(12).tolist()
+        [[0.25, 0.75]]
+    """
+    wide = logits.astype(np.float64)
+    powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def _example_scores(
+    probabilities: np.ndarray, labels: np.ndarray
+) -> dict[str, np.ndarray]:
+    own = probabilities[np.arange(len(labels)), labels]
+    # A probability too small for float64 is not one of zero.
+    loss = -np.log(np.maximum(own, np.finfo(np.float64).tiny))
+    return {"loss": loss, **hits(probabilities, labels)}
+
+
+def _batches(blocks: CropBlocks, size: int) -> Iterator[_Batch]:
+    """Pack the crops, in their order, into batches of one size; the last is smaller."""
+    waiting = None
+    seen = 0
+    for block in blocks:
+        numbers = seen + np.cumsum(block.kept) - 1
+        seen += int(block.kept.sum())
+        places = block.places
+        new = _Batch(block.images, numbers[places], block.labels[places], block.counts)
+        if waiting is not None:
+            new = _Batch(*map(np.concatenate, zip(waiting, new, strict=True)))
+        whole = len(new.labels) - len(new.labels) % size
+        for start in range(0, whole, size):
+            yield _Batch(*(each[start : start + size] for each in new))
+        waiting = _Batch(*(each[whole:] for each in new))
+    if waiting is not None and len(waiting.labels):
+        yield waiting
+
+
+class Population:
+    """Estimates the statistics of a run's states over its first training batches.
+
+    The batches are those of steps 0, 1, ..., augmented as in training and each whole:
+    every host, and whoever evaluates the run later, finds the same statistics.
+
+    Args:
+        config: of the run.
+        program: the run's.
+        feed: of whole batches, whichever step they are asked of.
+        parallel: where the statistics are computed.
+        constants: the feed's, where they are on the devices already.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        program: Program,
+        feed: Feed,
+        parallel: Spmd,
+        constants: Any = None,
+    ) -> None:
+        self._config = config
+        self._feed = feed
+        self._parallel = parallel.for_evaluation()
+        if constants is None:
+            constants = self._parallel.place(feed.constants)
+        self._constants = constants
+        self._to_batch = jax.jit(feed.batch)
+
+        def apply(variables: Any, batch: Batch) -> Any:
+            return program.model.apply(
+                variables,
+                batch["image"],
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": batch["noise"]},
+            )
+
+        self._apply = apply
+
+    def evaluated(self, state: TrainState) -> TrainState:
+        """Return the state that the run is evaluated with.
+
+        With `--ema`, that of the averaged parameters, whose statistics have to be taken
+        again unless they are frozen; else the state itself.
+        """
+        state = averaged(self._config, state)
+        if self._config.ema is None or self._config.init_stats == "freeze":
+            return state
+        return self.estimated(state)
+
+    def estimated(
+        self,
+        state: TrainState,
+        batches: int | None = None,
+        *,
+        method: Method = "paper",
+        layers: Layers = None,
+        report: Report = lambda done, total: None,  # noqa: ARG005
+    ) -> TrainState:
+        """Return the state with statistics over some training batches.
+
+        Args:
+            state: one copy; its parameters stay.
+            batches: how many; those of `--batch-stats-from` if None.
+            method: see `bnjax.population.recompute_batch_stats`.
+            layers: likewise.
+            report: called with the examples done and all of them.
+
+        Raises:
+            RunError: the statistics are frozen, are none, or cannot be had.
+        """
+        if not state.batch_stats:
+            return state
+        if self._config.init_stats == "freeze":
+            raise SettingError(
+                "--batch-stats-from: the run was trained with --init-stats freeze, and "
+                "its layers have no statistics but those they are given. Leave it out.",
+            )
+        count = self._config.batch_stats_from if batches is None else batches
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        try:
+            batch_stats = recompute_batch_stats(
+                self._apply,
+                self._parallel.place(variables),
+                self._batches(self._parallel.place(state.rng), count, report),
+                method=method,
+                layers=layers,
+            )
+        except ValueError as error:
+            raise RunError(str(error)) from error
+        return dataclasses.replace(state, batch_stats=batch_stats)
+
+    def close(self) -> None:
+        """End what reads the data."""
+        self._feed.close()
+
+    def _batches(self, rng: jax.Array, count: int, report: Report) -> Iterator[Batch]:
+        for step in range(count):
+            item = jax.tree.map(lambda leaf: leaf[0], self._feed.chunk(step, 1))
+            key = stream_key(rng, Stream.AUGMENT, step)
+            batch = self._to_batch(self._constants, self._parallel.place(item), key)
+            yield batch | {"noise": stream_key(rng, Stream.NOISE, step)}
+            size = self._config.batch_size
+            report((step + 1) * size, count * size)
+
+
+def averaged(config: Config, state: TrainState) -> TrainState:
+    """Return the state with `--ema`'s average in place of its parameters."""
+    if config.ema is None or not isinstance(state.opt_state, AveragedState):
+        return state
+    return dataclasses.replace(state, params=average_of(state.opt_state, config.ema))
+
+
+Statistics = Literal["moving_averages", "population"]
+"""What a network is normalized by: those of training, or taken again after it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A run, opened.
+
+    Args:
+        workdir: its folder.
+        config: what it was told.
+        source: its data set.
+    """
+
+    workdir: Path
+    config: Config
+    source: Source
+
+    def restore(self) -> tuple[Program, TrainState]:
+        """Build the network and read its newest checkpoint.
+
+        Raises:
+            RunError: there is none, or none is whole.
+        """
+        program = build(self.config, self.source)
+        with open_checkpoints(self.workdir, self.config, read_only=True) as found:
+            state, _ = found.restore(program.initial_state())
+        return program, state
+
+    def with_statistics(
+        self,
+        kind: Statistics | None,
+        program: Program,
+        state: TrainState,
+        parallel: Spmd,
+        batches: int | None,
+    ) -> TrainState:
+        """Return the state to evaluate, of the averaged parameters with `--ema`.
+
+        Args:
+            kind: of its statistics; those that the run evaluated with if None.
+            program: of `restore`.
+            state: likewise.
+            parallel: where to compute.
+            batches: of training, for population statistics.
+        """
+        if kind == "moving_averages":
+            return averaged(self.config, state)
+        if kind is None and self.config.ema is None:
+            return state
+        report = Loading(self.source.name, verb="taking statistics of")
+        with contextlib.closing(make_run_feed(self.config, self.source)) as feed:
+            population = Population(self.config, program, feed, parallel)
+            if kind is None:
+                return population.evaluated(state)
+            state = averaged(self.config, state)
+            return population.estimated(state, batches, report=report)
+
+    def tested_on(self) -> str:
+        """Name the test set as decoded: its files, split and size of images."""
+        key = self.source.cache_key
+        return key("test") if key else self.source.name
+
+
+def open_trained(workdir: Path, data_dir: Path | None = None) -> Trained:
+    """Open a run from its folder alone, reading no example.
+
+    Args:
+        workdir: the folder that train.py wrote.
+        data_dir: where tfds data sets are, if no longer where the run found them.
+
+    Raises:
+        RunError: the folder is no run, or something in it is damaged.
+    """
+    config = read_config(workdir)
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise RunError(
+            f"{workdir} has no {CHECKPOINTS}: the run ended before its first one. "
+            "Train again in a new --workdir."
+        )
+    source = open_data(config.data, data_dir or config.data_dir)
+    return Trained(workdir, config, source)
+
+
+def evaluate_runs(
+    workdirs: Sequence[Path],
+    *,
+    crops: int = 1,
+    batch_stats_from: int | None = None,
+    output: Path | None = None,
+    data_dir: Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate the newest checkpoint of a run, or of several as an ensemble.
+
+    Args:
+        workdirs: one or more folders that train.py wrote.
+        crops: of each image: 1, 10 or 144, see `bnjax.data.pipeline.boxes`.
+        batch_stats_from: evaluate twice: with the moving averages of training, and with
+            population statistics over so many training batches.
+        output: where the result is written; eval.json in the only workdir if None, and
+            nowhere for an ensemble.
+        data_dir: where tfds data sets are, if no longer where the runs found them.
+
+    Returns:
+        The result: scores, crops and step, or in place of the step the members. With
+        `batch_stats_from`, also that of each kind of statistics, by its name.
+
+    Raises:
+        RunError: a folder is no run or something in it is damaged, the runs do not
+            make an ensemble, or the crops cannot be had.
+    """
+    _check(workdirs, output, batch_stats_from)
+    runs = [open_trained(workdir, data_dir) for workdir in workdirs]
+    _check_agreement(runs)
+    blocks = crop_blocks(runs[0].source, crops)
+    opened = [run.restore() for run in runs]
+    parallel = evaluation_parallel(runs[0].config).for_evaluation()
+    kinds: list[Statistics | None] = [None]
+    if batch_stats_from is not None:
+        kinds = ["moving_averages", "population"]
+    results, lines = {}, []
+    for kind in kinds:
+        states = [
+            run.with_statistics(kind, program, state, parallel, batch_stats_from)
+            for run, (program, state) in zip(runs, opened, strict=True)
+        ]
+        programs = [program for program, _ in opened]
+        members, ensemble = _score(runs, programs, states, crops, blocks, parallel)
+        for run, evaluation in zip(runs, members, strict=True):
+            _check_finite(run, evaluation)
+        steps = [int(state.step) for state in states]
+        results[kind] = _result(runs, steps, members, ensemble, crops)
+        lines += [] if kind is None else [f"{kind.replace('_', ' ')}:"]
+        lines += _lines(runs, steps, members, ensemble, crops)
+    for run, (_, state) in zip(runs, opened, strict=True):
+        _compare_with_summary(run.workdir, int(state.step))
+    averages = any(run.config.ema is not None for run in runs)
+    result = dict(results[kinds[-1 if averages else 0]])
+    if batch_stats_from is not None:
+        result |= {"batch_stats_from": batch_stats_from, **results}
+    if len(runs) == 1 and output is None:
+        output = runs[0].workdir / EVALUATION
+    if output is not None:
+        write_json(output, result)
+    print("\n".join(lines))
+    return result
+
+
+def _score(
+    runs: Sequence[Trained],
+    programs: Sequence[Program],
+    states: Sequence[TrainState],
+    crops: int,
+    blocks: Any,
+    parallel: Spmd,
+) -> tuple[list[Evaluation], Evaluation]:
+    """Return the scores of each run and of their ensemble."""
+    first = runs[0]
+    if len(runs) == 1 and crops == 1:
+        test = load_test(first.config.data, first.source, Loading(first.source.name))
+        size = first.config.eval_batch_size
+        evaluation = Evaluator(programs[0], test, size, parallel)(states[0])
+        return [evaluation], evaluation
+    predictors = [
+        Predictor(
+            program.model,
+            make_to_inputs(run.config.data, first.source.max_value),
+            state,
+            parallel,
+        )
+        for run, program, state in zip(runs, programs, states, strict=True)
+    ]
+    report = Loading(first.source.name, seconds=10, verb="scoring")
+    size = _batch_size(runs, crops, parallel)
+    return evaluate_crops(predictors, blocks, size, report)
+
+
+def _result(
+    runs: Sequence[Trained],
+    steps: Sequence[int],
+    members: Sequence[Evaluation],
+    ensemble: Evaluation,
+    crops: int,
+) -> dict[str, Any]:
+    """Return what eval.json holds."""
+    result = {**_scores(ensemble), "crops": crops}
+    if len(runs) == 1:
+        return result | {"step": steps[0]}
+    return result | {
+        "members": [
+            {"workdir": str(run.workdir), "step": step, **_scores(evaluation)}
+            for run, step, evaluation in zip(runs, steps, members, strict=True)
+        ]
+    }
+
+
+def _lines(
+    runs: Sequence[Trained],
+    steps: Sequence[int],
+    members: Sequence[Evaluation],
+    ensemble: Evaluation,
+    crops: int,
+) -> list[str]:
+    """Return what is printed of a result."""
+    taken = f", {crops} crops" if crops > 1 else ""
+    if len(runs) == 1:
+        return [f"step {steps[0]:,}{taken}: {ensemble}"]
+    lines = [
+        f"{run.workdir}, step {step:,}{taken}: {evaluation}"
+        for run, step, evaluation in zip(runs, steps, members, strict=True)
+    ]
+    return [*lines, f"ensemble of {len(runs)}{taken}: {ensemble}"]
+
+
+def _check(
+    workdirs: Sequence[Path], output: Path | None, batch_stats_from: int | None
+) -> None:
+    """Refuse a command line before anything is read."""
+    if batch_stats_from is not None and batch_stats_from < 1:
+        raise SettingError(
+            f"--batch-stats-from {batch_stats_from}: expected the number of training "
+            "batches to take statistics over, 1 or more.",
+        )
+    seen = set()
+    for workdir in workdirs:
+        if workdir.resolve() in seen:
+            raise SettingError(
+                f"{workdir} is named twice, and would count twice in the ensemble. "
+                "Name each run once.",
+            )
+        seen.add(workdir.resolve())
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        problem = "is a folder" if output.is_dir() else "is in a folder not there"
+        raise SettingError(
+            f"--output {output} {problem}: expected a file to write, in a folder that "
+            "exists.",
+        )
+
+
+def _check_agreement(runs: Sequence[Trained]) -> None:
+    """Refuse an ensemble whose members are not given the same images."""
+    first = runs[0]
+    for other in runs[1:]:
+        if first.tested_on() != other.tested_on():
+            described = (
+                f"{run.workdir} on {run.tested_on()} ({run.source.name}, "
+                f"images of {'x'.join(map(str, run.source.image_shape))}, "
+                f"{run.source.classes} classes)"
+                for run in (first, other)
+            )
+            raise RunError(
+                f"these runs make no ensemble: {' and '.join(described)} are tested. "
+                "Expected runs of one data set, test split and size of images. "
+                "Evaluate them one by one."
+            )
+
+
+def _batch_size(runs: Sequence[Trained], crops: int, parallel: Spmd) -> int:
+    """Return the members' smallest, but no more than there are crops."""
+    devices = len(parallel.devices)
+    total = crops * runs[0].source.sizes["test"]
+    size = min(total, *(run.config.eval_batch_size for run in runs))
+    return -(-size // devices) * devices
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    """Return an evaluation as eval.json has it."""
+    top5 = {
+        "test_top5_accuracy": evaluation.top5_accuracy,
+        "test_top5_correct": evaluation.top5_correct,
+    }
+    return {
+        "test_accuracy": evaluation.accuracy,
+        "test_loss": evaluation.loss,
+        "test_correct": evaluation.correct,
+        "test_examples": evaluation.examples,
+        **(top5 if evaluation.top5_correct is not None else {}),
+    }
+
+
+def _check_finite(run: Trained, evaluation: Evaluation) -> None:
+    """Refuse a network whose outputs are no numbers."""
+    if not math.isfinite(evaluation.loss):
+        raise RunError(
+            f"the network of {run.workdir} has a test loss of {evaluation.loss}: its "
+            "outputs overflow. Train again with a lower --learning-rate."
+        )
+
+
+def _compare_with_summary(workdir: Path, step: int) -> None:
+    """Say so where the newest checkpoint is not that of the summary."""
+    if not (workdir / SUMMARY).exists():
+        return
+    summary = read_json(workdir / SUMMARY)
+    steps = summary.get("steps") if isinstance(summary, dict) else None
+    if steps != step:
+        print(
+            f"note: the newest whole checkpoint of {workdir} is of step {step}, and "
+            f"{SUMMARY} of step {steps}.",
+            file=sys.stderr,
+        )

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import jax
 
-from bnjax.training.config import Config, HostsConfig
-from bnjax.training.errors import USAGE, UserError, first_line
+from bnjax._validate import first_line
+from bnjax.data.config import SettingError
+from bnjax.training.config import Config, HostsConfig, RunError
 
 HEARTBEAT_SECONDS = 30
 RETRY_SECONDS = 0.1
@@ -33,7 +34,7 @@ def join_hosts(hosts: HostsConfig) -> None:
         hosts: where host 0 is, how many there are, and which this is.
 
     Raises:
-        UserError: the port is taken, host 0 is not reached, or some do not come; for
+        RunError: the port is taken, host 0 is not reached, or some do not come; for
             "auto", there is no cluster that JAX finds.
     """
     if hosts.coordinator is None:
@@ -42,14 +43,13 @@ def join_hosts(hosts: HostsConfig) -> None:
         try:
             _connect(hosts)
         except ValueError as error:
-            raise UserError(
+            raise SettingError(
                 "--hosts.coordinator auto: JAX finds no cluster here; expected the "
                 "environment variables of Slurm, Open MPI or Cloud TPU. Give "
                 "ADDRESS:PORT of host 0, --hosts.count and --hosts.index.",
-                USAGE,
             ) from error
         except RuntimeError as error:
-            raise UserError(
+            raise RunError(
                 f"--hosts.coordinator auto: the hosts did not meet: "
                 f"{first_line(error)}. Start the command on all hosts at once; "
                 "--hosts.timeout waits longer."
@@ -72,13 +72,13 @@ def ending_together() -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, jax.errors.JaxRuntimeError) as error:
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
         if jax.process_count() == 1:
             raise
         message, status = str(error), 1
-        if isinstance(error, UserError):
-            status = error.status
-        else:
+        if isinstance(error, SettingError):
+            status = 2
+        elif not isinstance(error, ValueError):
             message = (
                 "a computation with the other hosts failed, most likely since one of "
                 f"them died: {first_line(error)}. Start the same command on every host "
@@ -142,7 +142,7 @@ def _receive_all(hosts: HostsConfig, port: int, deadline: float) -> None:
         try:
             listener.bind(("", port))
         except OSError as error:
-            raise UserError(
+            raise RunError(
                 f"--hosts.coordinator {hosts.coordinator}: port {port} cannot be used "
                 f"on this host: {error.strerror}. Give another port on every host."
             ) from error
@@ -156,7 +156,7 @@ def _receive_all(hosts: HostsConfig, port: int, deadline: float) -> None:
                 guest.settimeout(max(deadline - time.monotonic(), 0.001))
                 missing.discard(int(guest.recv(16) or b"-1"))
             except TimeoutError:
-                raise UserError(
+                raise RunError(
                     f"host(s) {', '.join(map(str, sorted(missing)))} of "
                     f"--hosts.count {hosts.count} did not come within "
                     f"{hosts.timeout} s. Start the same command there with its own "
@@ -183,7 +183,7 @@ def _report_to(hosts: HostsConfig, address: str, port: int, deadline: float) -> 
             if guest.recv(len(_READY)) == _READY:
                 return
         time.sleep(RETRY_SECONDS)
-    raise UserError(
+    raise RunError(
         f"--hosts.coordinator {hosts.coordinator}: host 0 was not reached, or another "
         f"did not come, within {hosts.timeout} s. Start the same command on every "
         "host, each with its own --hosts.index; --hosts.timeout waits longer."

@@ -3,14 +3,19 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, TextIO
 
 import numpy as np
+from tqdm import tqdm
 
-from bnjax.training.workdir import METRICS, replacing, writing
+from bnjax.training.step import TrainState
+from bnjax.training.workdir import METRICS, TENSORBOARD, replacing, writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +113,7 @@ class MetricsWriter:
         """Append one record.
 
         Raises:
-            UserError: the disk is full.
+            RunError: the disk is full.
         """
         with writing(self._path):
             self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
@@ -149,3 +154,217 @@ def read_metrics(workdir: Path) -> list[dict]:
     """Return the records of a run, in the order they were written."""
     lines = (workdir / METRICS).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+class TensorBoard:
+    """Writes event files to the folder `tensorboard` of a run.
+
+    Args:
+        workdir: the folder of the run.
+        step: of the state that training goes on from: TensorBoard no longer shows what
+            was written after it.
+    """
+
+    def __init__(self, workdir: Path, step: int = 0) -> None:
+        # It costs a second to import, and most runs do without.
+        from tensorboardX import SummaryWriter
+
+        self._path = workdir / TENSORBOARD
+        with writing(self._path):
+            self._writer = SummaryWriter(os.fspath(self._path), purge_step=step + 1)
+
+    def write(self, record: Record) -> None:
+        """Add a record's numbers as `<split>/<name>`."""
+        numbers = dataclasses.asdict(record)
+        step, split = numbers.pop("step"), numbers.pop("split")
+        with writing(self._path):
+            for name, value in numbers.items():
+                self._writer.add_scalar(f"{split}/{name}", value, step)
+
+    def histograms(self, step: int, state: TrainState) -> None:
+        """Add a histogram of each BN layer's scale, bias, mean and var."""
+        with writing(self._path):
+            for name, values in layer_values(state.params, state.batch_stats):
+                self._writer.add_histogram(name, values, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with writing(self._path):
+            self._writer.close()
+
+
+def layer_values(params: Any, batch_stats: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the name and the values of all that each BN layer has.
+
+    Example:
+        >>> import numpy as np
+        >>> stats = {"block": {"bn": {"mean": np.zeros(2), "var": np.ones(2)}}}
+        >>> params = {
+        ...     "block": {"bn": {"scale": np.ones(2)}, "dense": {"bias": np.ones(3)}}
+        ... }
+        >>> [name for name, _ in layer_values(params, stats)]
+        ['block/bn/scale', 'block/bn/mean', 'block/bn/var']
+    """
+    return _layer_values(params, batch_stats, "")
+
+
+def _layer_values(
+    params: Any, batch_stats: Any, path: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    for name, below in batch_stats.items():
+        if isinstance(below, Mapping):
+            yield from _layer_values(params.get(name, {}), below, f"{path}{name}/")
+    if "mean" in batch_stats:
+        for values in (params, batch_stats):
+            for name, leaf in values.items():
+                yield f"{path}{name}", np.asarray(leaf)
+
+
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
+
+
+class Progress(Protocol):
+    """Shows how far a run is."""
+
+    def train(self, record: TrainRecord) -> None:
+        """Show a training record."""
+        ...
+
+    def test(self, record: TestRecord) -> None:
+        """Show an evaluation."""
+        ...
+
+    def close(self) -> None:
+        """Show no more."""
+        ...
+
+
+def make_progress(
+    steps: int, stream: TextIO | None = None, *, first: int = 0
+) -> Progress:
+    """Return a bar where `stream` is a terminal, and lines elsewhere.
+
+    Args:
+        steps: of the run.
+        stream: where to show it; standard error if None.
+        first: steps taken before, by a run that is resumed.
+    """
+    stream = stream or sys.stderr
+    at_terminal = stream is not None and stream.isatty()
+    return Bar(steps, stream, first) if at_terminal else Lines(steps, stream)
+
+
+class Bar:
+    """A bar of steps, with time left, loss, accuracy, learning rate and steps/s."""
+
+    def __init__(self, steps: int, stream: TextIO | None, first: int = 0) -> None:
+        self._bar = tqdm(
+            total=steps,
+            initial=first,
+            file=stream,
+            bar_format=BAR,
+            dynamic_ncols=True,
+        )
+        self._test = ""
+
+    def train(self, record: TrainRecord) -> None:
+        """Show a training record."""
+        self._bar.set_postfix_str(f"{_describe(record)}{self._test}", refresh=False)
+        self._bar.update(record.step - self._bar.n)
+
+    def test(self, record: TestRecord) -> None:
+        """Show an evaluation."""
+        self._test = f", test {record.accuracy:.2%}"
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+class Lines:
+    """A line now and then: the first record, the last, and one in some seconds.
+
+    Args:
+        steps: of the run.
+        stream: where to write.
+        seconds: the least time between two lines.
+    """
+
+    def __init__(self, steps: int, stream: TextIO | None, seconds: float = 5.0) -> None:
+        self._steps = steps
+        self._stream = stream
+        self._seconds = seconds
+        self._shown = -float("inf")
+        self._test = ""
+
+    def train(self, record: TrainRecord) -> None:
+        """Write a training record, if it is time."""
+        now = time.monotonic()
+        if now - self._shown < self._seconds and record.step < self._steps:
+            return
+        self._shown = now
+        left = (self._steps - record.step) / record.steps_per_second
+        print(
+            f"step {record.step:,}/{self._steps:,}  {_describe(record)}, "
+            f"{timedelta(seconds=round(left))} left{self._test}",
+            file=self._stream,
+            flush=True,
+        )
+
+    def test(self, record: TestRecord) -> None:
+        """Remember an evaluation for the next line."""
+        self._test = f", test {record.accuracy:.2%} at step {record.step:,}"
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _describe(record: TrainRecord) -> str:
+    return (
+        f"loss {record.loss:.4f}, accuracy {record.accuracy:.2%}, "
+        f"lr {record.learning_rate:.3g}, {record.steps_per_second:,.0f} steps/s"
+    )
+
+
+class Loading:
+    """Shows how much of a data set is done, where that takes a while.
+
+    Args:
+        name: of the data set.
+        stream: where to show it; standard error if None.
+        seconds: the least time between two lines.
+        verb: what is being done with it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stream: TextIO | None = None,
+        seconds: float = 1.0,
+        verb: str = "reading",
+    ) -> None:
+        self._name = name
+        self._stream = stream or sys.stderr
+        self._seconds = seconds
+        self._verb = verb
+        self._started = self._shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that `done` of `total` examples are done, if it is time."""
+        now = time.monotonic()
+        if now - self._shown < self._seconds:
+            return
+        self._shown = now
+        left = timedelta(seconds=round((now - self._started) * (total - done) / done))
+        print(
+            f"{self._verb} {self._name}: {done:,} of {total:,} examples, {left} left",
+            file=self._stream,
+            flush=True,
+        )

@@ -1,16 +1,23 @@
 """The folder of a run: claimed once, written whole."""
 
 import contextlib
-import io
 import json
 import os
+import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any
 
-from bnjax.training.errors import UserError
+import flax
+import jax
+
+import bnjax
+from bnjax._files import replacing
+from bnjax.data.config import SettingError
+from bnjax.training.config import Config, RunError, differences, from_json, to_json
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -43,14 +50,14 @@ def claim(workdir: Path, *, resume: bool = False) -> bool:
         Whether it holds a run to resume.
 
     Raises:
-        UserError: saying which, and what to do. Nothing in it has been changed.
+        RunError: saying which, and what to do. Nothing in it has been changed.
     """
     ours = (CONFIG, METRICS, SUMMARY, EVALUATION, CHECKPOINTS)
     with writing(workdir):
         held = [name for name in ours if (workdir / name).exists()]
         if held and not (resume and CONFIG in held):
             advice = "" if resume else "add --resume to continue it, or "
-            raise UserError(
+            raise RunError(
                 f"workdir {workdir} holds a run already ({', '.join(held)}). Nothing "
                 f"was overwritten: {advice}give another --workdir."
             )
@@ -70,7 +77,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(
+        raise RunError(
             f"{path} could not be written: {reason}. Give a folder on a disk with "
             "room, and with permission to write, as --workdir."
         ) from error
@@ -80,37 +87,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written to.
+        RunError: the disk is full, or the folder cannot be written to.
     """
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with writing(path), replacing(path) as file:
         file.write(text)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """Open a file to write, which takes the place of `path` when it is complete."""
-    with replacing_bytes(path) as raw:
-        file = io.TextIOWrapper(raw, encoding="utf-8", write_through=True)
-        yield file
-        file.detach()
-
-
-@contextlib.contextmanager
-def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write bytes to, as `replacing` does for text."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -126,16 +107,75 @@ def read_json(path: Path) -> Any:
     """Read a JSON file of a run.
 
     Raises:
-        UserError: it is not there, or is no JSON.
+        RunError: it is not there, or is no JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
+        raise RunError(
             f"{path.parent} is no run: it has no {path.name}. Expected a folder that "
             "train.py wrote, such as runs/digits-<time>."
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(
+        raise RunError(
             f"{path} is damaged: {error}. Restore the file, or train again."
         ) from error
+
+
+def describe(preset: str, config: Config) -> dict[str, Any]:
+    """Return what config.json holds: all that the run is a function of."""
+    return {
+        "preset": preset,
+        "config": to_json(config),
+        "versions": {
+            "bnjax": bnjax.__version__,
+            "flax": flax.__version__,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def read_config(workdir: Path) -> Config:
+    """Return the configuration that a run was started with.
+
+    Raises:
+        RunError: the folder is no run, or its config.json is damaged.
+    """
+    return from_json(_read(workdir)["config"], str(workdir / CONFIG))
+
+
+def check_same(workdir: Path, preset: str, config: Config) -> None:
+    """Refuse to go on with a run under another configuration.
+
+    Other versions or another device are named on standard error, since the results
+    may then differ in the last digits.
+
+    Raises:
+        RunError: naming each flag that differs, or config.json is damaged.
+    """
+    changed = differences(read_config(workdir), config)
+    if changed:
+        raise SettingError(
+            f"{workdir} holds a run of another configuration: {'; '.join(changed)}. "
+            "Give the flags it was started with, or another --workdir.",
+        )
+    before, now = _read(workdir), describe(preset, config)
+    for name in ("versions", "device"):
+        if before.get(name) != now[name]:
+            print(
+                f"note: the run was started with {name} {before.get(name)} and goes on "
+                f"with {now[name]}; the last digits of its results may differ.",
+                file=sys.stderr,
+            )
+
+
+def _read(workdir: Path) -> dict[str, Any]:
+    record = read_json(workdir / CONFIG)
+    if not isinstance(record, dict) or "config" not in record:
+        raise RunError(
+            f"{workdir / CONFIG} is damaged: it has no 'config'. Restore the file, or "
+            "train again."
+        )
+    return record

@@ -17,7 +17,6 @@ from benchmarks.networks import (
     loss_of,
 )
 from benchmarks.report import RESULTS
-from bnjax.training.errors import UserError
 
 
 @pytest.mark.slow
@@ -120,7 +119,7 @@ def test_kernels(tmp_path):
 
 
 def test_kernels_of_a_library_without_jax():
-    with pytest.raises(UserError, match=r"--libraries torch: .* some of bnjax"):
+    with pytest.raises(ValueError, match=r"--libraries torch: .* some of bnjax"):
         kernels.compare(libraries=("torch",))
 
 

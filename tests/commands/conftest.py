@@ -5,7 +5,7 @@ import pytest
 
 import train as train_program
 from bnjax.__main__ import main
-from bnjax.training.tracing import keep_compiled
+from bnjax.training.loop import keep_compiled
 from tests.data import image_folder
 
 FLAGS = ["--parallel", "single", "--steps", "60", "--batch-size", "30"]

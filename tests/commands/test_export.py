@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from bnjax.interop.export import load
-from bnjax.training.trained import open_trained
+from bnjax.training.evaluation import open_trained
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bnjax.training.trained import open_trained
+from bnjax.training.evaluation import open_trained
 
 
 def logits_by_hand(weights, x):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bnjax.commands.inspect import find_layers
-from bnjax.training.trained import open_trained
+from bnjax.training.evaluation import open_trained
 
 
 def test_figures_are_those_of_the_checkpoint(trained, run):

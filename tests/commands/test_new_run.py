@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,9 +10,8 @@ import eval as eval_program
 from bnjax.commands.new_run import check_new_run, write_run
 from bnjax.data.pipeline import make_feed
 from bnjax.interop.torch import to_torch, write_state_dict
-from bnjax.training.errors import UserError
-from bnjax.training.state import Stream, stream_key
-from bnjax.training.trained import open_trained
+from bnjax.training.evaluation import open_trained
+from bnjax.training.step import Stream
 from tests.commands.conftest import FLAGS
 
 
@@ -35,9 +35,10 @@ def test_statistics_of_the_first_layer(trained, run, tmp_path, method):
     _, after = open_trained(new).restore()
     # What the steps of the training were given, in float64.
     feed = make_feed(
-        opened.config,
+        opened.config.data,
         opened.source,
-        lambda epoch: stream_key(before.rng, Stream.ORDER, epoch),
+        batch_size=opened.config.batch_size,
+        key=jax.random.fold_in(before.rng, Stream.ORDER),
     )
     kernel = np.float64(before.params["dense_0"]["kernel"])
     images = np.float64(feed.constants.images)[feed.chunk(0, 7)] / 16
@@ -124,25 +125,25 @@ def test_replaced_or_left_as_it_was(trained, tmp_path, monkeypatch):
         write_run(new, "digits", opened.config, state, {"command": "x"}, **options)
 
     def fail(*args, **kwargs):
-        raise UserError("the disk is full")
+        raise ValueError("the disk is full")
 
     with monkeypatch.context() as patched:
         patched.setattr("bnjax.training.checkpoint.Checkpoints.save", fail)
-        with pytest.raises(UserError, match="the disk is full"):
+        with pytest.raises(ValueError, match="the disk is full"):
             write()
         assert list(tmp_path.iterdir()) == []
     new.mkdir()
     write()
     (new / "eval.json").write_text("old")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(ValueError, match="holds a run already"):
         write()
     with monkeypatch.context() as patched:
         patched.setattr("bnjax.training.checkpoint.Checkpoints.save", fail)
-        with pytest.raises(UserError, match="the disk is full"):
+        with pytest.raises(ValueError, match="the disk is full"):
             write(force=True)
         assert (new / "eval.json").exists()
     write(force=True)
     assert sorted(path.name for path in new.iterdir()) == ["checkpoints", "config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(ValueError, match="holds a run already"):
         check_new_run(new)

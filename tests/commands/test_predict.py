@@ -11,7 +11,7 @@ from bnjax.__main__ import main
 from bnjax.commands.predict import list_images
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import open_source
-from bnjax.training.trained import open_trained
+from bnjax.training.evaluation import open_trained
 from tests.data import image_folder, prepared_set
 
 

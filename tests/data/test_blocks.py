@@ -3,15 +3,12 @@ import dataclasses
 import numpy as np
 import pytest
 
-from bnjax.data.blocks import SplitBlocks, load_test
 from bnjax.data.config import DataConfig
-from bnjax.data.records import Example
-from bnjax.data.resident import Arrays
-from bnjax.data.sources import open_source
-from bnjax.training.build import build
-from bnjax.training.errors import UserError
+from bnjax.data.pipeline import SplitBlocks, load_test
+from bnjax.data.sources import Arrays, Example, open_source
 from bnjax.training.evaluation import Evaluator
 from bnjax.training.presets import digits
+from bnjax.training.program import build
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +81,7 @@ def test_damaged_images_are_left_out(program, initial_state, capsys):
     assert capsys.readouterr().err == (
         "note: file-70.jpg cannot be decoded and is left out\n"
     )
-    with pytest.raises(UserError, match=r"2 of 355 images.*file-3\.jpg; file-90\.jpg"):
+    with pytest.raises(ValueError, match=r"2 of 355 images.*file-3\.jpg; file-90\.jpg"):
         list(SplitBlocks(damage(open_source("digits"), (3, 90)), 355))
 
 

@@ -3,9 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnjax._cache import cache_dir
-from bnjax.data.cache import cached
-from bnjax.data.resident import Arrays
+from bnjax._files import cache_dir
+from bnjax.data.sources import Arrays, cached
 
 ARRAYS = Arrays(np.arange(24, dtype=np.uint8).reshape(4, 3, 2), np.arange(4))
 

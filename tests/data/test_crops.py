@@ -4,10 +4,15 @@ import cv2
 import numpy as np
 import pytest
 
-from bnjax.data.blocks import SplitBlocks
-from bnjax.data.crops import CropBlocks, boxes, crop_blocks, cut, scaled_sizes
+from bnjax.data.pipeline import (
+    CropBlocks,
+    SplitBlocks,
+    boxes,
+    crop_blocks,
+    cut,
+    scaled_sizes,
+)
 from bnjax.data.sources import open_source
-from bnjax.training.errors import UserError
 from tests.data import image_folder
 
 # Of a network of 224 and an image of 256x320: shorter side, longer side, the middle
@@ -197,7 +202,7 @@ def test_damaged_images_are_left_out_and_named(tmp_path, capsys):
     splits["test"] = Damaged((3, 4, 5))
     split = SplitBlocks(dataclasses.replace(source, splits=splits), 3)
     assert CropBlocks(split, 10)[1].images.shape == (0, 8, 8)
-    with pytest.raises(UserError, match=r"3 of 1,500 images.*file-3\.jpg"):
+    with pytest.raises(ValueError, match=r"3 of 1,500 images.*file-3\.jpg"):
         list(CropBlocks(split, 10))
 
 
@@ -208,10 +213,10 @@ def test_pixels_stay_in_the_range_of_the_set():
 
 
 def test_what_cannot_be_cut_is_refused():
-    with pytest.raises(UserError, match=r"--crops 5: expected 1, 10 or 144\."):
+    with pytest.raises(ValueError, match=r"--crops 5: expected 1, 10 or 144\."):
         crop_blocks(open_source("digits"), 5)
     oblong = open_source("synthetic:16x24x3:5:10")
-    with pytest.raises(UserError, match=r"the network takes images of 16x24"):
+    with pytest.raises(ValueError, match=r"the network takes images of 16x24"):
         crop_blocks(oblong, 10)
     (block,) = crop_blocks(oblong, 1)
     assert block.images.shape == (10, 16, 24, 3)

@@ -3,10 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from bnjax.data.folder import open_folder
-from bnjax.data.records import decode_image
-from bnjax.data.sources import open_source
-from bnjax.training.errors import UserError
+from bnjax.data.sources import decode_image, open_folder, open_source
 from tests.data import image_folder
 
 
@@ -55,33 +52,35 @@ def test_the_second_reading_is_from_the_cache(root):
 
 class TestRefusals:
     def test_many_sizes_need_one(self, root):
-        with pytest.raises(UserError, match=r"many sizes: say with --data\.image-size"):
+        with pytest.raises(
+            ValueError, match=r"many sizes: say with --data\.image-size"
+        ):
             open_source(str(root))
 
     def test_a_missing_folder(self, tmp_path):
-        with pytest.raises(UserError, match=r"gone cannot be read: No such file"):
+        with pytest.raises(ValueError, match=r"gone cannot be read: No such file"):
             open_source(str(tmp_path / "gone"), image_size=8)
 
     def test_no_split(self, root):
         (root / "val").rename(root / "other")
-        with pytest.raises(UserError, match=r"folders other, train\. Expected train/"):
+        with pytest.raises(ValueError, match=r"folders other, train\. Expected train/"):
             open_source(str(root), image_size=8)
 
     def test_an_empty_class_folder(self, root):
         for path in (root / "train" / "bee").iterdir():
             path.unlink()
-        with pytest.raises(UserError, match=r"train/bee holds no image"):
+        with pytest.raises(ValueError, match=r"train/bee holds no image"):
             open_source(str(root), image_size=8)
 
     def test_no_class_folder(self, root):
         (root / "empty" / "train").mkdir(parents=True)
         (root / "empty" / "val").mkdir()
-        with pytest.raises(UserError, match="holds no class folder"):
+        with pytest.raises(ValueError, match="holds no class folder"):
             open_source(str(root / "empty"), image_size=8)
 
     def test_classes_that_differ(self, root):
         (root / "val" / "bee").rename(root / "val" / "bees")
-        with pytest.raises(UserError, match="different classes: bee, bees"):
+        with pytest.raises(ValueError, match="different classes: bee, bees"):
             open_source(str(root), image_size=8)
 
     def test_an_unreadable_folder(self, root, monkeypatch):
@@ -93,7 +92,7 @@ class TestRefusals:
             return scandir(path)
 
         monkeypatch.setattr(os, "scandir", refuse)
-        with pytest.raises(UserError, match=r"train/cat cannot be read: Permission"):
+        with pytest.raises(ValueError, match=r"train/cat cannot be read: Permission"):
             open_source(str(root), image_size=8)
 
     @pytest.mark.parametrize("content", [b"", b"no image", None])
@@ -102,14 +101,14 @@ class TestRefusals:
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2] if content is None else content)
         with pytest.raises(
-            UserError, match=r"1 of 24 images.*0\.1%.*train/bee/03\.jpg"
+            ValueError, match=r"1 of 24 images.*0\.1%.*train/bee/03\.jpg"
         ):
             open_source(str(root), image_size=8).load("train", quiet)
 
     def test_a_file_that_goes_away(self, root):
         records, _ = open_folder(root)
         (root / "train" / "ant" / "00.jpg").unlink()
-        with pytest.raises(UserError, match=r"ant/00\.jpg cannot be read"):
+        with pytest.raises(ValueError, match=r"ant/00\.jpg cannot be read"):
             records["train"].read([0])
 
 

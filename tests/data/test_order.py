@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from bnjax.data.order import HostOrder
+from bnjax.data.pipeline import HostOrder
 
 WORDS = (7, 11)
 MODES = ["global", "within-shard", "fixed-batches"]

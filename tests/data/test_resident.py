@@ -2,14 +2,14 @@ import jax
 import numpy as np
 import pytest
 
-from bnjax.data.resident import (
-    Arrays,
+from bnjax.data.pipeline import (
     EpochOrder,
     ToInputs,
     make_gather,
     padded_rows,
     permutation,
 )
+from bnjax.data.sources import Arrays
 
 
 def epoch_key(epoch):

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from bnjax.data.small_images import shift_and_mirror
+from bnjax.data.augment import shift_and_mirror
 
 
 def keys(count, seed=0):

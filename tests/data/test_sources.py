@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from bnjax._cache import cache_dir
-from bnjax.data.prepared import find_data_dir
-from bnjax.data.sources import open_source, stratified_test_mask
-from bnjax.training.errors import UserError
+from bnjax._files import cache_dir
+from bnjax.data.config import DataError
+from bnjax.data.sources import find_data_dir, open_source, stratified_test_mask
 from tests.data import prepared_set
 
 
@@ -137,7 +136,7 @@ def test_colour_images_are_those_that_tfds_decodes():
 class TestRefusals:
     def test_not_prepared_is_found_out_at_once(self, tmp_path, no_network):
         started = time.monotonic()
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(DataError) as caught:
             open_source("mnist", tmp_path)
         assert time.monotonic() - started < 1
         message = str(caught.value)
@@ -149,19 +148,19 @@ class TestRefusals:
 
     def test_a_name_with_a_typo(self, tmp_path):
         prepared_set.write(tmp_path, name="mnist")
-        with pytest.raises(UserError, match="Did you mean 'mnist'"):
+        with pytest.raises(ValueError, match="Did you mean 'mnist'"):
             open_source("mnits", tmp_path)
 
     def test_a_missing_version(self, tmp_path):
         prepared_set.write(tmp_path)
-        with pytest.raises(UserError, match=r"tiny/2\.0\.0 with"):
+        with pytest.raises(ValueError, match=r"tiny/2\.0\.0 with"):
             open_source("tiny:2.0.0", tmp_path)
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "tiny"}'])
     def test_a_damaged_description(self, tmp_path, content):
         folder = prepared_set.write(tmp_path)
         (folder / "dataset_info.json").write_text(content)
-        with pytest.raises(UserError, match="prepare"):
+        with pytest.raises(ValueError, match="prepare"):
             open_source("tiny", tmp_path)
 
     def test_another_file_format(self, tmp_path):
@@ -169,7 +168,7 @@ class TestRefusals:
         info = json.loads((folder / "dataset_info.json").read_text())
         info["fileFormat"] = "tfrecord"
         (folder / "dataset_info.json").write_text(json.dumps(info))
-        with pytest.raises(UserError, match="not stored as array_record"):
+        with pytest.raises(ValueError, match="not stored as array_record"):
             open_source("tiny", tmp_path)
 
     def test_a_missing_split(self, tmp_path):
@@ -177,14 +176,16 @@ class TestRefusals:
         info = json.loads((folder / "dataset_info.json").read_text())
         info["splits"] = info["splits"][:1]
         (folder / "dataset_info.json").write_text(json.dumps(info))
-        with pytest.raises(UserError, match="splits train; expected train and test"):
+        with pytest.raises(ValueError, match="splits train; expected train and test"):
             open_source("tiny", tmp_path)
 
     def test_images_of_many_sizes(self, tmp_path):
         folder = prepared_set.write(tmp_path)
         text = (folder / "features.json").read_text()
         (folder / "features.json").write_text(text.replace('"6"', '"-1"'))
-        with pytest.raises(UserError, match=r"many sizes: say with --data\.image-size"):
+        with pytest.raises(
+            ValueError, match=r"many sizes: say with --data\.image-size"
+        ):
             open_source("tiny", tmp_path)
 
     @pytest.mark.parametrize("damage", ["truncated", "missing"])
@@ -196,5 +197,5 @@ class TestRefusals:
             records.unlink()
         else:
             records.write_bytes(records.read_bytes()[:700])
-        with pytest.raises(UserError, match="could not be read"):
+        with pytest.raises(ValueError, match="could not be read"):
             source.load("train", quiet)

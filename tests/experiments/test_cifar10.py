@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from bnjax.training.validation import validate
+from bnjax.training.config import validate
 from experiments import cifar10, cifar10_changes, depth, lenet
 
 

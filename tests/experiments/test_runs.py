@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.report import write_result
 from bnjax.training.presets import digits
-from bnjax.training.state import state_sha256
+from bnjax.training.step import state_sha256
 from experiments import runs
 from experiments.runs import once, run_once, visit
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from bnjax.cli import run_reporting
 from bnjax.training.config import HostsConfig
-from bnjax.training.errors import run_reporting
 from bnjax.training.hosts import join_hosts
 
 

@@ -10,9 +10,8 @@ from flax import linen as nn
 
 from bnjax.models import MLP, Normalization
 from bnjax.training.config import BatchNormConfig, Config
-from bnjax.training.parallel import make_parallel
-from bnjax.training.state import create_state
-from bnjax.training.step import make_train_step
+from bnjax.training.sharding import make_parallel
+from bnjax.training.step import create_state, make_train_step
 
 EXAMPLES = 96
 BATCH = 32

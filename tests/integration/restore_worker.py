@@ -8,14 +8,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from bnjax.cli import run_reporting
 from bnjax.data.sources import open_data
 from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import HostsConfig
-from bnjax.training.description import read_config
-from bnjax.training.errors import run_reporting
 from bnjax.training.hosts import join_hosts
-from bnjax.training.run import Run
-from bnjax.training.state import state_sha256
+from bnjax.training.loop import Run
+from bnjax.training.step import state_sha256
+from bnjax.training.workdir import read_config
 
 
 def go_on(workdir, steps, **changes):

@@ -10,7 +10,7 @@ import pytest
 
 import eval as eval_program
 import train as train_program
-from bnjax.data.prepared import find_data_dir
+from bnjax.data.sources import find_data_dir
 from bnjax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]

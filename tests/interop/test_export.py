@@ -12,9 +12,8 @@ import pytest
 
 from bnjax import models
 from bnjax.folding import fold_batch_norm
-from bnjax.interop.export import export_inference, load, save
+from bnjax.interop.export import ExportError, export_inference, load, save
 from bnjax.interop.trailer import trailer
-from bnjax.training.errors import UserError
 
 READER = """
 import sys
@@ -74,7 +73,7 @@ def written(exported, tmp_path_factory):
 @pytest.fixture
 def refused():
     def call(function, *args, **kwargs):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(ExportError) as caught:
             function(*args, **kwargs)
         return str(caught.value)
 

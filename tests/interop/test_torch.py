@@ -18,8 +18,8 @@ from bnjax.interop.torch import (
     trace,
     write_state_dict,
 )
+from bnjax.interop.torch_files import TorchError
 from bnjax.linen import BatchNorm
-from bnjax.training.errors import UserError
 from tests.golden import make_torch_convnet
 from tests.interop.torch_convnet import (
     Net,
@@ -165,27 +165,27 @@ def test_what_does_not_fit_its_mapping_is_named_and_nothing_changed():
     variables = from_torch(good, shapes)
     mapping = match(good, shapes)
     before = jax.tree.map(np.array, variables)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(TorchError) as error:
         from_torch({"fc.weight": np.ones((2, 3))}, variables, mapping=mapping)
     message = str(error.value)
     assert "fc.weight is (2, 3); params/kernel needs (3, 2)" in message
     assert "fc.bias is missing, for params/bias" in message
     bad = {**good, "fc.bias": np.ones(3, np.int8)}
-    with pytest.raises(UserError, match=r"fc\.bias is int8, not floating"):
+    with pytest.raises(ValueError, match=r"fc\.bias is int8, not floating"):
         from_torch(bad, variables, mapping=mapping)
     jax.tree.map(np.testing.assert_array_equal, variables, before)
 
     other = shapes_of(nn.Dense(4), jnp.ones((1, 2)))
-    with pytest.raises(UserError, match=r"params/kernel \(2, 3\) is not there"):
+    with pytest.raises(ValueError, match=r"params/kernel \(2, 3\) is not there"):
         to_torch(other, mapping)
-    with pytest.raises(UserError, match=r"have no params/kernel \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"have no params/kernel \(2, 3\)"):
         from_torch(good, other, mapping=mapping)
 
 
 def test_a_norm_without_running_statistics_is_not_taken_for_one_with():
     shapes = shapes_of(BatchNorm(use_running_average=True), jnp.ones((2, 3)))
     torch_state = {"bn.weight": np.full(3, 2.0), "bn.bias": np.ones(3)}
-    with pytest.raises(UserError, match="nothing for batch_stats/mean"):
+    with pytest.raises(ValueError, match="nothing for batch_stats/mean"):
         from_torch(torch_state, shapes)
     variables = {
         "params": shapes["params"],
@@ -207,5 +207,5 @@ def test_options_both_ways():
         "use_bias": False,
     }
     assert torch_batch_norm_options(0.9, 1e-3) == {"momentum": 0.1, "eps": 1e-3}
-    with pytest.raises(UserError, match=r"momentum=None.*recompute_batch_stats"):
+    with pytest.raises(ValueError, match=r"momentum=None.*recompute_batch_stats"):
         batch_norm_options(None)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from bnjax.interop.torch import read_state_dict, write_state_dict
-from bnjax.training.errors import UserError
 
 STATE = {
     "layer.10.weight": np.arange(6, dtype=np.float32).reshape(2, 3).T,
@@ -46,7 +45,7 @@ def test_a_damaged_safetensors_file(tmp_path):
     whole = path.read_bytes()
     for content in (whole[:-1], whole[:20], b"", b"\xff" * 50):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"weights\.safetensors is damaged"):
+        with pytest.raises(ValueError, match=r"weights\.safetensors is damaged"):
             read_state_dict(path)
 
 
@@ -56,22 +55,22 @@ def test_other_kinds_of_file(tmp_path, name, function):
     path = tmp_path / name
     np.savez(path, a=np.ones(2))
     arguments = (path, STATE) if function is write_state_dict else (path,)
-    with pytest.raises(UserError, match=r"expected a file of PyTorch weights: \.safe"):
+    with pytest.raises(ValueError, match=r"expected a file of PyTorch weights: \.safe"):
         function(*arguments)
 
 
 def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"gone\.pt is not there"):
+    with pytest.raises(ValueError, match=r"gone\.pt is not there"):
         read_state_dict(tmp_path / "gone.pt")
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(ValueError, match="is a folder"):
         read_state_dict(tmp_path / "folder.safetensors")
 
 
 def test_nothing_is_overwritten_unasked(tmp_path):
     path = tmp_path / "weights.safetensors"
     write_state_dict(path, {"a": np.ones(1)})
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(ValueError, match="is there already"):
         write_state_dict(path, {"a": np.zeros(1)})
     assert read_state_dict(path)["a"] == 1
     write_state_dict(path, {"a": np.zeros(1)}, overwrite=True)
@@ -86,7 +85,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="could not be written: No space left"):
+    with pytest.raises(ValueError, match="could not be written: No space left"):
         write_state_dict(path, {"a": np.zeros(1)}, overwrite=True)
     assert list(tmp_path.iterdir()) == [path]
     assert read_state_dict(path)["a"] == 1
@@ -100,9 +99,9 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package, name):
     monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / name).write_bytes(b"")
     message = f"needs .*{package.split('.')[0]}.*pip install"
-    with pytest.raises(UserError, match=f"(?i){message}"):
+    with pytest.raises(ValueError, match=f"(?i){message}"):
         read_state_dict(tmp_path / name)
-    with pytest.raises(UserError, match=f"(?i){message}"):
+    with pytest.raises(ValueError, match=f"(?i){message}"):
         write_state_dict(tmp_path / f"new-{name}", STATE)
 
 
@@ -149,7 +148,7 @@ def test_torch_is_told_to_read_tensors_alone(stub):
 def test_a_torch_whose_check_can_be_passed_is_not_used(stub):
     torch, path = stub
     torch.__version__ = "2.5.1"
-    with pytest.raises(UserError, match=r"PyTorch 2\.5\.1.*expected 2\.6 or newer"):
+    with pytest.raises(ValueError, match=r"PyTorch 2\.5\.1.*expected 2\.6 or newer"):
         read_state_dict(path)
 
 
@@ -171,7 +170,7 @@ def test_weights_within_a_checkpoint_are_found(stub, capsys, key):
 def test_a_file_without_weights(stub, content):
     torch, path = stub
     torch.load = lambda *_, **__: content
-    with pytest.raises(UserError, match="expected tensors by name"):
+    with pytest.raises(ValueError, match="expected tensors by name"):
         read_state_dict(path)
 
 
@@ -193,7 +192,7 @@ def test_live_a_pickle_with_code_is_refused_and_not_run(tmp_path, how):
     else:
         new = how == "zip"
         torch.save(content, path, _use_new_zipfile_serialization=new)
-    with pytest.raises(UserError, match=r"was refused.*could run code"):
+    with pytest.raises(ValueError, match=r"was refused.*could run code"):
         read_state_dict(path)
     assert not trace.exists()
 
@@ -216,5 +215,5 @@ def test_live_files_of_torch(tmp_path, capsys):
     assert "'model'" in capsys.readouterr().err
 
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"weights\.pt"):
+    with pytest.raises(ValueError, match=r"weights\.pt"):
         read_state_dict(path)

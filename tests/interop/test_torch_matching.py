@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from bnjax import models
 from bnjax.interop.torch import match, torch_names, trace
-from bnjax.training.errors import UserError
+from bnjax.interop.torch_files import TorchError
 
 
 def shape(*sizes):
@@ -91,7 +91,7 @@ def test_torchvisions_resnet50(resnet50, alphabetical, traced):
 def test_another_number_of_classes(resnet50):
     shapes, calls = resnet50
     state = torchvision_resnet50(classes=10)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(TorchError) as error:
         match(state, shapes, calls=calls)
     lines = str(error.value).splitlines()[1:-1]
     assert sorted(line.strip() for line in lines) == [
@@ -171,7 +171,7 @@ def test_names_given():
 )
 def test_unknown_names(options, message):
     state = {"head.weight": shape(4, 4), "body.weight": shape(4, 4)}
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         match(state, variables_of(a=(4, 4), b=(4, 4)), **options)
 
 
@@ -190,7 +190,7 @@ def test_everything_that_does_not_fit_is_named():
         "token": shape(1, 1, 7),
     }
     variables = variables_of(conv=(3, 3, 3, 8), dense=(8, 4), other=(1, 1, 1, 5, 6))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(TorchError) as error:
         match(state, variables, channels={"dense": None})
     assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
         "1.weight (9, 8) for params/dense/kernel, which needs (4, 8)",
@@ -199,16 +199,16 @@ def test_everything_that_does_not_fit_is_named():
         "no place for extra.weight (2, 2, 2)",
         "no place for token (1, 1, 7)",
     ]
-    with pytest.raises(UserError, match="state dict is empty"):
+    with pytest.raises(ValueError, match="state dict is empty"):
         match({}, variables)
 
 
 def test_too_few_layers_alike():
     variables = variables_of(a=(4, 4), b=(4, 4))
-    with pytest.raises(UserError, match="nothing for params/b/kernel"):
+    with pytest.raises(ValueError, match="nothing for params/b/kernel"):
         match({"fc.weight": shape(4, 4)}, variables)
     state = {f"fc{i}.weight": shape(4, 4) for i in range(3)}
-    with pytest.raises(UserError, match=r"no place for fc2\.weight"):
+    with pytest.raises(ValueError, match=r"no place for fc2\.weight"):
         match(state, variables)
 
 
@@ -231,13 +231,13 @@ def test_what_is_flattened_is_known_by_names_or_asked_for():
     assert layouts(channels={"dense1": None}) == [None] * 4
     assert layouts(channels={"dense1": 2}) == [None, None, 2, None]
     with pytest.raises(
-        UserError, match="dense1 has 20 rows, which is no multiple of 3"
+        ValueError, match="dense1 has 20 rows, which is no multiple of 3"
     ):
         layouts(channels={"dense1": 3})
     variables = variables_of(
         conv1=(3, 3, 1, 4), conv2=(3, 3, 4, 2), dense1=(20, 5), dense2=(5, 2)
     )
-    with pytest.raises(UserError, match=r"dense1 has 20 rows.*calls=trace"):
+    with pytest.raises(ValueError, match=r"dense1 has 20 rows.*calls=trace"):
         match(state, variables)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bnjax.cli import run_reporting
 from bnjax.population import recompute_batch_stats
 from bnjax.training.config import HostsConfig
-from bnjax.training.errors import run_reporting
 from bnjax.training.hosts import join_hosts
 
 

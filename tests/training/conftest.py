@@ -4,11 +4,10 @@ import jax
 import pytest
 
 from bnjax.data.sources import open_source
-from bnjax.training.build import build
 from bnjax.training.config import ModelConfig
-from bnjax.training.loop import train
+from bnjax.training.loop import keep_compiled, train
 from bnjax.training.presets import digits
-from bnjax.training.tracing import keep_compiled
+from bnjax.training.program import build
 
 
 @pytest.fixture(scope="session", autouse=True)

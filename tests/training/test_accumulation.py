@@ -10,8 +10,7 @@ import optax
 import pytest
 
 from bnjax.models import MLP, Normalization
-from bnjax.training.state import create_state
-from bnjax.training.step import make_train_step
+from bnjax.training.step import create_state, make_train_step
 from tests.training import numpy_network
 
 PLAIN = Normalization(momentum=0.75)

@@ -11,13 +11,10 @@ import optax
 import pytest
 
 from bnjax.data.sources import open_source
-from bnjax.training.average import average_of, keep_average
-from bnjax.training.evaluation import Evaluator
-from bnjax.training.loop import train
-from bnjax.training.population import averaged
-from bnjax.training.run import Run
-from bnjax.training.scoring import evaluate_runs
-from bnjax.training.state import Stream, stream_key, tree_sha256
+from bnjax.training.evaluation import Evaluator, averaged, evaluate_runs
+from bnjax.training.loop import Run, train
+from bnjax.training.optimizer import average_of, keep_average
+from bnjax.training.step import Stream, stream_key, tree_sha256
 
 DECAY = 0.9
 

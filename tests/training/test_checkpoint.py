@@ -14,8 +14,8 @@ import pytest
 
 from bnjax.training import checkpoint
 from bnjax.training.checkpoint import MANIFEST, Checkpoints, Notes, open_checkpoints
-from bnjax.training.errors import UserError
-from bnjax.training.state import tree_sha256
+from bnjax.training.config import RunError
+from bnjax.training.step import tree_sha256
 
 
 def at_step(state, step):
@@ -183,7 +183,7 @@ def test_all_are_damaged(saved, small_config, initial_state):
         (saved / "checkpoints" / step / MANIFEST).write_text("{}")
     with (
         open_checkpoints(saved, small_config) as checkpoints,
-        pytest.raises(UserError, match=r"30 is damaged.*There is no other"),
+        pytest.raises(ValueError, match=r"30 is damaged.*There is no other"),
     ):
         checkpoints.restore(initial_state)
     assert kept(saved) == ["20", "30"]
@@ -199,7 +199,7 @@ def test_an_edited_configuration_is_noticed(saved, small_config, initial_state):
     edited = dataclasses.replace(
         small_config, bn=dataclasses.replace(small_config.bn, epsilon=1e-3)
     )
-    with pytest.raises(UserError, match=r"config\.json is not the configuration"):
+    with pytest.raises(ValueError, match=r"config\.json is not the configuration"):
         restore(saved, edited, initial_state)
 
 
@@ -212,7 +212,7 @@ def test_a_run_may_be_moved(saved, small_config, initial_state, tmp_path_factory
 
 def test_there_is_none(small_config, initial_state, tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
         restore(tmp_path, small_config, initial_state)
 
 
@@ -223,7 +223,7 @@ def test_a_full_disk_keeps_the_last_good_one(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     state = initial_state
     with open_checkpoints(saved, small_config) as checkpoints:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(RunError) as caught:
             checkpoints.save(at_step(state, 40))
         message = str(caught.value)
         assert "the disk has 1,000 bytes left" in message
@@ -244,7 +244,7 @@ def test_a_disk_that_fills_while_writing(
         else:
             monkeypatch.setattr(checkpoint, "write_json", refuse)
         checkpoints.save(at_step(initial_state, 40))
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(RunError) as caught:
             checkpoints.wait()
     message = str(caught.value)
     assert "40 could not be written" in message
@@ -259,7 +259,7 @@ def test_a_state_that_is_not_finite_is_not_saved(saved, small_config, initial_st
     broken = dataclasses.replace(at_step(state, 40), params=params)
     with (
         open_checkpoints(saved, small_config) as checkpoints,
-        pytest.raises(UserError, match="after step 40 is not finite"),
+        pytest.raises(ValueError, match="after step 40 is not finite"),
     ):
         checkpoints.save(broken)
     assert int(restore(saved, small_config, state).step) == 30

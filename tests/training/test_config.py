@@ -7,12 +7,17 @@ from pathlib import Path
 import pytest
 
 from bnjax.data import config as data_config
+from bnjax.data.config import SettingError
 from bnjax.training import config
-from bnjax.training.config import BatchNormConfig, Config, ModelConfig
-from bnjax.training.errors import UserError
+from bnjax.training.config import (
+    BatchNormConfig,
+    Config,
+    ModelConfig,
+    from_json,
+    to_json,
+    validate,
+)
 from bnjax.training.presets import PRESETS, parse
-from bnjax.training.record import from_json, to_json
-from bnjax.training.validation import validate
 
 
 def flags_of(cls, prefix=""):
@@ -108,14 +113,12 @@ class TestParse:
         assert config.bn == BatchNormConfig(epsilon=0.5)
 
     def test_an_unknown_preset_suggests_the_right_one(self):
-        with pytest.raises(UserError, match=r"'mnits'.*Did you mean 'mnist'") as caught:
+        with pytest.raises(SettingError, match=r"'mnits'.*Did you mean 'mnist'"):
             parse(["mnits"])
-        assert caught.value.status == 2
 
     def test_a_preset_after_a_flag(self):
-        with pytest.raises(UserError, match="the preset goes first") as caught:
+        with pytest.raises(SettingError, match="the preset goes first"):
             parse(["--steps", "5", "mnist"])
-        assert caught.value.status == 2
 
     @pytest.mark.parametrize(
         ("typo", "right"),
@@ -209,9 +212,8 @@ class TestParse:
     ],
 )
 def test_values_no_run_can_use(flags, expected):
-    with pytest.raises(UserError, match=expected) as caught:
+    with pytest.raises(SettingError, match=expected):
         parse(flags.split())
-    assert caught.value.status == 2
 
 
 @pytest.mark.parametrize(
@@ -266,11 +268,11 @@ class TestRecord:
         for parent in parents:
             place = place[parent]
         place[name] = value
-        with pytest.raises(UserError, match=r"config.json is damaged"):
+        with pytest.raises(ValueError, match=r"config.json is damaged"):
             from_json(record, "config.json")
 
     def test_a_missing_field(self):
         record = to_json(PRESETS["digits"]())
         del record["bn"]["epsilon"]
-        with pytest.raises(UserError, match=r"damaged.*bn has"):
+        with pytest.raises(ValueError, match=r"damaged.*bn has"):
             from_json(record, "config.json")

@@ -4,13 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from bnjax.data.blocks import SplitBlocks
-from bnjax.data.crops import CropBlocks, cut
-from bnjax.data.pipeline import make_to_inputs
+from bnjax.data.pipeline import CropBlocks, SplitBlocks, cut, make_to_inputs
 from bnjax.data.sources import open_source
-from bnjax.training.ensemble import Predictor, evaluate_crops
-from bnjax.training.evaluation import Evaluator
-from bnjax.training.layouts import Spmd
+from bnjax.training.evaluation import Evaluator, Predictor, evaluate_crops
+from bnjax.training.sharding import Spmd
 from tests.training import numpy_network
 
 

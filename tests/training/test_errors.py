@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bnjax.training.errors import UserError, run_reporting
+from bnjax.cli import run_reporting
+from bnjax.data.config import DataError, SettingError
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,8 +20,8 @@ def raising(error):
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (UserError("what to do"), 1, "error: what to do"),
-        (UserError("what to do", 2), 2, "error: what to do"),
+        (DataError("what to do"), 1, "error: what to do"),
+        (SettingError("what to do"), 2, "error: what to do"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (
             ModuleNotFoundError("no", name="optax"),
@@ -39,7 +40,12 @@ def test_what_a_person_can_put_right_is_one_line(error, status, line, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [ZeroDivisionError(), ModuleNotFoundError("no", name="bnjax.missing")]
+    "error",
+    [
+        ZeroDivisionError(),
+        ValueError("ours"),
+        ModuleNotFoundError("no", name="bnjax.missing"),
+    ],
 )
 def test_our_own_faults_keep_their_traceback(error):
     with pytest.raises(type(error)):

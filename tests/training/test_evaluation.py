@@ -4,7 +4,7 @@ import pytest
 
 from bnjax.data.sources import open_source
 from bnjax.training.evaluation import Evaluation, Evaluator, evaluation_of
-from bnjax.training.layouts import Pmap, Spmd
+from bnjax.training.sharding import Pmap, Spmd
 from tests.training import numpy_network
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from bnjax.data.config import DataConfig
 from bnjax.data.sources import open_data
-from bnjax.training.build import build
 from bnjax.training.config import ModelConfig
+from bnjax.training.loop import Run
 from bnjax.training.presets import digits
-from bnjax.training.run import Run
+from bnjax.training.program import build
 
 needs_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="loops are slow on a CPU alone"

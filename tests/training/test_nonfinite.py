@@ -13,15 +13,14 @@ from flax import linen as nn
 from bnjax.data.pipeline import make_feed
 from bnjax.linen import BatchNorm
 from bnjax.models import MLP, Normalization
-from bnjax.training import loop, run
-from bnjax.training.errors import UserError
+from bnjax.training import loop
+from bnjax.training.config import RunError
 from bnjax.training.evaluation import Evaluation
+from bnjax.training.faults import Guard, forward_order, layer_names
 from bnjax.training.loop import train
 from bnjax.training.metrics import read_metrics
-from bnjax.training.nonfinite import Guard, forward_order, layer_names
 from bnjax.training.optimizer import make_schedule
-from bnjax.training.state import create_state, tree_sha256
-from bnjax.training.step import make_train_step
+from bnjax.training.step import create_state, make_train_step, tree_sha256
 
 BAD_ROW = 7
 
@@ -203,7 +202,7 @@ def poisoned(monkeypatch):
         """Return which of 60 steps, counted from 0, take that example."""
         return np.flatnonzero((poisoned.rows(0, 60) == BAD_ROW).any(1)).tolist()
 
-    monkeypatch.setattr("bnjax.training.feed.make_feed", make)
+    monkeypatch.setattr("bnjax.training.program.make_feed", make)
     return poisoned
 
 
@@ -214,7 +213,7 @@ def test_stop_names_the_step_the_layer_and_the_last_checkpoint(
     config = dataclasses.replace(
         small_config, workdir=workdir, checkpoint_every=5, log_every=5, seed=2
     )
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(RunError) as caught:
         train("digits", config)
     first = poisoned()[0]
     good = workdir / "checkpoints" / str(first // 5 * 5)
@@ -322,7 +321,7 @@ def test_a_stopped_run_goes_on_with_skip(small_config, poisoned, tmp_path):
     config = dataclasses.replace(
         small_config, workdir=tmp_path / "run", checkpoint_every=5, log_every=5, seed=2
     )
-    with pytest.raises(UserError):
+    with pytest.raises(RunError):
         train("digits", config)
     config = dataclasses.replace(config, resume=True, on_nan="skip")
     assert train("digits", config)["dropped_steps"] == len(poisoned())
@@ -332,7 +331,9 @@ def test_where_nothing_is_kept_the_run_stops(small_config, tmp_path):
     config = dataclasses.replace(
         small_config, learning_rate=1e30, on_nan="skip", workdir=tmp_path / "run"
     )
-    with pytest.raises(UserError, match="the last 10 steps were all dropped") as caught:
+    with pytest.raises(
+        ValueError, match="the last 10 steps were all dropped"
+    ) as caught:
         train("digits", config)
     assert "No checkpoint had been written yet" in str(caught.value)
     assert "--on-nan" not in str(caught.value)
@@ -340,10 +341,10 @@ def test_where_nothing_is_kept_the_run_stops(small_config, tmp_path):
 
 def test_a_test_loss_that_is_not_finite_stops(small_config, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        run.Evaluator,
+        loop.Evaluator,
         "__call__",
         lambda self, state: Evaluation(np.nan, 1, 355),
     )
     config = dataclasses.replace(small_config, workdir=tmp_path / "run")
-    with pytest.raises(UserError, match="the test loss is nan after step 30"):
+    with pytest.raises(ValueError, match="the test loss is nan after step 30"):
         train("digits", config)

@@ -8,13 +8,12 @@ from pathlib import Path
 import jax
 import pytest
 
+from bnjax.data.config import SettingError
 from bnjax.data.sources import open_source
-from bnjax.training.build import build
-from bnjax.training.errors import USAGE, UserError
-from bnjax.training.layouts import Pmap, Spmd
 from bnjax.training.loop import train
-from bnjax.training.parallel import make_parallel
 from bnjax.training.presets import parse
+from bnjax.training.program import build
+from bnjax.training.sharding import Pmap, Spmd, make_parallel
 
 NETS = "tests.training.own_nets"
 ROOT = Path(__file__).parents[2]
@@ -120,9 +119,8 @@ class TestItTrains:
     ],
 )
 def test_what_cannot_be_trained_is_refused(name, message):
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(SettingError, match=message) as error:
         build(configured(name), open_source("digits"))
-    assert error.value.status == USAGE
     assert str(error.value).startswith(f"--model {name}: ")
 
 
@@ -138,7 +136,7 @@ def test_a_module_that_cannot_be_imported(text, message, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(SettingError, match=message):
         build(configured("broken:make"), open_source("digits"))
 
 
@@ -161,6 +159,5 @@ def test_a_module_that_cannot_be_imported(text, message, tmp_path, monkeypatch):
     ],
 )
 def test_flags_that_it_cannot_follow(name, flags, message):
-    with pytest.raises(UserError, match=message) as error:
+    with pytest.raises(ValueError, match=message):
         build(configured(f"{NETS}:{name}", *flags), open_source("digits"))
-    assert error.value.status == USAGE

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from bnjax.data.sources import open_source
-from bnjax.training.build import build
+from bnjax.training.config import to_json
 from bnjax.training.loop import train
 from bnjax.training.metrics import read_metrics
 from bnjax.training.presets import PRESETS, parse
-from bnjax.training.record import to_json
-from bnjax.training.state import count_parameters
+from bnjax.training.program import build
+from bnjax.training.step import count_parameters
 
 FIVE = ("inception", "bn-baseline", "bn-x5", "bn-x30", "bn-x5-sigmoid")
 

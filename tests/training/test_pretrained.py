@@ -7,15 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from bnjax.data.config import DataConfig
+from bnjax.data.config import DataConfig, SettingError
 from bnjax.data.sources import open_data, open_source
 from bnjax.interop.torch import write_state_dict
 from bnjax.training.config import ModelConfig
-from bnjax.training.errors import UserError
-from bnjax.training.loop import train
-from bnjax.training.run import Run
-from bnjax.training.state import tree_sha256
-from bnjax.training.trained import open_trained
+from bnjax.training.evaluation import open_trained
+from bnjax.training.loop import Run, train
+from bnjax.training.step import tree_sha256
 
 SEVEN = DataConfig(name="synthetic:8x8x1:7:256")
 
@@ -115,7 +113,9 @@ def test_frozen_statistics_are_not_taken_again(start, trained):
     assert tree_sha256(evaluated.batch_stats) == tree_sha256(
         state_of(trained).batch_stats
     )
-    with pytest.raises(UserError, match="--batch-stats-from: the run was trained with"):
+    with pytest.raises(
+        ValueError, match="--batch-stats-from: the run was trained with"
+    ):
         run._population.estimated(run.state, 3)
 
 
@@ -144,7 +144,7 @@ def test_a_resumed_run_does_not_need_it_any_more(
 
 
 def test_another_network_is_refused(start):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(SettingError) as caught:
         start(model=ModelConfig(hidden=(12, 8), weight_std=0.1))
     message = str(caught.value)
     assert "bn_1/bias has the shape (9,), (8,) here" in message
@@ -153,19 +153,19 @@ def test_another_network_is_refused(start):
 
 
 def test_a_network_without_normalization_is_refused(start):
-    with pytest.raises(UserError, match="bn_0/bias has no place here"):
+    with pytest.raises(ValueError, match="bn_0/bias has no place here"):
         start(batch_norm=False)
-    with pytest.raises(UserError, match="dense_0/bias is not there"):
+    with pytest.raises(ValueError, match="dense_0/bias is not there"):
         start(batch_norm=False)
 
 
 def test_many_problems_are_counted(start):
-    with pytest.raises(UserError, match=r"; and \d+ more\. Give"):
+    with pytest.raises(ValueError, match=r"; and \d+ more\. Give"):
         start(model=ModelConfig(hidden=(5, 6, 7, 8), weight_std=0.1))
 
 
 def test_what_is_no_run_is_refused(start, tmp_path):
-    with pytest.raises(UserError, match="expected the folder of a run"):
+    with pytest.raises(ValueError, match="expected the folder of a run"):
         start(init_from=tmp_path / "nowhere")
 
 
@@ -174,7 +174,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(start, trained, tmp_path):
     shutil.copytree(trained, copy)
     for step in (30, 60):
         shutil.rmtree(copy / "checkpoints" / str(step))
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no whole checkpoint"):
         start(init_from=copy)
 
 
@@ -216,16 +216,16 @@ def test_weights_of_another_network(start, trained, small_config, tmp_path):
     path = tmp_path / "weights.safetensors"
     weights = as_torch(trained, small_config)
     write_state_dict(path, weights | {"f.weight": np.ones((3, 3), np.float32)})
-    with pytest.raises(UserError, match=r"f\.weight"):
+    with pytest.raises(ValueError, match=r"f\.weight"):
         start(init_from=path)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         start(init_from=path)
 
 
 def test_nothing_is_written_where_it_fails(small_config, tmp_path):
     workdir = tmp_path / "run"
     config = dataclasses.replace(small_config, init_from=tmp_path, workdir=workdir)
-    with pytest.raises(UserError, match="--init-from"):
+    with pytest.raises(ValueError, match="--init-from"):
         train("digits", config)
     train("digits", dataclasses.replace(config, init_from=None))

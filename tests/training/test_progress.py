@@ -2,10 +2,10 @@ import io
 
 import pytest
 
-from bnjax.training import progress
+from bnjax.training import metrics as progress
+from bnjax.training.metrics import Bar, Lines, Loading, make_progress
 from bnjax.training.metrics import TestRecord as Scored
 from bnjax.training.metrics import TrainRecord as Trained
-from bnjax.training.progress import Bar, Lines, Loading, make_progress
 
 
 class Terminal(io.StringIO):

@@ -8,16 +8,16 @@ import pytest
 
 from bnjax.data.sources import open_source
 from bnjax.models import MLP
-from bnjax.training.build import build
-from bnjax.training.parallel import make_parallel
-from bnjax.training.state import (
+from bnjax.training.program import build
+from bnjax.training.sharding import make_parallel
+from bnjax.training.step import (
     Stream,
     create_state,
+    make_train_step,
     state_sha256,
     stream_key,
     tree_sha256,
 )
-from bnjax.training.step import make_train_step
 
 
 @pytest.fixture(scope="module")

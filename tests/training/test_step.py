@@ -5,8 +5,7 @@ import optax
 import pytest
 
 from bnjax.models import MLP, Normalization
-from bnjax.training.state import create_state
-from bnjax.training.step import hits, make_eval_step, make_train_step
+from bnjax.training.step import create_state, hits, make_eval_step, make_train_step
 from tests.training import numpy_network
 
 RATE = 0.3

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bnjax.training.metrics import TensorBoard, layer_values
 from bnjax.training.metrics import TestRecord as Scored
 from bnjax.training.metrics import TrainRecord as Trained
-from bnjax.training.tensorboard import TensorBoard, layer_values
 
 pytest.importorskip("tensorboardX")
 

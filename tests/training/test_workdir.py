@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from bnjax.training.errors import UserError
 from bnjax.training.metrics import MetricsWriter, read_metrics
 from bnjax.training.metrics import TestRecord as Scored
 from bnjax.training.workdir import (
@@ -45,7 +44,7 @@ def test_claim_takes_a_folder_that_holds_other_things(tmp_path):
 @pytest.mark.parametrize("name", [CONFIG, METRICS, SUMMARY, EVALUATION, CHECKPOINTS])
 def test_claim_refuses_a_run(tmp_path, name):
     (tmp_path / name).write_text("a run's")
-    with pytest.raises(UserError, match=f"holds a run already.*{re.escape(name)}"):
+    with pytest.raises(ValueError, match=f"holds a run already.*{re.escape(name)}"):
         claim(tmp_path)
     assert (tmp_path / name).read_text() == "a run's"
 
@@ -53,7 +52,7 @@ def test_claim_refuses_a_run(tmp_path, name):
 def test_claim_refuses_what_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"could not be written.*--workdir"):
+        with pytest.raises(ValueError, match=r"could not be written.*--workdir"):
             claim(path)
 
 
@@ -63,7 +62,7 @@ def test_claim_refuses_what_is_no_folder(tmp_path):
 )
 def test_claim_refuses_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied"):
+    with pytest.raises(ValueError, match="Permission denied"):
         claim(tmp_path / "run")
     tmp_path.chmod(0o700)
 
@@ -88,7 +87,7 @@ def test_json_comes_back(tmp_path):
 
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, full_disk):
     (tmp_path / "a.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"No space left on device.*--workdir"):
+    with pytest.raises(ValueError, match=r"No space left on device.*--workdir"):
         write_json(tmp_path / "a.json", [2])
     assert read_json(tmp_path / "a.json") == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
@@ -101,11 +100,11 @@ def test_what_json_cannot_hold_is_not_written(tmp_path):
 
 
 def test_reading_what_is_not_there_or_damaged(tmp_path):
-    with pytest.raises(UserError, match=r"is no run: it has no a.json"):
+    with pytest.raises(ValueError, match=r"is no run: it has no a.json"):
         read_json(tmp_path / "a.json")
     for content in (b"", b"{", b"\xff\xfe"):
         (tmp_path / "a.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"a.json is damaged"):
+        with pytest.raises(ValueError, match=r"a.json is damaged"):
             read_json(tmp_path / "a.json")
 
 

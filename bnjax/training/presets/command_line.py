@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import tyro
 
 from bnjax._validate import did_you_mean
-from bnjax.training.config import BatchNormConfig, Config, ModelConfig
-from bnjax.training.errors import USAGE, UserError
-from bnjax.training.own_network import is_import_path
+from bnjax.data.config import SettingError
+from bnjax.training.config import BatchNormConfig, Config, ModelConfig, validate
+from bnjax.training.network import is_import_path
 from bnjax.training.presets.registry import DEFAULT, PRESETS
-from bnjax.training.validation import validate
 
 _MODEL_FLAGS = ("--model", "--model.name")
 
@@ -30,7 +29,7 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
         The preset's name and its configuration with the flags applied.
 
     Raises:
-        UserError: the preset is unknown, or a value is one no run can use.
+        SettingError: the preset is unknown, or a value is one no run can use.
         SystemExit: status 0 after --help, 2 after a flag tyro refuses.
 
     Example:
@@ -41,10 +40,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
     named = bool(argv) and not argv[0].startswith("-")
     name, flags = (argv[0], argv[1:]) if named else (DEFAULT, argv)
     if name not in PRESETS:
-        raise UserError(
+        raise SettingError(
             f"preset {name!r} is unknown.{did_you_mean(name, PRESETS)} "
             f"Expected one of: {', '.join(PRESETS)}.",
-            USAGE,
         )
     late = [
         word
@@ -52,10 +50,9 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
         if word in PRESETS and before not in _MODEL_FLAGS
     ]
     if late and not named:
-        raise UserError(
+        raise SettingError(
             f"preset {late[0]!r} comes after a flag; the preset goes first: "
             f"python train.py {late[0]} [--flags].",
-            USAGE,
         )
     config = tyro.cli(
         Config,

@@ -1,5 +1,6 @@
-"""A network of the user's own, named by its import path: found, made and checked."""
+"""The network that a configuration names: of `bnjax.models`, or the user's own."""
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -14,24 +15,23 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.errors import ModifyScopeVariableError
 
-from bnjax._validate import did_you_mean
-from bnjax.training.errors import USAGE, UserError, first_line
+from bnjax import models
+from bnjax._validate import did_you_mean, first_line
+from bnjax.data.config import SettingError
+from bnjax.training.config import (
+    OPTIONS,
+    BatchNormConfig,
+    Config,
+    is_import_path,
+    refuse_options,
+    set_options,
+)
 
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 EXAMPLE = "my_package.nets:make_net"
 
 
-def is_import_path(name: str) -> bool:
-    """Say whether a model's name is a function of the user's own.
-
-    Example:
-        >>> is_import_path("my_package.nets:make_net"), is_import_path("mlp")
-        (True, False)
-    """
-    return ":" in name
-
-
-def find(path: str) -> Callable[..., Any]:
+def find_factory(path: str) -> Callable[..., Any]:
     """Import what makes a network.
 
     Args:
@@ -41,12 +41,12 @@ def find(path: str) -> Callable[..., Any]:
         The function, or the class.
 
     Raises:
-        UserError: it cannot be imported, or is nothing that makes a network.
+        SettingError: it cannot be imported, or is nothing that makes a network.
 
     Example:
-        >>> find("flax.linen:Dens")
+        >>> find_factory("flax.linen:Dens")
         Traceback (most recent call last):
-        bnjax.training.errors.UserError: --model flax.linen:Dens: module flax.linen
+        bnjax.data.config.SettingError: --model flax.linen:Dens: module flax.linen
         has no 'Dens'. Did you mean 'Dense'?
     """
     if not _PATH.fullmatch(path) or ".py:" in path:
@@ -93,13 +93,13 @@ def find(path: str) -> Callable[..., Any]:
     return factory
 
 
-def taken(path: str, offered: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(path: str, offered: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the function at `path` takes of what is offered by name.
 
     Raises:
-        UserError: it needs something else.
+        SettingError: it needs something else.
     """
-    parameters = inspect.signature(find(path)).parameters.values()
+    parameters = inspect.signature(find_factory(path)).parameters.values()
     named = {
         each.name: each
         for each in parameters
@@ -121,18 +121,18 @@ def taken(path: str, offered: Mapping[str, Any]) -> dict[str, Any]:
     return {name: offered[name] for name in offered if everything or name in named}
 
 
-def make(path: str, options: Mapping[str, Any]) -> nn.Module:
+def make_own_network(path: str, options: Mapping[str, Any]) -> nn.Module:
     """Make the network.
 
     Args:
         path: of the function.
-        options: what it is called with; `taken` gives them.
+        options: what it is called with; `accepted` gives them.
 
     Raises:
-        UserError: it fails, or what it gives is not called as
+        SettingError: it fails, or what it gives is not called as
             `model(images, train=...)`.
     """
-    factory = find(path)
+    factory = find_factory(path)
     try:
         network = factory(**options)
     except Exception as error:
@@ -153,7 +153,7 @@ def make(path: str, options: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def check(
+def check_own_network(
     path: str, network: nn.Module, image_shape: tuple[int, ...], classes: int
 ) -> bool:
     """Trace the network in training and in evaluation, computing nothing.
@@ -168,7 +168,7 @@ def check(
         Whether it keeps running statistics.
 
     Raises:
-        UserError: it fails, keeps more than "params" and "batch_stats", gives no
+        SettingError: it fails, keeps more than "params" and "batch_stats", gives no
             logits of shape (batch, classes), or its statistics never change.
     """
     images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
@@ -209,7 +209,7 @@ def check(
             "it changes its statistics with train=False. Give its BatchNorm layers "
             "use_running_average=not train.",
         ) from error
-    except UserError:
+    except SettingError:
         raise
     except Exception as error:
         raise _refused(path, f"{step} on {shown} failed: {_told(error)}") from error
@@ -282,5 +282,89 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}{place}"
 
 
-def _refused(path: str, message: str) -> UserError:
-    return UserError(f"--model {path}: {message}", USAGE)
+def _refused(path: str, message: str) -> SettingError:
+    return SettingError(f"--model {path}: {message}")
+
+
+def make_network(config: Config, **offered: Any) -> nn.Module:
+    """Make the network of a run.
+
+    Args:
+        config: of the run.
+        **offered: what every network may take: classes, normalization, dtype.
+
+    Raises:
+        SettingError: it is not to be had, or has no such option.
+    """
+    name = config.model.name
+    chosen = set_options(config.model)
+    if not is_import_path(name):
+        return models.create(name, **offered, **chosen)
+    known = accepted(name, offered | dict.fromkeys(OPTIONS))
+    refuse_options(config.model, known)
+    if config.dtype != "float32" and "dtype" not in known:
+        raise SettingError(
+            f"--dtype {config.dtype}: {name} takes no dtype. Leave it out, or let the "
+            "function take it.",
+        )
+    given = {each: value for each, value in offered.items() if each in known}
+    return make_own_network(name, given | chosen)
+
+
+def takes_normalization(config: Config) -> bool:
+    """Say whether the network is built on `bnjax.models.Normalization`.
+
+    One that is not shares no statistics between the devices of a pmap, nor between
+    micro-batches.
+
+    Raises:
+        SettingError: the network cannot be imported.
+    """
+    name = config.model.name
+    if not is_import_path(name):
+        return True
+    offered = dict.fromkeys((*OPTIONS, "classes", "normalization", "dtype"))
+    return "normalization" in accepted(name, offered)
+
+
+def check_network(
+    config: Config, network: nn.Module, image_shape: tuple[int, ...], classes: int
+) -> None:
+    """Refuse a network of the user's own that cannot be trained as it is asked for.
+
+    Args:
+        config: of the run.
+        network: as `make_network` made it.
+        image_shape: of one example.
+        classes: how many labels there are.
+
+    Raises:
+        SettingError: saying what is wrong with it, or which flag it cannot follow.
+    """
+    name = config.model.name
+    if not is_import_path(name):
+        return
+    has_statistics = check_own_network(name, network, image_shape, classes)
+    if takes_normalization(config):
+        return
+    flags = []
+    if config.init_stats == "freeze":
+        flags.append("--init-stats freeze")
+    if not config.batch_norm:
+        flags.append("--no-batch-norm")
+    default = BatchNormConfig()
+    flags += [
+        f"--bn.{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(default)
+        if getattr(config.bn, field.name) != getattr(default, field.name)
+    ]
+    if has_statistics and config.parallel == "pmap":
+        flags.append("--parallel pmap")
+    if has_statistics and config.accumulate > 1:
+        flags.append("--accumulate")
+    if flags:
+        raise SettingError(
+            f"{', '.join(flags)}: the layers of {name} cannot follow, since it takes "
+            "no normalization. Leave the flags out, or let the function take "
+            "normalization, a bnjax.models.Normalization, and use it in its layers.",
+        )

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +11,44 @@ import optax
 from flax import linen as nn
 
 from bnjax import models
-from bnjax.data.pipeline import make_to_inputs
-from bnjax.data.resident import make_gather
-from bnjax.data.sources import Source
+from bnjax.data.pipeline import Feed, make_feed, make_gather, make_to_inputs
+from bnjax.data.sources import Report, Source
 from bnjax.training.config import Config
-from bnjax.training.layouts import Spmd
-from bnjax.training.loops import slow_in_loops
-from bnjax.training.networks import check_network, make_network
+from bnjax.training.network import check_network, make_network
 from bnjax.training.optimizer import make_optimizer
-from bnjax.training.sharing import Sharing
-from bnjax.training.state import TrainState, create_state
-from bnjax.training.step import Gather, TrainStep, make_train_step
+from bnjax.training.sharding import Sharing, Spmd
+from bnjax.training.step import (
+    Gather,
+    Stream,
+    TrainState,
+    TrainStep,
+    create_state,
+    make_train_step,
+)
+
+
+def slow_in_loops(function: Callable[..., Any], *args: Any) -> bool:
+    """Return whether steps of a function are better dispatched one at a time.
+
+    On a CPU, XLA takes the gradient of a convolution many times slower inside a loop
+    than outside (jax issue 12868), and a scan over training steps is a loop.
+
+    Args:
+        function: traced, not run.
+        *args: arrays or their shapes.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> image = jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
+        >>> slow_in_loops(nn.Dense(4).init, jax.random.key(0), image)
+        False
+        >>> on_cpu = jax.default_backend() == "cpu"
+        >>> slow_in_loops(nn.Conv(4, (3, 3)).init, jax.random.key(0), image) == on_cpu
+        True
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    return "conv_general_dilated" in str(jax.make_jaxpr(function)(*args))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +80,7 @@ def build(config: Config, source: Source) -> Program:
     """Build the model, the optimizer and the input function of a run.
 
     Raises:
-        UserError: the network is the user's own, and cannot be trained.
+        RunError: the network is the user's own, and cannot be trained.
     """
     model = _make_model(config, source, Sharing())
     check_network(config, model, source.image_shape, source.classes)
@@ -121,4 +149,24 @@ def make_normalization(
         unbiased=config.bn.unbiased,
         frozen=config.init_stats == "freeze",
         **dataclasses.asdict(sharing or Sharing()),
+    )
+
+
+def make_run_feed(
+    config: Config,
+    source: Source,
+    *,
+    shards: int = 1,
+    shard: int = 0,
+    report: Report = lambda done, total: None,  # noqa: ARG005
+) -> Feed:
+    """Return what feeds the steps of a run; see `bnjax.data.pipeline.make_feed`."""
+    return make_feed(
+        config.data,
+        source,
+        batch_size=config.batch_size,
+        key=jax.random.fold_in(jax.random.key(config.seed), Stream.ORDER),
+        shards=shards,
+        shard=shard,
+        report=report,
     )

@@ -1,11 +1,8 @@
-"""Layouts of a run on devices.
+"""How a run is laid out on devices, and whose examples are normalized together."""
 
-Under each strategy the same `train_step(state, batch)` is scanned over the steps of a
-dispatch. `Spmd` jits it over a mesh, with sharded batches, and is what one device uses
-too; `Pmap` gives each device a part of the batch and the step an axis name.
-"""
-
+import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,10 +12,119 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bnjax.data.config import SettingError
 from bnjax.training.config import Config
-from bnjax.training.sharing import Sharing, make_sharing
-from bnjax.training.state import Stream, TrainState, stream_key
-from bnjax.training.step import Batch, EvalStep, Metrics, TrainStep
+from bnjax.training.network import takes_normalization
+from bnjax.training.step import (
+    Batch,
+    EvalStep,
+    Metrics,
+    Stream,
+    TrainState,
+    TrainStep,
+    stream_key,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """What the BN layers of the model in training are told.
+
+    Args:
+        virtual_batch_size: consecutive examples of a device's part that are normalized
+            together; None for all of them.
+        axis_name: of the devices that share statistics; None where they do not.
+        axis_index_groups: groups of those devices; None for one group.
+        deferred: the step merges moments of micro-batches or devices, and updates the
+            running statistics once.
+    """
+
+    virtual_batch_size: int | None = None
+    axis_name: str | None = None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+    deferred: bool = False
+
+
+def make_sharing(config: Config, devices: int, axis_name: str | None) -> Sharing:
+    """Realize `--bn.sync` and `--bn.virtual-batch-size` on a number of devices.
+
+    Whatever the strategy, a layer normalizes consecutive groups of the (micro-)batch,
+    and the running statistics move once a step, towards the moments of all groups.
+
+    Args:
+        config: of the run; `devices` times `accumulate` divides its batch.
+        devices: how many there are.
+        axis_name: of a pmap, whose devices see their own part of the batch; None where
+            the program sees the whole batch.
+
+    Raises:
+        SettingError: the groups do not divide evenly, or hold one example.
+
+    Example:
+        >>> import dataclasses
+        >>> from bnjax.training.config import BatchNormConfig
+        >>> from bnjax.training.presets import digits
+        >>> config = dataclasses.replace(digits(), batch_size=64)
+        >>> make_sharing(config, 8, "data").axis_name
+        'data'
+        >>> pairs = BatchNormConfig(sync="group:2")
+        >>> config = dataclasses.replace(config, bn=pairs)
+        >>> make_sharing(config, 4, "data").axis_index_groups
+        ((0, 1), (2, 3))
+        >>> make_sharing(config, 4, None).virtual_batch_size
+        32
+    """
+    if not config.batch_norm:
+        return Sharing()
+    examples = config.batch_size // config.accumulate
+    size = _group_size(config, examples, devices)
+    accumulating = config.accumulate > 1
+    if size == examples:
+        return Sharing(axis_name=axis_name, deferred=accumulating)
+    if axis_name is None:
+        return Sharing(virtual_batch_size=size, deferred=accumulating)
+    local = examples // devices
+    if size > local:
+        together = size // local
+        groups = tuple(
+            tuple(range(first, first + together))
+            for first in range(0, devices, together)
+        )
+        return Sharing(axis_name=axis_name, axis_index_groups=groups, deferred=True)
+    return Sharing(virtual_batch_size=None if size == local else size, deferred=True)
+
+
+def _group_size(config: Config, examples: int, devices: int) -> int:
+    """Return how many examples are normalized together."""
+    sync, virtual = config.bn.sync, config.bn.virtual_batch_size
+    together = devices
+    if sync == "per-device":
+        together = 1
+    elif sync.startswith("group:"):
+        together = int(sync.removeprefix("group:"))
+        if devices % together:
+            raise SettingError(
+                f"--bn.sync {sync}: expected a divisor of the {devices} device(s).",
+            )
+    size = examples // devices * together
+    if virtual is not None:
+        local = examples // devices
+        if size % virtual or (virtual % local and local % virtual):
+            raise SettingError(
+                f"--bn.virtual-batch-size {virtual}: expected a divisor of {size}, the "
+                "examples that share statistics, that also divides or is a multiple of "
+                f"the {local} on each device.",
+            )
+        size = virtual
+    if size < 2:
+        raise SettingError(
+            f"--batch-size {config.batch_size}: {size} example is normalized by "
+            "itself; batch normalization in training needs at least 2 to take "
+            "statistics over. Give a larger batch, or another --bn.sync or "
+            "--bn.virtual-batch-size.",
+        )
+    return size
+
 
 MakeBatch = Callable[[Any, Any, jax.Array], Batch]
 Devices = Sequence[Any]
@@ -275,3 +381,86 @@ def _replicate(tree: Any, sharding: NamedSharding) -> Any:
         tree,
     )
     return jax.jit(unpack, out_shardings=sharding)(raw)
+
+
+def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
+    """Lay a run out as its configuration says.
+
+    Args:
+        config: of the run.
+        devices: those to use; all that JAX finds, or `config.devices` of them, if None.
+
+    Raises:
+        SettingError: the batch does not divide by the devices, there are too few, or
+            statistics are asked for that they cannot have.
+
+    Example:
+        >>> from bnjax.training.presets import digits
+        >>> parallel = make_parallel(digits(), jax.devices()[:1])
+        >>> type(parallel).__name__, len(parallel.devices)
+        ('Spmd', 1)
+    """
+    devices = _chosen(config) if devices is None else tuple(devices)
+    hosts = len({device.process_index for device in devices})
+    if hosts > 1 and (config.parallel == "single" or config.devices is not None):
+        raise SettingError(
+            f"--parallel single and --devices are for one host, and there are {hosts}: "
+            "leave them out.",
+        )
+    if config.parallel == "single":
+        devices = devices[:1]
+    if config.parallel == "auto" and config.bn.sync == "global" and hosts == 1:
+        devices = _dividing(devices, config)
+    parts = len(devices) * config.accumulate
+    if config.batch_size % parts:
+        raise SettingError(
+            f"--batch-size {config.batch_size}: {len(devices)} device(s) and "
+            f"--accumulate {config.accumulate} need a multiple of {parts}. Give one, "
+            "or fewer --devices, or --parallel single.",
+        )
+    strategy = config.parallel
+    if strategy == "auto":
+        # Statistics that no axis name is given to are shared in one program alone.
+        several = "pmap" if takes_normalization(config) else "spmd"
+        strategy = several if len(devices) > 1 else "single"
+    kind = Pmap if strategy == "pmap" else Spmd
+    parallel = kind(devices, config.accumulate)
+    parallel.sharing(config)
+    return parallel
+
+
+def evaluation_parallel(config: Config) -> Spmd:
+    """Return the layout of the run itself, or one device where that is not to be had.
+
+    A matrix product of other shapes may round otherwise: on the machine that trained,
+    the loss is then the same to the last digit.
+    """
+    try:
+        return make_parallel(config)
+    except SettingError:
+        return Spmd(jax.local_devices()[:1])
+
+
+def _chosen(config: Config) -> Devices:
+    found = jax.devices()
+    if config.devices is None:
+        return tuple(found)
+    if config.devices > len(found):
+        raise SettingError(
+            f"--devices {config.devices}: JAX finds {len(found)} of kind "
+            f"{found[0].device_kind!r}; expected at most that many.",
+        )
+    return tuple(found[: config.devices])
+
+
+def _dividing(devices: Devices, config: Config) -> Devices:
+    """Return as many of the devices as divide the batch; the results are the same."""
+    examples = config.batch_size // config.accumulate
+    used = max(n for n in range(1, len(devices) + 1) if examples % n == 0)
+    if used < len(devices):
+        print(
+            f"note: {used} of {len(devices)} devices are used: --batch-size "
+            f"{config.batch_size} does not divide by more.",
+            file=sys.stderr,
+        )
+    return devices[:used]

@@ -1,61 +1,42 @@
-"""Steps that are not finite: which layer it began in, and what the run does."""
+"""What can go wrong while a run trains: numbers that are not finite, signals."""
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from tqdm import tqdm
+
+from bnjax.training.config import RunError
+from bnjax.training.step import layer_names
+
+
+class DivergedError(RunError):
+    """The numbers of a run are no longer finite."""
+
+
+class Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """A signal stopped the run, which has been saved.
+
+    Args:
+        message: what to print.
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
 
 PATIENCE = 10
 """Steps in a row, in dispatches that keep none, after which nothing will mend it."""
-
-
-def layer_names(batch_stats: Any) -> tuple[str, ...]:
-    """Return the layers that keep statistics, sorted by name.
-
-    Example:
-        >>> stats = {"mean": 0, "var": 1}
-        >>> layer_names({"bn_2": stats, "block": {"bn": stats}, "bn_10": stats})
-        ('block/bn', 'bn_10', 'bn_2')
-    """
-    return tuple(sorted({_layer(path) for path in flatten_dict(batch_stats)}))
-
-
-def bad_layers(batch_stats: Any) -> jax.Array:
-    """Return which layers have a statistic that is not finite.
-
-    Args:
-        batch_stats: of any number of layers.
-
-    Returns:
-        Booleans of shape (layers,), in the order of `layer_names`.
-
-    Example:
-        >>> good, bad = {"var": jnp.ones(3)}, {"var": jnp.array([1.0, jnp.inf, 1.0])}
-        >>> print(bad_layers({"bn_0": good, "bn_1": bad}))
-        [False  True]
-    """
-    layers = {name: [] for name in layer_names(batch_stats)}
-    for path, leaf in flatten_dict(batch_stats).items():
-        layers[_layer(path)].append(leaf)
-    found = [~all_finite(leaves) for leaves in layers.values()]
-    return jnp.stack(found) if found else jnp.zeros(0, bool)
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Return whether every number of a tree is finite, a boolean of shape ().
-
-    Example:
-        >>> print(all_finite({"a": jnp.ones(3), "b": jnp.array(jnp.nan)}))
-        False
-    """
-    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(leaves).all()
 
 
 def forward_order(model: nn.Module, images: Any) -> tuple[str, ...]:
@@ -162,5 +143,63 @@ class Guard:
         return f" The statistics of every layer are finite: it began in the {place}."
 
 
-def _layer(path: tuple[str, ...]) -> str:
-    return "/".join(path[:-1])
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """While entered, remembers a signal to stop instead of ending the process.
+
+    The first one is remembered; SIGINT after it ends the process at once, which no
+    checkpoint minds. A signal that is ignored outside, as under nohup, stays ignored.
+
+    Example:
+        >>> with StopSignals() as stop:
+        ...     signal.raise_signal(signal.SIGTERM)
+        ...     stop.requested() == signal.SIGTERM
+        True
+    """
+
+    def __init__(self) -> None:
+        self._received: int = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def requested(self) -> signal.Signals | None:
+        """Return the signal received by this process, or by any of several."""
+        received = self._received
+        if jax.process_count() > 1:
+            # All stop after the same step, or the others would wait for this one.
+            everyones = multihost_utils.process_allgather(np.int32(received))
+            received = int(np.max(everyones))
+        return signal.Signals(received) if received else None
+
+    def __enter__(self) -> Self:
+        # Python lets the main thread alone handle signals.
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                before = signal.getsignal(number)
+                if before is not signal.SIG_IGN:
+                    self._before[number] = before
+                    signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self._received:
+            return
+        self._received = number
+        if signal.SIGINT in self._before:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # A print may have been interrupted here, and cannot be entered twice.
+        os.write(
+            2,
+            f"\n{signal.Signals(number).name}: finishing the steps under way, then "
+            "saving (Ctrl-C stops at once)\n".encode(),
+        )

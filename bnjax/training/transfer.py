@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from bnjax.data.config import SettingError
 from bnjax.interop.torch import from_torch, match, read_state_dict, trace
-from bnjax.training.build import Program
 from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import Config
-from bnjax.training.description import read_config
-from bnjax.training.errors import USAGE, UserError
-from bnjax.training.state import TrainState
-from bnjax.training.workdir import CHECKPOINTS, CONFIG
+from bnjax.training.program import Program
+from bnjax.training.step import TrainState
+from bnjax.training.workdir import CHECKPOINTS, CONFIG, read_config
 
 Tree = dict[str, Any]
 SHOWN = 6
@@ -31,7 +30,7 @@ def first_state(config: Config, program: Program) -> TrainState:
         program: of the new run; its optimizer starts anew.
 
     Raises:
-        UserError: there is nothing to start from, or it is another network.
+        RunError: there is nothing to start from, or it is another network.
     """
     state = program.initial_state()
     if config.init_from is None:
@@ -65,13 +64,12 @@ def read_network(path: Path) -> tuple[Tree, Tree]:
     """Read parameters and running statistics from the folder of a run.
 
     Raises:
-        UserError: it is no run, it has no checkpoint, or none is whole.
+        RunError: it is no run, it has no checkpoint, or none is whole.
     """
     if not (path / CONFIG).is_file() or not (path / CHECKPOINTS).is_dir():
-        raise UserError(
+        raise SettingError(
             f"--init-from {path}: expected the folder of a run that wrote a checkpoint "
             f"({CONFIG} and {CHECKPOINTS} in it).",
-            USAGE,
         )
     with open_checkpoints(path, read_config(path), read_only=True) as checkpoints:
         tree = checkpoints.restore_tree()
@@ -85,7 +83,7 @@ def read_weights(path: Path, program: Program, state: TrainState) -> tuple[Tree,
     matches is printed. A last layer of other classes is left where `state` has it.
 
     Raises:
-        UserError: the file cannot be read, or holds another network.
+        RunError: the file cannot be read, or holds another network.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     tensors = read_state_dict(path)
@@ -134,7 +132,7 @@ def adopt(
         The tree, and the paths of the arrays that stayed.
 
     Raises:
-        UserError: an array is missing, too many or of another shape.
+        RunError: an array is missing, too many or of another shape.
 
     Example:
         >>> own = {"conv": {"bias": jnp.zeros(2)}, "logits": {"bias": jnp.zeros(3)}}
@@ -160,10 +158,9 @@ def adopt(
     if problems:
         more = len(problems) - SHOWN
         rest = f"; and {more} more" if more > 0 else ""
-        raise UserError(
+        raise SettingError(
             f"{source} holds another network: {'; '.join(problems[:SHOWN])}{rest}. "
             "Give the --model and --batch-norm flags that it was trained with.",
-            USAGE,
         )
     taken = {
         path: leaf if path in anew else jnp.asarray(theirs[path], leaf.dtype)

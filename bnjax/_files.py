@@ -1,0 +1,104 @@
+"""Where files go: the cache, and outputs that are whole or not there."""
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+
+class OutputError(ValueError):
+    """A file that cannot be written where it is asked for."""
+
+
+def cache_dir() -> Path:
+    """Return $BNJAX_CACHE_DIR, or bnjax in the user's cache folder."""
+    if given := os.environ.get("BNJAX_CACHE_DIR"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bnjax"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Open a file to write, which takes the place of `path` when it is complete."""
+    with replacing_bytes(path) as raw:
+        file = io.TextIOWrapper(raw, encoding="utf-8", write_through=True)
+        yield file
+        file.detach()
+
+
+@contextlib.contextmanager
+def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
+    """Open a file to write bytes to, as `replacing` does for text."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(name).unlink()
+        raise
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a place that cannot be written to, before any work is done.
+
+    Args:
+        path: of a file.
+        overwrite: a file that is there may be replaced.
+
+    Raises:
+        OutputError: it is there already, is a folder, or its folder is missing.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; expected the name of a file to write.")
+    if not path.parent.is_dir():
+        raise OutputError(
+            f"{path} is in a folder that is not there. Make {path.parent} first, or "
+            "give another place.",
+        )
+    if path.exists() and not overwrite:
+        raise OutputError(
+            f"{path} is there already, and was not overwritten. Give another name, or "
+            "--force (overwrite=True) to replace it.",
+        )
+
+
+def write_output(path: Path, content: bytes, *, overwrite: bool = False) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: of the file.
+        content: all of it.
+        overwrite: a file that is there may be replaced.
+
+    Raises:
+        OutputError: as `check_output`, or the disk does not take it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "weights"
+        >>> write_output(path, b"12")
+        >>> path.read_bytes()
+        b'12'
+        >>> write_output(path, b"34")
+        Traceback (most recent call last):
+        bnjax._files.OutputError: .../weights is there already, and was not
+        overwritten. Give another name, or --force (overwrite=True) to replace it.
+    """
+    check_output(path, overwrite=overwrite)
+    try:
+        with replacing_bytes(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise OutputError(
+            f"{path} could not be written: {error.strerror or error}. Give a place on "
+            "a disk with room, and with permission to write."
+        ) from error

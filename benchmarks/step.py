@@ -32,7 +32,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from benchmarks import timing
 from benchmarks.networks import (
@@ -47,8 +46,7 @@ from benchmarks.networks import (
     make_step,
 )
 from benchmarks.passes import Program
-from benchmarks.report import ROOT, write_run
-from bnjax.cli import run_reporting
+from benchmarks.report import ROOT, markdown, milliseconds, run_command, write_run
 from bnjax.data.config import SettingError
 
 ARRAYS = "arrays"
@@ -95,11 +93,10 @@ def compare(
             rows[-1]["allocator_peak_bytes"] = {
                 kind: peak_in_process(name, kind, batch_size) for kind in KINDS
             }
-        report(rows[-1])
+        timing.show(name, rows[-1]["seconds_median"])
     kept = kept_bytes(stack_layers, stack_shape)
-    report_kept(kept)
     result = {"load_average_at_start": load, "rows": rows, "kept": kept}
-    write_run("step", result, output, quick=quick)
+    write_run("step", result, tables(result), output, quick=quick)
 
 
 def sized(name: str, batch_size: int | None) -> Network:
@@ -258,37 +255,50 @@ def residual_bytes(loss: Any, params: Any, stats: Any, x: Any) -> int:
     )
 
 
-def report(row: dict[str, Any]) -> None:
-    """Print what was measured of a network."""
-    for kind, taken in row["seconds_median"].items():
-        added = row["added_seconds_median"].get(kind)
-        beside = "" if added is None else f", adds {1e3 * added:.3g} ms"
-        memory = row["bytes"][kind]
-        print(
-            f"{row['network']:10} {kind:6} {1e3 * taken:9.3g} ms{beside}; "
-            f"temporary {memory['temporary'] / 2**20:.1f} MiB, "
-            f"peak {memory['peak'] / 2**20:.1f} MiB"
-        )
-    told = (
-        "hidden by noise" if share is None else f"{share:.2f}"
-        for share in (row["added_over_flax"], row["beyond_arrays_over_flax"])
+def tables(result: dict[str, Any]) -> list[str]:
+    """Return times and bytes of the steps, and the bytes kept, as Markdown."""
+    rows = [
+        [
+            row["network"],
+            "x".join(map(str, row["shape"])),
+            kind,
+            milliseconds(seconds),
+            milliseconds(row["added_seconds_median"][kind]) if kind != "none" else "",
+            *(f"{row['bytes'][kind][of] / 2**20:.1f}" for of in ("temporary", "peak")),
+        ]
+        for row in result["rows"]
+        for kind, seconds in row["seconds_median"].items()
+    ]
+    shares = [
+        [
+            row["network"],
+            *(
+                "noise" if row[of] is None else f"{row[of]:.2f}"
+                for of in ("added_over_flax", "beyond_arrays_over_flax")
+            ),
+            f"{row['step_over_flax']:.3f}",
+        ]
+        for row in result["rows"]
+    ]
+    kept = result["kept"]
+    stack = (
+        f"{kept['layers']} layers of convolution, BN and ReLU on "
+        f"{'x'.join(map(str, kept['shape']))} in bfloat16, in MB:"
     )
-    print(
-        f"{row['network']:10} what bnjax adds / what Flax adds: {next(told)}; beyond "
-        f"the arrays: {next(told)}; step / Flax's step: {row['step_over_flax']:.3f}"
-    )
-
-
-def report_kept(kept: dict[str, Any]) -> None:
-    """Print what is kept between forward and backward."""
-    for kind in ("bnjax", "flax"):
-        print(
-            f"{kept['layers']} layers {tuple(kept['shape'])} {kind:6} keep "
-            f"{kept[kind]['kept'] / 1e6:.0f} MB; temporary "
-            f"{kept[kind]['temporary'] / 1e6:.0f} MB"
-        )
-    print(f"bnjax / Flax: {kept['kept_over_flax']:.2f}")
+    memory = [
+        [kind, *(f"{kept[kind][of] / 1e6:.0f}" for of in ("kept", "temporary"))]
+        for kind in ("bnjax", "flax")
+    ]
+    header = ["network", "batch", "kind", "ms", "BN adds", "temporary", "peak"]
+    return [
+        "A training step: milliseconds, what BN adds, and XLA's MiB:",
+        markdown(header, rows),
+        "bnjax over Flax: what BN adds, that beyond the kind `arrays`, and the step:",
+        markdown(["network", "added", "beyond its arrays", "step"], shares),
+        stack,
+        markdown(["kind", "kept for backward", "temporary of the step"], memory),
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(compare)))
+    run_command(compare)

@@ -99,6 +99,16 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def percent(share: float) -> str:
+    """Return a share in percent with one digit, halves rounded up.
+
+    Example:
+        >>> percent(0.5625)
+        '56.3'
+    """
+    return f"{100 * share + 1e-9:.1f}"
+
+
 def milliseconds(seconds: float) -> str:
     """Return seconds as milliseconds of three digits, for a table."""
     return f"{1e3 * seconds:.3g}"

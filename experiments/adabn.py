@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from benchmarks.figures import Figure, mark, new_figure
-from benchmarks.report import run_command
+from benchmarks.report import percent, run_command
 from bnjax.population import recompute_batch_stats
 from bnjax.training.config import Config
 from experiments.runs import (
@@ -119,15 +119,15 @@ def draw(record: dict[str, Any]) -> Figure:
     width = 0.8 / len(COLORS)
     for i, (name, color) in enumerate(COLORS.items()):
         at = np.arange(len(DOMAINS)) + (i - 1) * width
-        bars = [100 * result["median"][domain][name] for domain in DOMAINS]
-        axes.bar(at, bars, 0.9 * width, color=color, label=name)
+        medians = [result["median"][domain][name] for domain in DOMAINS]
+        axes.bar(at, np.multiply(100, medians), 0.9 * width, color=color, label=name)
         points = [
             [100 * run["accuracy"][domain][name] for domain in DOMAINS]
             for run in result["runs"]
         ]
         axes.plot(at, np.transpose(points), ".", color="k", ms=3)
-        for x, highest, bar in zip(at, np.max(points, axis=0), bars, strict=True):
-            mark(axes, (x, highest), f"{bar:.1f}", "k", (0, 3), fontsize=7)
+        for x, top, bar in zip(at, np.max(points, axis=0), medians, strict=True):
+            mark(axes, (x, top), percent(bar), "k", (0, 3), fontsize=7)
     axes.set_xticks(range(len(DOMAINS)), list(DOMAINS))
     axes.set(
         title="LeNet trained on MNIST, evaluated on changed images",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.figures import Figure, mark, new_figure, plot_median, thousands
-from benchmarks.report import ROOT, run_command
+from benchmarks.report import ROOT, percent, run_command
 from bnjax.training.config import Config
 from experiments.runs import changed, finish, once, preset, rounded, run_once
 
@@ -171,7 +171,7 @@ def draw(record: dict[str, Any]) -> Figure:
         accuracy = [[100 * value for value in run["test_accuracy"]] for run in each]
         median = plot_median(axes, steps, accuracy, COLORS[name], name)
         seeds = f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
-        text = f"{name}: {100 * row['best_accuracy']:.1f} %{seeds}"
+        text = f"{name}: {percent(row['best_accuracy'])} %{seeds}"
         offset = (4, (name in LIFTED) - (name in LOWERED))
         mark(axes, (steps[-1], median[-1]), text, COLORS[name], offset)
     axes.set(

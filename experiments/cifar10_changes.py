@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import CLEAR, Figure, new_figure, seeds_of
-from benchmarks.report import run_command
+from benchmarks.report import percent, run_command
 from bnjax.training.config import Config
 from experiments.cifar10 import networks, trained
 from experiments.runs import changed, finish, median, rounded
@@ -84,9 +84,9 @@ def draw(record: dict[str, Any]) -> Figure:
     figure, axes = new_figure()
     names = [name for name in rows if name not in (REFERENCE, CROPPED)][::-1]
     points = [rows[name]["points_from_reference"] for name in names]
-    ours, cropped = (100 * rows[name]["accuracy"] for name in (REFERENCE, CROPPED))
+    ours, cropped = (percent(rows[name]["accuracy"]) for name in (REFERENCE, CROPPED))
     labels = [
-        f"{name}\n(from {cropped:.1f} % on crops)" if "crops" in name else name
+        f"{name}\n(from {cropped} % on crops)" if "crops" in name else name
         for name in names
     ]
     colors = ["C3" if change < 0 else "C2" for change in points]
@@ -95,7 +95,7 @@ def draw(record: dict[str, Any]) -> Figure:
     axes.axvline(0, color="black", lw=1)
     axes.margins(x=0.15)
     axes.set(
-        title=f"CIFAR-10 (JPEG), BN-x5 of an eighth of the width\n({ours:.1f} %) "
+        title=f"CIFAR-10 (JPEG), BN-x5 of an eighth of the width\n({ours} %) "
         f"with one change taken back, {seeds_of(record)}",
         xlabel="test accuracy, points from BN-x5",
     )

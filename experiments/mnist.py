@@ -30,7 +30,7 @@ from benchmarks.figures import (
     seeds_of,
     thousands,
 )
-from benchmarks.report import run_command
+from benchmarks.report import percent, run_command
 from bnjax.diagnostics import input_percentiles, movement, nonlinearity_inputs
 from bnjax.training.config import Config
 from bnjax.training.step import state_sha256
@@ -226,7 +226,7 @@ def draw(record: dict[str, Any]) -> Figure:
         accuracy = [[100 * value for value in run["test_accuracy"]] for run in each]
         median = plot_median(left, steps, accuracy, COLORS[name], name)
         end = (steps[-1], median[-1])
-        mark(left, end, f"{median[-1]:.1f} %", COLORS[name])
+        mark(left, end, f"{percent(median[-1] / 100)} %", COLORS[name])
     left.set(
         title="(a) test accuracy on MNIST",
         xlabel="training steps of 60 examples",

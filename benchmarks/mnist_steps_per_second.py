@@ -12,7 +12,6 @@ docs/training.md).
 """
 
 import dataclasses
-from pathlib import Path
 
 from benchmarks.report import run_command
 from benchmarks.training_rate import compare_loops, train_loop
@@ -21,16 +20,13 @@ from bnjax.training.config import BatchNormConfig
 from bnjax.training.presets import mnist
 
 
-def compare(
-    rounds: int = 41, steps: int = 500, seed: int = 0, data_dir: Path | None = None
-) -> None:
+def compare(rounds: int = 41, steps: int = 500, seed: int = 0) -> None:
     """Measure, print and write the three rates.
 
     Args:
         rounds: Of each network.
         steps: In a round, a multiple of the preset's --log-every.
         seed: Of the weights and the order of the data.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
     ours = dataclasses.replace(mnist(), seed=seed)
     flax = BatchNormConfig(implementation="flax", unbiased=False)
@@ -39,7 +35,7 @@ def compare(
         "flax": dataclasses.replace(ours, bn=flax),
         "none": dataclasses.replace(ours, batch_norm=False),
     }
-    source = open_source("mnist", data_dir)
+    source = open_source("mnist")
     loops = {name: train_loop(source, config) for name, config in configs.items()}
     compare_loops("mnist_steps_per_second", loops, {"flax": 0.95}, rounds, steps, seed)
 

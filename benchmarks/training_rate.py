@@ -184,7 +184,6 @@ def compare(
     rounds: int = 21,
     steps: int = 1000,
     seed: int = 0,
-    data_dir: Path | None = None,
 ) -> None:
     """Measure, print and write the rates.
 
@@ -193,9 +192,8 @@ def compare(
         rounds: Of each loop.
         steps: In a round, a multiple of the preset's --log-every and of 50.
         seed: Of the weights and the order of the data.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
-    source = open_source("mnist", data_dir)
+    source = open_source("mnist")
     config = dataclasses.replace(mnist(), seed=seed)
     arrays = source.load("train", lambda *_: None)
     images = (np.asarray(arrays.images) > source.max_value / 2).astype(np.float32)

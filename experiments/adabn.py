@@ -14,7 +14,6 @@ References:
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -68,15 +67,14 @@ DOMAINS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def reproduce(seeds: int = 3, steps: int = 1000, data_dir: Path | None = None) -> None:
+def reproduce(seeds: int = 3, steps: int = 1000) -> None:
     """Train, measure, write and draw.
 
     Args:
         seeds: How many networks.
         steps: Of training.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
-    base = preset("lenet-mnist", {"steps": steps, "data_dir": data_dir})
+    base = preset("lenet-mnist", {"steps": steps})
     runs = [
         once("adabn", changed(base, {"seed": seed}), accuracies)
         for seed in range(seeds)

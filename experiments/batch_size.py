@@ -12,7 +12,6 @@ docs/figures/batch_size.png. About six minutes on two CPU cores; started again, 
 trains only what is not in runs/experiments.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,28 +40,27 @@ RATE, MOMENTUM, STD = 0.5, 0.99, 0.1
 INFERENCE, TRAINING = "running statistics", "statistics of the test batch"
 
 
-def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
+def reproduce(seeds: int = 3) -> None:
     """Train, measure, write and draw.
 
     Args:
         seeds: How many runs of each network and batch size.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
     result: dict[str, Any] = {
         name: {
             str(size): [
-                once("batch_size", settings(name, size, seed, data_dir), accuracies)
+                once("batch_size", settings(name, size, seed), accuracies)
                 for seed in range(seeds)
             ]
             for size in SIZES
         }
         for name in NETWORKS
     }
-    result |= {"examples_seen": EXAMPLES, "batch_of_1": refusal(data_dir)}
+    result |= {"examples_seen": EXAMPLES, "batch_of_1": refusal()}
     finish("batch_size", result, range(seeds), draw)
 
 
-def settings(name: str, size: int, seed: int, data_dir: Path | None) -> Config:
+def settings(name: str, size: int, seed: int) -> Config:
     """Return a run of as many examples, as long steps and as long a memory."""
     share = size / REFERENCE
     changes = {
@@ -72,7 +70,6 @@ def settings(name: str, size: int, seed: int, data_dir: Path | None) -> Config:
         "learning_rate": RATE * share,
         "log_every": 500,
         "seed": seed,
-        "data_dir": data_dir,
         "model.weight_std": STD,
         "bn.momentum": MOMENTUM**share,
     }
@@ -99,10 +96,10 @@ def accuracies(config: Config) -> dict[str, Any]:
     }
 
 
-def refusal(data_dir: Path | None) -> str:
+def refusal() -> str:
     """Return what is said of batches of one example with normalization."""
     try:
-        next(visit(settings(WITH, 1, 0, data_dir), [1]))
+        next(visit(settings(WITH, 1, 0), [1]))
     except SettingError as error:
         return str(error)
     raise AssertionError("a batch of one example was taken")

@@ -12,7 +12,6 @@ CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
 """
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,17 +75,13 @@ def trained(config: Config) -> dict[str, Any]:
     return once("cifar10", cached, functools.partial(run_once, "cifar10"))
 
 
-def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
+def reproduce(seeds: int = 3) -> None:
     """Train all networks, then write the result and the figure.
 
     Args:
         seeds: How many runs of the two headline networks; the others have one.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
-    configs = {
-        name: changed(config, {"data_dir": data_dir})
-        for name, config in networks().items()
-    }
+    configs = networks()
 
     def by_seed(config: Config, count: int = seeds) -> list[dict[str, Any]]:
         return [trained(changed(config, {"seed": seed})) for seed in range(count)]

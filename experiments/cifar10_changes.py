@@ -11,7 +11,6 @@ again, it trains only what is not in runs/experiments. CIFAR-10 (JPEG) has to be
 prepared: see docs/data.md.
 """
 
-from pathlib import Path
 from typing import Any
 
 from benchmarks.figures import CLEAR, Figure, new_figure, seeds_of
@@ -43,18 +42,14 @@ def variants() -> dict[str, Config]:
     return {name: changed(ours, each) for name, each in changes.items()}
 
 
-def reproduce(seeds: int = 1, data_dir: Path | None = None) -> None:
+def reproduce(seeds: int = 1) -> None:
     """Train all variants, then write the result and the figure.
 
     Args:
         seeds: How many runs of each.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
     runs = {
-        name: [
-            trained(changed(config, {"seed": seed, "data_dir": data_dir}))
-            for seed in range(seeds)
-        ]
+        name: [trained(changed(config, {"seed": seed})) for seed in range(seeds)]
         for name, config in variants().items()
     }
     result = {"table": table(runs), "runs": runs}

@@ -26,20 +26,16 @@ CROPS = (1, 10, 144)
 PAPER = {"one network, 1 crop": 25.2, "one network, 144": 21.99, "six, 144": 20.1}
 
 
-def reproduce(data_dir: Path | None = None) -> None:
-    """Train the members, evaluate, and write the result.
-
-    Args:
-        data_dir: Where TensorFlow Datasets are prepared.
-    """
-    workdirs = [member(number, data_dir) for number in range(1, MEMBERS + 1)]
-    scores = {str(crops): evaluated(workdirs, crops, data_dir) for crops in CROPS}
+def reproduce() -> None:
+    """Train the members, evaluate, and write the result."""
+    workdirs = [member(number) for number in range(1, MEMBERS + 1)]
+    scores = {str(crops): evaluated(workdirs, crops) for crops in CROPS}
     seeds = [preset(workdir.name).seed for workdir in workdirs]
     result = {"by_crops": scores, "paper_top1_error_on_imagenet": PAPER}
     finish("cifar10_ensemble", result, seeds)
 
 
-def member(number: int, data_dir: Path | None) -> Path:
+def member(number: int) -> Path:
     """Train one network, or go on with it; return its folder."""
     name = f"cifar10-ensemble-{number}"
     workdir = RUNS / name
@@ -48,19 +44,16 @@ def member(number: int, data_dir: Path | None) -> Path:
             "workdir": workdir,
             "resume": (workdir / CONFIG).exists(),
             "compilation_cache": CACHE,
-            "data_dir": data_dir,
         }
         train(name, preset(name, changes))
     return workdir
 
 
-def evaluated(
-    workdirs: list[Path], crops: int, data_dir: Path | None
-) -> dict[str, Any]:
+def evaluated(workdirs: list[Path], crops: int) -> dict[str, Any]:
     """Return what eval.py says of the networks and of their mean."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "ensemble.json"
-        found = evaluate_runs(workdirs, crops=crops, output=output, data_dir=data_dir)
+        found = evaluate_runs(workdirs, crops=crops, output=output)
     members = [
         member | {"workdir": Path(member["workdir"]).name}
         for member in found["members"]

@@ -10,7 +10,6 @@ CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
 """
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,6 @@ def reproduce(
     steps: int = 1500,
     width: float = 0.5,
     seed: int = 0,
-    data_dir: Path | None = None,
 ) -> None:
     """Train, then write the result and the figure.
 
@@ -63,12 +61,11 @@ def reproduce(
         steps: Of each run.
         width: Factor on the channels of every layer.
         seed: Of the weights and the order of the data.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
     runs = {
         name: once(
             "depth",
-            changed(config, {"seed": seed, "data_dir": data_dir}),
+            changed(config, {"seed": seed}),
             functools.partial(run_once, "depth"),
         )
         for name, config in networks(steps, width).items()

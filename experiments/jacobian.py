@@ -14,7 +14,6 @@ two CPU cores; started again, it trains only what is not in runs/experiments.
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,13 +37,9 @@ BLOCKS = {
 SHOWN = "hidden layer 2 to 3"
 
 
-def reproduce(data_dir: Path | None = None) -> None:
-    """Train, measure, write and draw.
-
-    Args:
-        data_dir: Where TensorFlow Datasets are prepared.
-    """
-    base = preset("mnist", {"steps": STEPS[-1], "data_dir": data_dir})
+def reproduce() -> None:
+    """Train, measure, write and draw."""
+    base = preset("mnist", {"steps": STEPS[-1]})
     result: dict[str, Any] = {"steps": STEPS}
     for std in STDS:
         result[f"weight_std {std}"] = {

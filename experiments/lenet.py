@@ -9,7 +9,6 @@ Fashion-MNIST: `--preset lenet` where that is prepared (docs/data.md).
 """
 
 import functools
-from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.report import run_command
@@ -34,21 +33,19 @@ def networks(name: str) -> dict[str, Config]:
 def reproduce(
     preset: Literal["lenet", "lenet-mnist"] = "lenet-mnist",
     seeds: int = 3,
-    data_dir: Path | None = None,
 ) -> None:
     """Train, then write the result.
 
     Args:
         preset: The network's data set.
         seeds: How many runs of each network.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
     configs = networks(preset)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
     # In turn, so that a busy machine is as slow for all.
     for seed in range(seeds):
         for name, config in configs.items():
-            own = changed(config, {"seed": seed, "data_dir": data_dir})
+            own = changed(config, {"seed": seed})
             measure = functools.partial(run_once, preset)
             runs[name].append(once("lenet", own, measure))
     table = {

@@ -13,7 +13,6 @@ what is not in runs/experiments.
 
 import functools
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -63,17 +62,14 @@ BEFORE = {
 }
 
 
-def reproduce(
-    seeds: int = 5, steps: int = 50_000, data_dir: Path | None = None
-) -> None:
+def reproduce(seeds: int = 5, steps: int = 50_000) -> None:
     """Train all networks, then write the result and the figure.
 
     Args:
         seeds: How many runs of each network at the preset's settings.
         steps: Of each run.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
-    base = preset("mnist", {"steps": steps, "data_dir": data_dir})
+    base = preset("mnist", {"steps": steps})
     runs = {
         name: [_trained(base, name, seed=seed) for seed in range(seeds)]
         for name in NETWORKS

@@ -18,7 +18,6 @@ minutes on one CPU core; started again, it trains only what is not in runs/exper
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -48,17 +47,16 @@ COLORS = {MOVING: "C7", PAPER: "C1", POOLED: "C0"}
 COLORS |= {NETWORK: "C7", STALE: "C3", LIKEWISE: "C1", OWN: "C0"}
 
 
-def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
+def reproduce(seeds: int = 3) -> None:
     """Train, measure, write and draw.
 
     Args:
         seeds: How many runs of each.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
     chosen = range(seeds)
 
     def of(steps: list[int], seed: int) -> Config:
-        changes = {"steps": steps[-1], "seed": seed, "data_dir": data_dir}
+        changes = {"steps": steps[-1], "seed": seed}
         return preset("mnist", changes)
 
     result: dict[str, Any] = {
@@ -73,7 +71,7 @@ def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
             str(size): [
                 once(
                     "population_sizes",
-                    batch_size.settings(WITH, size, seed, data_dir),
+                    batch_size.settings(WITH, size, seed),
                     small_batches,
                 )
                 for seed in chosen

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -42,7 +43,7 @@ def seeds_of(record: dict[str, Any]) -> str:
 def plot_median(
     axes: Axes,
     x: Sequence[float],
-    curves: Sequence[Sequence[float]],
+    curves: npt.ArrayLike,
     color: str,
     label: str,
     **options: Any,

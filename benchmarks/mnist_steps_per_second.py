@@ -14,10 +14,9 @@ docs/training.md).
 import dataclasses
 
 from benchmarks.report import run_command
-from benchmarks.training_rate import compare_loops, train_loop
+from benchmarks.training_rate import compare_loops, preset, train_loop
 from bnjax.data.sources import open_source
 from bnjax.training.config import BatchNormConfig
-from bnjax.training.presets import mnist
 
 
 def compare(rounds: int = 41, steps: int = 500, seed: int = 0) -> None:
@@ -28,7 +27,7 @@ def compare(rounds: int = 41, steps: int = 500, seed: int = 0) -> None:
         steps: In a round, a multiple of the preset's --log-every.
         seed: Of the weights and the order of the data.
     """
-    ours = dataclasses.replace(mnist(), seed=seed)
+    ours = preset(seed)
     flax = BatchNormConfig(implementation="flax", unbiased=False)
     configs = {
         "bnjax": ours,

@@ -91,7 +91,7 @@ def arrays(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
     }
     if case.variation == "residual":
         found["residual"] = random.standard_normal(case.shape, np.float32)
-    return {name: np.float32(value) for name, value in found.items()}
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
 
 def make(peer: str, case: Case, values: dict[str, np.ndarray]) -> Layer:
@@ -100,8 +100,7 @@ def make(peer: str, case: Case, values: dict[str, np.ndarray]) -> Layer:
     Raises:
         ModuleNotFoundError: the library is not installed.
     """
-    values = {name: jnp.asarray(value) for name, value in values.items()}
-    return PEERS[peer](case, values)
+    return PEERS[peer](case, {name: jnp.asarray(x) for name, x in values.items()})
 
 
 def _then(case: Case, y: jax.Array, residual: jax.Array | None) -> jax.Array:

@@ -185,7 +185,7 @@ def compiled(
         jax.device_put(value, sharding)
         for value, sharding in zip(args, program.input_shardings[0], strict=True)
     ]
-    return lambda: jax.block_until_ready(program(*placed)), program.as_text()
+    return lambda: jax.block_until_ready(program(*placed)), program.as_text() or ""
 
 
 def tables(result: dict[str, Any]) -> list[str]:

@@ -225,14 +225,14 @@ def kept_bytes(layers: int, shape: Sequence[int]) -> dict[str, Any]:
     for kind in ("bnjax", "flax"):
         model = Stack(layers, shape[-1], KINDS[kind], dtype=jnp.bfloat16)
         loss = loss_of(model)
-        variables = initial(model, x)
+        params, stats = initial(model, x).values()
 
         def both(params, stats, x, loss=loss):
             return jax.grad(loss, argnums=(0, 2), has_aux=True)(params, stats, x, None)
 
-        compiled = jax.jit(both).lower(*variables.values(), x).compile()
+        compiled = jax.jit(both).lower(params, stats, x).compile()
         found[kind] = {
-            "kept": residual_bytes(loss, *variables.values(), x),
+            "kept": residual_bytes(loss, params, stats, x),
             **bytes_of(compiled),
         }
     found["kept_over_flax"] = found["bnjax"]["kept"] / found["flax"]["kept"]

@@ -62,6 +62,11 @@ class State(TrainState):
     batch_stats: Any
 
 
+def preset(seed: int) -> Config:
+    """Return the configuration of the preset `mnist`."""
+    return dataclasses.replace(mnist(), seed=seed)
+
+
 def train_loop(source: Source, config: Config) -> TakeSteps:
     """Return the loop of train.py."""
     run = Run(config, source)
@@ -194,7 +199,7 @@ def compare(
         seed: Of the weights and the order of the data.
     """
     source = open_source("mnist")
-    config = dataclasses.replace(mnist(), seed=seed)
+    config = preset(seed)
     arrays = source.load("train", lambda *_: None)
     images = (np.asarray(arrays.images) > source.max_value / 2).astype(np.float32)
     labels = np.asarray(arrays.labels)

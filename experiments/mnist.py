@@ -124,13 +124,14 @@ def percentiles_of_inputs(config: Config) -> dict[str, Any]:
     """
     task = Task(config)
     images = task.images(task.test, np.arange(EXAMPLES))
-    layer = f"bn_{len(config.model.hidden) - 1}"
+    layer = f"bn_{len(task.model.hidden) - 1}"
 
     @jax.jit
     def probe(variables: Any) -> jax.Array:
         return nonlinearity_inputs(task.model, variables, images, train=True)[layer]
 
     curves, spent = [], 0.0
+    last: Any = None
     steps = list(range(0, config.steps + 1, EVERY))
     for run in visit(config, steps):
         variables = variables_of(run.state)
@@ -140,6 +141,7 @@ def percentiles_of_inputs(config: Config) -> dict[str, Any]:
         found = {layer: probe(variables)}
         curves.append(input_percentiles(found, PERCENTILES)[layer])
         spent += time.perf_counter() - started
+        last = run
     moved = movement(np.asarray(curves))
     path, span = moved.path[1], moved.span[1]
     width = np.mean([curve[2] - curve[0] for curve in curves], axis=0)
@@ -157,8 +159,8 @@ def percentiles_of_inputs(config: Config) -> dict[str, Any]:
         "all_units_median_path": _spread(path),
         "all_units_median_span": _spread(span),
         "all_units_span_over_mean_width": _spread(span / width),
-        "recording_share_of_training_time": rounded(spent / run.seconds),
-        "state_sha256": state_sha256(run.state),
+        "recording_share_of_training_time": rounded(spent / last.seconds),
+        "state_sha256": state_sha256(last.state),
     }
 
 
@@ -217,8 +219,8 @@ def draw(record: dict[str, Any]) -> Figure:
     """Draw Figure 1: accuracy, and the percentiles without and with normalization."""
     result = record["result"]
     figure, (left, *others) = new_figure(3, width_ratios=(1.5, 1, 1))
+    steps = result["runs"][WITH][0]["steps"]
     for name, each in result["runs"].items():
-        steps = each[0]["steps"]
         accuracy = [[100 * value for value in run["test_accuracy"]] for run in each]
         median = plot_median(left, steps, accuracy, COLORS[name], name)
         end = (steps[-1], median[-1])

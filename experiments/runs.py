@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from benchmarks.figures import Figure, save
 from benchmarks.report import ROOT, command_of, commit, write_result
@@ -193,7 +192,7 @@ class Task:
         size: examples in a batch of the test set; all of them go into batches.
 
     Attributes:
-        model: the network, as it is evaluated.
+        model: the network, a linen module, as it is evaluated.
         train: training examples.
         test: test examples.
     """
@@ -201,7 +200,7 @@ class Task:
     def __init__(self, config: Config, size: int = 250):
         source = open_data(config.data, config.data_dir)
         program = build(config, source)
-        self.model: nn.Module = program.model
+        self.model: Any = program.model
         self.train, self.test = (
             jax.device_put(source.load(name, lambda *_: None))
             for name in ("train", "test")
@@ -214,7 +213,7 @@ class Task:
             )
         )
 
-    def images(self, arrays: Arrays, rows: np.ndarray) -> jax.Array:
+    def images(self, arrays: Arrays, rows: Any) -> jax.Array:
         """Return the network's inputs for some rows of `train` or `test`."""
         return self._gather(arrays, rows)["image"]
 

@@ -100,9 +100,9 @@ def test_scaling(tmp_path):
     result = read_result(path)["result"]
     assert result["devices_absent"] == [999]
     (row,) = result["rows"]["devices"]
-    # Origin and offers, three sums of the moments, two of the gradient.
-    assert row["collectives"]["bnjax"] == {"count": 3, "bytes": 4 * 8 * (2 + 3 + 2)}
-    assert row["predicted"]["bnjax"] == 3 * row["all_reduce_seconds"]
+    # Two moments of eight channels, and two sums of the gradient.
+    assert row["collectives"]["bnjax"] == {"count": 2, "bytes": 4 * 8 * (2 + 2)}
+    assert row["predicted"]["bnjax"] == 2 * row["all_reduce_seconds"]
     assert [row["shape"] for row in result["rows"]["batch"]] == ["1x14x14x128"]
     assert "| 2 | bnjax |" in table.tables(tmp_path)
 

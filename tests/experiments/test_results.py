@@ -122,7 +122,8 @@ def small_batches(r):
     yield f"after {r['examples_seen']:,} examples"
     yield f"with batches of 16 and more {span(with_[3:])} % with"
     yield f"and {span(without[3:])} % without"
-    yield f"of 8, 4 and 2 {shares(with_[2::-1])} % with, {low} % without"
+    of_2 = span([run[batch_size.INFERENCE] for run in r[WITH]["2"]])
+    yield f"of 8, 4 and 2 {shares(with_[2::-1])} % with (of 2 from {of_2}), {low} %"
     yield f"{percent(tested[3])} % for 16, {percent(tested[0])} % for 2. A batch of 1"
 
 

@@ -389,14 +389,13 @@ def tables(result: dict[str, Any]) -> list[str]:
         "map of the channels, in brackets the highest. "
         f"Libraries absent: {', '.join(result['absent']) or 'none'}."
     )
-    return [
-        reading,
-        markdown(
-            [*GROUP, "shapes", *others, "over the floor", "over an affine map"], means
-        ),
-        "Milliseconds of a training forward and backward:",
-        markdown(["shape", "dtype", "setting", ours, *others, "floor"], each),
-    ]
+    header = [*GROUP, "shapes", *others, "over the floor", "over an affine map"]
+    found = [reading, markdown(header, means)]
+    if each:
+        header = ["shape", "dtype", "setting", ours, *others, "floor"]
+        title = "Milliseconds of a training forward and backward:"
+        found += [title, markdown(header, each)]
+    return found
 
 
 if __name__ == "__main__":

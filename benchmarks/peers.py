@@ -135,14 +135,6 @@ def _linen(case: Case, values: dict[str, Any], ours: bool) -> Layer:
     )
 
 
-def _bnjax(case: Case, values: dict[str, Any]) -> Layer:
-    return _linen(case, values, ours=True)
-
-
-def _flax_linen(case: Case, values: dict[str, Any]) -> Layer:
-    return _linen(case, values, ours=False)
-
-
 def _flax_nnx(case: Case, values: dict[str, Any]) -> Layer:
     layer = nnx.BatchNorm(
         case.shape[-1],
@@ -232,8 +224,8 @@ def _equinox(case: Case, values: dict[str, Any]) -> Layer:
 
 
 PEERS: dict[str, Callable[[Case, dict[str, Any]], Layer]] = {
-    "bnjax": _bnjax,
-    "flax.linen": _flax_linen,
+    "bnjax": functools.partial(_linen, ours=True),
+    "flax.linen": functools.partial(_linen, ours=False),
     "flax.nnx": _flax_nnx,
     "haiku": _haiku,
     "equinox": _equinox,

@@ -9,8 +9,7 @@ donated. The kinds run in turn, round after round; what a kind adds is the time 
 step less that of the network without BN in the same round. "arrays" is the network
 without BN whose state has the arrays of one with BN beside its own, each multiplied by
 a number: what they cost to hand in and out, which no layer can change. Bytes are XLA's
-for the compiled step; on a GPU the allocator's peak is measured too, each step in a
-process of its own.
+for the compiled step.
 
 "kept" is what a stack of convolution, BN and ReLU in bfloat16 keeps between forward and
 backward: the distinct arrays that the function of `jax.vjp` holds, less the parameters.
@@ -19,12 +18,8 @@ unless --output says where.
 """
 
 import dataclasses
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +41,7 @@ from benchmarks.networks import (
     make_step,
 )
 from benchmarks.passes import Program
-from benchmarks.report import ROOT, markdown, milliseconds, run_command, write_run
+from benchmarks.report import markdown, milliseconds, run_command, write_run
 from bnjax.data.config import SettingError
 
 ARRAYS = "arrays"
@@ -63,7 +58,6 @@ def compare(
     seconds: float = 60.0,
     quick: bool = False,
     output: Path | None = None,
-    peak: tuple[str, str] | None = None,
 ) -> None:
     """Measure, print and write.
 
@@ -76,12 +70,8 @@ def compare(
         seconds: Of each network, after three rounds.
         quick: Few rounds, without ResNet-50.
         output: Where to write the result instead.
-        peak: Print the allocator's peak of one network and kind, in this process.
     """
     chosen = {name: sized(name, batch_size) for name in networks}
-    if peak is not None:
-        print(json.dumps(allocator_peak(sized(peak[0], batch_size), peak[1])))
-        return
     if quick:
         chosen.pop("resnet50", None)
         rounds, stack_shape = min(rounds, 5), QUICK_STACK_SHAPE
@@ -89,10 +79,6 @@ def compare(
     rows = []
     for name, network in chosen.items():
         rows.append({"network": name} | measured(network, rounds, seconds))
-        if jax.devices()[0].platform == "gpu":
-            rows[-1]["allocator_peak_bytes"] = {
-                kind: peak_in_process(name, kind, batch_size) for kind in KINDS
-            }
         timing.show(name, rows[-1]["seconds_median"])
     kept = kept_bytes(stack_layers, stack_shape)
     result = {"load_average_at_start": load, "rows": rows, "kept": kept}
@@ -192,30 +178,6 @@ def over(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     """Return the ratio of the medians; None where noise hides what Flax's adds."""
     base = statistics.median(theirs)
     return statistics.median(ours) / base if base > 0 else None
-
-
-def allocator_peak(network: Network, kind: str) -> int | None:
-    """Return the most bytes that the device's allocator has held, steps taken."""
-    program, _ = step_program(network, kind)
-    program.run()
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use")
-
-
-def peak_in_process(name: str, kind: str, batch_size: int | None) -> int | None:
-    """Return `allocator_peak`, from a process of its own."""
-    words = ["-m", "benchmarks.step", "--peak", name, kind]
-    if batch_size is not None:
-        words += ["--batch-size", str(batch_size)]
-    done = subprocess.run(  # noqa: S603 (the words are those above)
-        [sys.executable, *words],
-        cwd=ROOT,
-        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def kept_bytes(layers: int, shape: Sequence[int]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ RESULTS["scaling"] = ROOT / "benchmarks/results/scaling-cpu.json"
 
 
 def redraw(names: tuple[str, ...] = tuple(RESULTS)) -> None:
-    """Draw.
+    """Draw what the result files hold.
 
     Args:
         names: Of figures.

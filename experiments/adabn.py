@@ -30,7 +30,7 @@ from bnjax.data.sources import open_data
 from bnjax.population import recompute_batch_stats
 from bnjax.training.config import Config
 from bnjax.training.presets.small import lenet_mnist
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from experiments.figures import new_figure, save
 from experiments.runs import once, rounded, visit
 
@@ -91,7 +91,7 @@ def accuracies(config: Config) -> dict[str, Any]:
     """Train one network; return its test accuracy by domain and statistics."""
     (run,) = visit(config, [config.steps])
     source = open_data(config.data, config.data_dir)
-    program = build(config, source)
+    program = Program(config, source)
     train, test = (
         jax.device_put(source.load(name, lambda *_: None)) for name in ("train", "test")
     )

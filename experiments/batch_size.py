@@ -28,7 +28,7 @@ from bnjax.data.config import SettingError
 from bnjax.data.sources import open_data
 from bnjax.training.config import Config
 from bnjax.training.presets import mnist
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from experiments.figures import COLORS, WITH, WITHOUT, new_figure, plot_median, save
 from experiments.runs import once, rounded, visit
 
@@ -85,7 +85,7 @@ def accuracies(config: Config) -> dict[str, Any]:
     """Train one network; return its test accuracy by both kinds of statistics."""
     (run,) = visit(config, [config.steps])
     source = open_data(config.data, config.data_dir)
-    program = build(config, source)
+    program = Program(config, source)
     test = source.load("test", lambda *_: None)
     state, size = run.state, config.batch_size
     variables = {"params": state.params, "batch_stats": state.batch_stats}

@@ -28,7 +28,7 @@ from bnjax.data.sources import open_data
 from bnjax.diagnostics import layer_block, layer_input, singular_values
 from bnjax.training.config import Config
 from bnjax.training.presets import mnist
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from experiments.figures import COLORS, WITH, WITHOUT, new_figure, save
 from experiments.runs import once, rounded, visit
 
@@ -71,7 +71,7 @@ def reproduce(data_dir: Path | None = None) -> None:
 def spectra(config: Config) -> dict[str, Any]:
     """Train one network; return the singular values of each block on the way."""
     source = open_data(config.data, config.data_dir)
-    program = build(config, source)
+    program = Program(config, source)
     test = source.load("test", lambda *_: None)
     images = program.gather(test, np.arange(EXAMPLES))["image"]
     measure = make_measure(program.model, images)

@@ -28,7 +28,7 @@ from bnjax.data.sources import open_data
 from bnjax.diagnostics import input_percentiles, movement, nonlinearity_inputs
 from bnjax.training.config import Config
 from bnjax.training.presets import mnist
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from bnjax.training.step import state_sha256
 from experiments.figures import (
     COLORS,
@@ -128,7 +128,7 @@ def percentiles_of_inputs(config: Config) -> dict[str, Any]:
     one whose median spans the median distance of the layer's.
     """
     source = open_data(config.data, config.data_dir)
-    program = build(config, source)
+    program = Program(config, source)
     test = source.load("test", lambda *_: None)
     images = program.gather(test, np.arange(EXAMPLES))["image"]
     layer = f"bn_{len(program.model.hidden) - 1}"

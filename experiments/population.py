@@ -35,7 +35,7 @@ from bnjax.data.sources import Arrays, open_data
 from bnjax.population import recompute_batch_stats
 from bnjax.training.config import Config
 from bnjax.training.presets import mnist
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from experiments import batch_size
 from experiments.figures import WITH, new_figure, plot_median, save
 from experiments.runs import once, rounded, visit
@@ -76,7 +76,7 @@ class Scorer:
     def of(cls, config: Config) -> "Scorer":
         """Load the data of a run and build its network."""
         source = open_data(config.data, config.data_dir)
-        program = build(config, source)
+        program = Program(config, source)
         train, test = (
             jax.device_put(source.load(name, lambda *_: None))
             for name in ("train", "test")

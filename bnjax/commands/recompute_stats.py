@@ -16,7 +16,7 @@ from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import RunError
 from bnjax.training.evaluation import PopulationEstimator, load_run
 from bnjax.training.metrics import ProgressReporter
-from bnjax.training.program import build, make_run_feed
+from bnjax.training.program import Program, make_run_feed
 from bnjax.training.sharding import evaluation_parallel
 from bnjax.training.workdir import CONFIG, read_json
 
@@ -60,7 +60,7 @@ def recompute_run(
             f"{workdir} was trained with --ema: eval.py takes its statistics again "
             "each time, over --batch-stats-from batches."
         )
-    program = build(run.config, run.source)
+    program = Program(run.config, run.source)
     with open_checkpoints(workdir, run.config, read_only=True) as found:
         state, notes = found.restore(program.initial_state())
     if not state.batch_stats:

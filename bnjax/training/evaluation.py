@@ -30,7 +30,7 @@ from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import Config, RunError
 from bnjax.training.metrics import ProgressReporter
 from bnjax.training.optimizer import AveragedState, average_of
-from bnjax.training.program import Program, build, make_run_feed
+from bnjax.training.program import Program, make_run_feed
 from bnjax.training.sharding import Spmd, evaluation_parallel
 from bnjax.training.step import (
     Batch,
@@ -445,7 +445,7 @@ class LoadedRun:
         Raises:
             RunError: There is none.
         """
-        program = build(self.config, self.source)
+        program = Program(self.config, self.source)
         with open_checkpoints(self.workdir, self.config, read_only=True) as checkpoints:
             state, _ = checkpoints.restore(program.initial_state())
         return program, state

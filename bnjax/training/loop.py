@@ -34,7 +34,7 @@ from bnjax.training.metrics import (
     train_record,
 )
 from bnjax.training.optimizer import make_schedule
-from bnjax.training.program import build, make_run_feed
+from bnjax.training.program import Program, make_run_feed
 from bnjax.training.sharding import Spmd, make_parallel
 from bnjax.training.step import TrainState, count_parameters, state_sha256
 from bnjax.training.transfer import first_state
@@ -125,7 +125,7 @@ class Run:
     ) -> None:
         self.config = config
         self._parallel = parallel = parallel or make_parallel(config)
-        self.program = program = build(config, source)
+        self.program = program = Program(config, source)
         report = ProgressReporter(source.name)
         # What a resumed run started from may be gone.
         first = program.initial_state() if resuming else first_state(config, program)
@@ -142,7 +142,7 @@ class Run:
             shard=jax.process_index(),
             report=report,
         )
-        self._max_steps = self._feed.chunk_steps if program.scans() else 1
+        self._max_steps = self._feed.chunk_steps if program.scans else 1
         self._constants = parallel.place(self._feed.constants)
         self._estimator = None
         if config.ema is not None:

@@ -27,7 +27,7 @@ from bnjax.training.faults import DivergedError
 from bnjax.training.loop import Run, train
 from bnjax.training.metrics import read_metrics
 from bnjax.training.presets import PRESETS
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from bnjax.training.workdir import CONFIG
 
 RUNS = ROOT / "runs" / "experiments"
@@ -199,7 +199,7 @@ class Task:
 
     def __init__(self, config: Config, size: int = 250):
         source = open_data(config.data, config.data_dir)
-        program = build(config, source)
+        program = Program(config, source)
         self.model: Any = program.model
         self.train, self.test = (
             jax.device_put(source.load(name, lambda *_: None))

@@ -307,6 +307,30 @@ def test_the_two_rates_of_the_mnist_network():
     assert f"{medians['none'] / medians['bnjax']:.2f} times" in page("README.md")
 
 
+def test_the_text_beside_the_tables_of_performance():
+    text = page("docs/performance.md")
+    rows = result("kernels-cpu", BENCHMARKS)["rows"]
+    (step,) = (r for r in rows if r["shape"][:4] == "step" and r["library"] == "bnjax")
+    (calls, us), *_ = (
+        (k["calls"], k["us"]) for k in step["kernels"] if k["name"] == "ffi_call"
+    )
+    assert f"{calls:.0f} calls of the kernels, which take {us / 1e3:.1f} ms" in text
+    assert f"two cores, {us / calls:.0f} microseconds each" in text
+    mlp, inception, _ = result("step-cpu", BENCHMARKS)["rows"]
+    ours = mlp["added_seconds_median"]["bnjax"] / mlp["seconds_median"]["bnjax"]
+    assert f"adds to the MNIST network is {100 * ours:.0f} % of its step" in text
+    added = inception["added_seconds_median"]
+    assert added["arrays"] / added["flax"] == pytest.approx(1 / 3, abs=0.05)
+    assert added["arrays"] / added["bnjax"] == pytest.approx(1 / 2, abs=0.05)
+    assert inception["beyond_arrays_over_flax"] == pytest.approx(1 / 2, abs=0.05)
+    found = [
+        row["added_by_sharing"]["bnjax"] / row["predicted"]["bnjax"]
+        for row in result("scaling-cpu", BENCHMARKS)["rows"]["devices"]
+        if row["devices"] > 1
+    ]
+    assert f"added {min(found):.1f} to {max(found):.1f} times what the bare" in text
+
+
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_text_of_a_figure_is_inside_and_apart(name):
     path = DRAWN[name]

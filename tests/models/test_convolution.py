@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bnjax.models import Normalization
-from bnjax.models.convolution import ConvNorm, convolution_init, scaled
+from bnjax.models.layers import ConvNorm, convolution_init, scaled
 from tests.models import numpy_layers as layers
 from tests.models.helpers import as_numpy, jit, random_variables, shapes_of, train
 

@@ -7,9 +7,8 @@ import pytest
 from flax import linen as nn
 
 from bnjax.models import Inception, Normalization
-from bnjax.models.convolution import ConvNorm
 from bnjax.models.inception import MODULES, InceptionModule, ModuleSize
-from bnjax.models.local_response import local_response_normalization
+from bnjax.models.layers import ConvNorm, local_response_normalization
 from tests.models import numpy_layers as layers
 from tests.models.helpers import (
     as_numpy,

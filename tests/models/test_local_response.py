@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from bnjax.models.local_response import local_response_normalization
+from bnjax.models.layers import local_response_normalization
 
 
 def oracle(x, n=5, alpha=1e-4, beta=0.75, k=1.0):

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import bnjax.nnx
-from bnjax.folding.nnx import fold_nnx
+from bnjax.folding import fold_nnx
 from tests.folding.networks import difference, random_input
 
 

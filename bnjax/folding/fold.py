@@ -18,19 +18,18 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from bnjax.folding.linear import (
-    LinearOp,
-    NotFoldableError,
-    Path,
-    PendingOp,
-    compose,
-)
+from bnjax.folding.linear import LinearOp, NotFoldableError, PendingOp, compose
 from bnjax.folding.program import (
     Atom,
     Constant,
     Equation,
     NotNumericError,
+    OtherLayersError,
+    ParamReader,
+    ParamWriter,
+    Path,
     Program,
+    Variables,
     is_move,
     rearrange,
     trace,
@@ -300,145 +299,6 @@ def _check(variables: Any, dtype: Any) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Variables:
-    """The leaves of the variables of a model.
-
-    Attributes:
-        paths: of each leaf, the collection first.
-        values: of each leaf.
-    """
-
-    paths: tuple[Path, ...]
-    values: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, variables: Any) -> "Variables":
-        """The leaves of nested variables."""
-        leaves = jax.tree_util.tree_leaves_with_path(variables)
-        names = functools.partial(jax.tree_util.keystr, simple=True)
-        return cls(
-            tuple(tuple(names((key,)) for key in keys) for keys, _ in leaves),
-            tuple(value for _, value in leaves),
-        )
-
-    def layers(self, leaves: frozenset[int]) -> list[Path]:
-        """Return the layers that statistics among these leaves belong to."""
-        found = (self.paths[leaf] for leaf in sorted(leaves))
-        return list(dict.fromkeys(p[1:-1] for p in found if p[0] == "batch_stats"))
-
-    def parents(self, constant: Constant) -> list[Path]:
-        """Return the layers whose variables a constant depends on."""
-        return [self.paths[leaf][1:-1] for leaf in sorted(constant.leaves)]
-
-    def belongs(self, constant: Constant, layers: Sequence[Path]) -> bool:
-        """Whether a constant depends on variables, and on those of `layers` alone."""
-        found = self.parents(constant)
-        return bool(found) and all(path in layers for path in found)
-
-
-class ParamWriter:
-    """Makes the variables of the folded model.
-
-    Args:
-        before: the variables before folding.
-        dtype: of the parameters; None for that of each before.
-    """
-
-    def __init__(self, before: Variables, dtype: Any) -> None:
-        self._before = before
-        self._dtype = dtype
-        self._leaves: dict[int, jax.Array] = {}
-        self._made: list[tuple[Path, jax.Array]] = []
-
-    def leaf(self, index: int) -> jax.Array:
-        """Return a variable as it is, but for its dtype."""
-        if index not in self._leaves:
-            with jax.ensure_compile_time_eval():
-                value = jnp.asarray(self._before.values[index])
-                is_param = self._before.paths[index][0] == "params"
-                if is_param and jnp.issubdtype(value.dtype, jnp.floating):
-                    value = value.astype(self._dtype or value.dtype)
-            self._leaves[index] = value
-        return self._leaves[index]
-
-    def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
-        """Make an array; `path` is that of the variable it replaces."""
-        with jax.ensure_compile_time_eval():
-            # jnp.asarray would compile a program for each shape.
-            array = jax.device_put(make().astype(dtype))
-        self._made.append((path, array))
-        return array
-
-    def finish(self) -> tuple[dict[Path, jax.Array], tuple[tuple[Path, Path], ...]]:
-        """Return the variables by path, and where what was made belongs and is.
-
-        It is elsewhere where the variable that it replaces is still needed.
-        """
-        paths = self._before.paths
-        found = {paths[index]: value for index, value in self._leaves.items()}
-        entries = []
-        for wanted, value in self._made:
-            path, count = wanted, 1
-            while path in found and not _same(found[path], value):
-                count += 1
-                path = (*wanted[:-1], f"{wanted[-1]}_{count}")
-            found[path] = value
-            entries.append((wanted, path))
-        return found, tuple(entries)
-
-
-def _same(first: jax.Array, second: jax.Array) -> bool:
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    return np.array_equal(np.asarray(first), np.asarray(second))
-
-
-class OtherLayersError(ValueError):
-    """An input of this shape would have other layers folded than the example had."""
-
-
-class ParamReader:
-    """Reads the variables that a `ParamWriter` made, in the same order.
-
-    Args:
-        variables: of the folded model.
-        before: those before folding.
-        entries: what `ParamWriter.finish` returned.
-    """
-
-    def __init__(
-        self,
-        variables: Variables,
-        before: Variables,
-        entries: Sequence[tuple[Path, Path]],
-    ) -> None:
-        self._found = dict(zip(variables.paths, variables.values, strict=True))
-        self._before = before
-        self._unread = list(entries)
-
-    def leaf(self, index: int) -> jax.Array:
-        """Return a variable as it is."""
-        return self._get(self._before.paths[index])
-
-    def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
-        """Return an array made before."""
-        del dtype, make
-        if not self._unread or self._unread[0][0] != path:
-            raise OtherLayersError
-        return self._get(self._unread.pop(0)[1])
-
-    def check_all_read(self) -> None:
-        """Refuse to have left an array unread."""
-        if self._unread:
-            raise OtherLayersError
-
-    def _get(self, path: Path) -> jax.Array:
-        if path not in self._found:
-            raise OtherLayersError
-        return jnp.asarray(self._found[path])
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeferredValue:
     """A value that depends on the inputs, with the operations still to be applied.
@@ -506,19 +366,16 @@ class Folder:
 
     def report(self) -> Report:
         """Return what became of every layer that has statistics."""
-        seen = {row.path for row in self.layers}
-        every = self._variables.layers(frozenset(range(len(self._variables.paths))))
-        unused = "its statistics scale nothing"
-        return Report(
-            (
-                *self.layers,
-                *(
-                    Layer(name, False, reason=self._elsewhere.get(path, unused))
-                    for path in every
-                    if (name := "/".join(path)) not in seen
-                ),
-            )
+        unused = dict.fromkeys(
+            self._variables.layers(frozenset(range(len(self._variables.paths)))),
+            "its statistics scale nothing",
         )
+        seen = {row.path for row in self.layers}
+        rest = [
+            Layer("/".join(path), False, reason=reason)
+            for path, reason in (unused | self._elsewhere).items()
+        ]
+        return Report((*self.layers, *(row for row in rest if row.path not in seen)))
 
     def _apply(
         self, equation: Equation, operands: list[Constant | DeferredValue]
@@ -599,7 +456,7 @@ class Folder:
             except (NotFoldableError, NotNumericError) as error:
                 after = str(error)
             else:
-                moves = [op for op in ops if op.is_move]
+                moves = [op for op in ops if is_move(op.equation)]
                 array = self._apply_ops(value.base, (*before, *moves))
                 layers = tuple(self._layers(ops))
                 return dataclasses.replace(
@@ -665,7 +522,7 @@ class Folder:
             into, name = "/".join(path[1:]), "/".join(layer)
             self.layers.append(Layer(name, True, into, linear.operation))
         array = linear.add_bias(_wide(linear.bind(kernel, self._dtype)), bias)
-        moves = [op for op in ops if op.is_move and not _is_cast(op.equation)]
+        moves = [op for op in ops if is_move(op.equation) and not _is_cast(op.equation)]
         last = ops[-1].equation if ops else linear.equation
         return self._apply_ops(array, moves).astype(last.outputs[0].aval.dtype)
 
@@ -704,7 +561,7 @@ class Folder:
         The mean is there for what one multiplication and addition would lose to
         rounding where it is large beside the spread.
         """
-        array = self._apply_ops(array, [op for op in ops if op.is_move])
+        array = self._apply_ops(array, [op for op in ops if is_move(op.equation)])
         wide = _wide(array)
 
         @functools.cache

@@ -12,12 +12,11 @@ from bnjax.folding.program import (
     Constant,
     Equation,
     NotNumericError,
+    Path,
     at_axes,
     is_move,
     rearrange,
 )
-
-Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,11 +41,6 @@ class PendingOp:
         value = self.constant.value
         rank = len(self.equation.outputs[0].aval.shape)
         return value.reshape((1,) * (rank - value.ndim) + value.shape)
-
-    @property
-    def is_move(self) -> bool:
-        """Whether it rearranges."""
-        return is_move(self.equation)
 
     @property
     def is_affine(self) -> bool:
@@ -79,19 +73,16 @@ class PendingOp:
 def compose(
     ops: Sequence[PendingOp], rank: int, *, at_input: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Multiplier and shift of pending operations together, both compact.
+    """Multiplier and shift of operations on a value of that rank, both compact.
 
-    Args:
-        ops: in the order they are applied.
-        rank: of what they are applied to.
-        at_input: give them the form of the input instead of that of the output.
+    They have the form of the output, or with `at_input` that of the input.
 
     Raises:
         NotNumericError: a rearrangement cannot be followed.
     """
     multiplier, shift = np.ones((1,) * rank), np.zeros((1,) * rank)
     for i, op in enumerate(ops):
-        if op.is_move:
+        if is_move(op.equation):
             if not at_input:
                 multiplier = rearrange(op.equation, multiplier)
                 shift = rearrange(op.equation, shift)
@@ -106,7 +97,7 @@ def compose(
 def undo_moves(ops: Sequence[PendingOp], value: np.ndarray) -> np.ndarray:
     """The compact value that the rearrangements among `ops` make `value` of."""
     for op in reversed(ops):
-        if op.is_move:
+        if is_move(op.equation):
             value = rearrange(op.equation, value, undo=True)
     return value
 

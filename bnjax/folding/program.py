@@ -1,4 +1,4 @@
-"""A traced function as one flat list of equations, and its values without an input.
+"""A traced function as one flat list of equations, and the variables it reads.
 
 What depends on the variables alone is a `Constant`, computed in float64 on the host.
 Its value is kept compact: along each axis as wide as the array it stands for, or 1. A
@@ -18,16 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-CALLS = frozenset(
-    {
-        "checkpoint",
-        "closed_call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "jit",
-        "remat2",
-    }
-)
+Path = tuple[str, ...]
+
+CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit"}
+CALLS |= {"remat2"}
 """Primitives that call a function once, which takes their place."""
 
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
@@ -272,13 +266,7 @@ def is_rearrangement(equation: Equation) -> bool:
 def rearrange(
     equation: Equation, value: np.ndarray, *, undo: bool = False
 ) -> np.ndarray:
-    """What a rearrangement makes of a compact value of its input.
-
-    Args:
-        equation: of which `is_rearrangement` is true.
-        value: compact, of the input.
-        undo: `value` is of the output, and that of the input is asked for.
-    """
+    """What a rearrangement makes of a compact value; `undo` asks for the way back."""
     if equation.name == "transpose":
         order = equation.params["permutation"]
         return value.transpose(np.argsort(order) if undo else order)
@@ -330,3 +318,134 @@ def _groups(source: Sequence, target: Sequence) -> list[tuple[list[int], list[in
             i, j = (i + 1, j) if smaller else (i, j + 1)
         groups.append((list(range(start, i)), list(range(start_of_target, j))))
     return groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Variables:
+    """The leaves of the variables of a model.
+
+    Attributes:
+        paths: of each leaf, the collection first.
+        values: of each leaf.
+    """
+
+    paths: tuple[Path, ...]
+    values: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, variables: Any) -> "Variables":
+        """The leaves of nested variables."""
+        leaves = jax.tree_util.tree_leaves_with_path(variables)
+        names = functools.partial(jax.tree_util.keystr, simple=True)
+        return cls(
+            tuple(tuple(names((key,)) for key in keys) for keys, _ in leaves),
+            tuple(value for _, value in leaves),
+        )
+
+    def layers(self, leaves: frozenset[int]) -> list[Path]:
+        """Return the layers that statistics among these leaves belong to."""
+        found = (self.paths[leaf] for leaf in sorted(leaves))
+        return list(dict.fromkeys(p[1:-1] for p in found if p[0] == "batch_stats"))
+
+    def parents(self, constant: Constant) -> list[Path]:
+        """Return the layers whose variables a constant depends on."""
+        return [self.paths[leaf][1:-1] for leaf in sorted(constant.leaves)]
+
+    def belongs(self, constant: Constant, layers: Sequence[Path]) -> bool:
+        """Whether a constant depends on variables, and on those of `layers` alone."""
+        found = self.parents(constant)
+        return bool(found) and all(path in layers for path in found)
+
+
+class ParamWriter:
+    """Makes the variables of the folded model from those before.
+
+    Parameters have the given dtype; those they had before where it is None.
+    """
+
+    def __init__(self, before: Variables, dtype: Any) -> None:
+        self._before = before
+        self._dtype = dtype
+        self._leaves: dict[int, jax.Array] = {}
+        self._made: list[tuple[Path, jax.Array]] = []
+
+    def leaf(self, index: int) -> jax.Array:
+        """Return a variable as it is, but for its dtype."""
+        if index not in self._leaves:
+            with jax.ensure_compile_time_eval():
+                value = jnp.asarray(self._before.values[index])
+                is_param = self._before.paths[index][0] == "params"
+                if is_param and jnp.issubdtype(value.dtype, jnp.floating):
+                    value = value.astype(self._dtype or value.dtype)
+            self._leaves[index] = value
+        return self._leaves[index]
+
+    def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
+        """Make an array; `path` is that of the variable it replaces."""
+        with jax.ensure_compile_time_eval():
+            # jnp.asarray would compile a program for each shape.
+            array = jax.device_put(make().astype(dtype))
+        self._made.append((path, array))
+        return array
+
+    def finish(self) -> tuple[dict[Path, jax.Array], tuple[tuple[Path, Path], ...]]:
+        """Return the variables by path, and where what was made belongs and is.
+
+        It is elsewhere where the variable that it replaces is still needed.
+        """
+        paths = self._before.paths
+        found = {paths[index]: value for index, value in self._leaves.items()}
+        entries = []
+        for wanted, value in self._made:
+            path, count = wanted, 1
+            while path in found and not _same(found[path], value):
+                count += 1
+                path = (*wanted[:-1], f"{wanted[-1]}_{count}")
+            found[path] = value
+            entries.append((wanted, path))
+        return found, tuple(entries)
+
+
+def _same(first: jax.Array, second: jax.Array) -> bool:
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+class OtherLayersError(ValueError):
+    """An input of this shape would have other layers folded than the example had."""
+
+
+class ParamReader:
+    """Reads variables that a `ParamWriter` made, in the order of its `entries`."""
+
+    def __init__(
+        self,
+        variables: Variables,
+        before: Variables,
+        entries: Sequence[tuple[Path, Path]],
+    ) -> None:
+        self._found = dict(zip(variables.paths, variables.values, strict=True))
+        self._before = before
+        self._unread = list(entries)
+
+    def leaf(self, index: int) -> jax.Array:
+        """Return a variable as it is."""
+        return self._get(self._before.paths[index])
+
+    def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
+        """Return an array made before."""
+        del dtype, make
+        if not self._unread or self._unread[0][0] != path:
+            raise OtherLayersError
+        return self._get(self._unread.pop(0)[1])
+
+    def check_all_read(self) -> None:
+        """Refuse to have left an array unread."""
+        if self._unread:
+            raise OtherLayersError
+
+    def _get(self, path: Path) -> jax.Array:
+        if path not in self._found:
+            raise OtherLayersError
+        return jnp.asarray(self._found[path])

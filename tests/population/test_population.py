@@ -58,7 +58,7 @@ def check_mlp(dtype, tolerance):
         other = recompute_batch_stats(call, variables, batches[::-1], method=method)
         assert_relative(other, want, tolerance)
     jax.tree.map(np.testing.assert_array_equal, variables, before)
-    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {dtype}
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(dtype)}
 
 
 def test_dense_layers_in_float32(strict):

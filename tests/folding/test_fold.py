@@ -403,7 +403,7 @@ def train(variables, x):
             (STATE, X),
             {"dtype": jnp.float16},
         ),
-        (errors.ScopeParamShapeError, "", (STATE, random_input((2, 5))), {}),
+        (errors.ScopeParamShapeError, "kernel", (STATE, random_input((2, 5))), {}),
     ],
 )
 def test_refusals(error, match, args, options):

@@ -78,7 +78,9 @@ def test_vmap_that_shares_statistics():
     assert_relative(found, want)
 
 
-def test_random_streams_of_nnx_under_pmap():
+def test_random_streams_of_nnx_go_on_under_pmap_too():
+    """Dropout hides other units in each batch, as in training."""
+
     class Dropped(nnx.Module):
         def __init__(self):
             self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
@@ -93,6 +95,7 @@ def test_random_streams_of_nnx_under_pmap():
     ones = np.ones((3, 2, 8, 4), np.float32)
     options = {"method": "pooled", "axis_name": "d"}
     new = recompute_batch_stats(call, Dropped(), ones, **options)
+    np.testing.assert_allclose(new["bn"]["mean"][...], np.ones(4), atol=0.6)
     # The same numbers on every device, others in every batch.
     one = recompute_batch_stats(call, Dropped(), ones[:, 0], method="pooled")
     np.testing.assert_allclose(new["bn"]["mean"][...], one["bn"]["mean"][...])

@@ -212,22 +212,3 @@ def test_nnx_masks_and_chosen_layers():
     np.testing.assert_array_equal(new["second"]["mean"][...], np.zeros(4))
     both = recompute_batch_stats(call, model, BATCHES)
     np.testing.assert_allclose(both["second"]["var"][...], np.full(4, 6 / 5), 1e-4)
-
-
-def test_nnx_random_streams_go_on():
-    """Dropout hides other units in each batch, as in training."""
-
-    class Dropped(nnx.Module):
-        def __init__(self, rngs):
-            self.dropout = nnx.Dropout(0.5, rngs=rngs)
-            self.bn = bnjax.nnx.BatchNorm(4, rngs=rngs)
-
-        def __call__(self, x):
-            return self.bn(self.dropout(x))
-
-    ones = np.ones((8, 4, 4), np.float32)
-    model = Dropped(nnx.Rngs(0))
-    new = recompute_batch_stats(nnx_call, model, ones, method="pooled")
-    same = recompute_batch_stats(nnx_call, model, ones[:1], method="pooled")
-    assert not np.array_equal(new["bn"]["mean"][...], same["bn"]["mean"][...])
-    np.testing.assert_allclose(new["bn"]["mean"][...], np.ones(4), atol=0.6)

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from bnjax import models
 from bnjax.models import Normalization
-from bnjax.models.convolution import ConvNorm
+from bnjax.models.layers import ConvNorm
 from bnjax.models.resnet import Bottleneck
 
 KINDS = {

@@ -14,12 +14,7 @@ SUFFIX = "_input"
 
 
 class Movement(NamedTuple):
-    """How far a curve goes.
-
-    Args:
-        path: sum of the steps' lengths.
-        span: from its lowest point to its highest.
-    """
+    """How far a curve goes: the sum of its steps, and from lowest to highest."""
 
     path: np.ndarray
     span: np.ndarray
@@ -93,15 +88,12 @@ def input_percentiles(
 
     They are taken over the examples and, in feature maps, over the positions too, with
     linear interpolation; by NumPy, whose partition takes a sixth of the time of XLA's
-    sort on a CPU.
+    sort on a CPU. The names are those of the inputs, the shape (percentiles, features).
 
     Args:
         inputs: of `nonlinearity_inputs`, all or some of them: arrays of shape
             (batch, ..., features).
         percentiles: each from 0 to 100.
-
-    Returns:
-        Under the same names, arrays of shape (percentiles, features).
 
     Example:
         >>> import numpy as np

@@ -13,16 +13,13 @@ from bnjax._validate import did_you_mean
 def layer_input(
     model: nn.Module, variables: Any, images: jax.Array, layer: str
 ) -> jax.Array:
-    """Return what a layer is given, with the running statistics.
+    """Return a layer's first argument, with the running statistics.
 
     Args:
         model: called as `model(images, train=False)`.
         variables: of the model.
         images: shape (batch, ...), floating.
         layer: path of a module of the model, such as "dense_1".
-
-    Returns:
-        The layer's first argument.
 
     Raises:
         ValueError: no module of that path is called.
@@ -84,9 +81,7 @@ def layer_block(
 def singular_values(
     function: Callable[[jax.Array], jax.Array], inputs: jax.Array
 ) -> jax.Array:
-    r"""Return the singular values of a function's exact Jacobian at each input.
-
-    .. math:: J = \partial f / \partial z, \quad J = U \,\mathrm{diag}(s)\, V^T
+    """Return the singular values of a function's exact Jacobian at each input.
 
     Args:
         function: of one input, of any shape, such as `layer_block` gives.

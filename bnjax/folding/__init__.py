@@ -1,6 +1,7 @@
 """Batch normalization folded into the linear layers beside it, for inference."""
 
 from bnjax.folding.fold import Folded as Folded
+from bnjax.folding.fold import Layer as Layer
+from bnjax.folding.fold import Report as Report
 from bnjax.folding.fold import fold_batch_norm as fold_batch_norm
-from bnjax.folding.report import Layer as Layer
-from bnjax.folding.report import Report as Report
+from bnjax.folding.fold import fold_nnx as fold_nnx

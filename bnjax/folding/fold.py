@@ -1,19 +1,78 @@
-"""Batch normalization folded into the linear layers beside it."""
+"""Batch normalization folded into the linear layers beside it.
+
+A program is computed while it is rewritten. What only scales, shifts or rearranges a
+value is deferred until another kind of equation needs the value: it then goes into the
+kernel and bias of the linear layer that it follows, or that it precedes, or becomes a
+subtraction, multiplication and addition of constants.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.traverse_util import unflatten_dict
 
-from bnjax.folding.program import trace
-from bnjax.folding.report import Layer, Report
-from bnjax.folding.rewrite import Rewriter
-from bnjax.folding.stores import Entry, Making, OtherLayersError, Reading
-from bnjax.folding.variables import Variables, flat, nested
+from bnjax.folding.linear import LinearOp, NotFoldableError, PendingOp, compose
+from bnjax.folding.program import (
+    Atom,
+    Constant,
+    Equation,
+    NotNumericError,
+    OtherLayersError,
+    ParamReader,
+    ParamWriter,
+    Path,
+    Program,
+    Variables,
+    is_move,
+    rearrange,
+    trace,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What became of one application of a batch normalization.
+
+    Attributes:
+        path: of the layer, as in the variables.
+        folded: whether it is gone.
+        into: the path of the kernel it went into; empty if it did not.
+        operation: what that kernel does, such as "convolution".
+        reason: why it could not be folded; empty if it was.
+    """
+
+    path: str
+    folded: bool
+    into: str = ""
+    operation: str = ""
+    reason: str = ""
+
+
+class Report(tuple[Layer, ...]):
+    """What became of each batch normalization, in the order they are computed.
+
+    Printed, it is a table.
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        rows = [("batch normalization", "folded into", "as", "or why not")]
+        rows += [
+            (row.path, row.into or "-", row.operation or "-", row.reason)
+            for row in self
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +94,7 @@ class Folded:
     report: Report
     _apply_fn: Callable[..., Any] = dataclasses.field(repr=False)
     _before: Any = dataclasses.field(repr=False)
-    _entries: tuple[Entry, ...] = dataclasses.field(repr=False)
+    _entries: tuple[tuple[Path, Path], ...] = dataclasses.field(repr=False)
     _dtype: Any = dataclasses.field(repr=False)
 
     @property
@@ -61,22 +120,20 @@ class Folded:
         Raises:
             ValueError: for an input of this shape other layers would be folded.
         """
-        found, _ = flat(variables)
-        before = flat(self._before)[1]
+        before = Variables.of(self._before)
         program = trace(self._apply_fn, self._before, x)
-        store = Reading(found, before, self._entries)
+        reader = ParamReader(Variables.of(variables), before, self._entries)
         try:
-            outputs = Rewriter(program, before, store, self._dtype).run(
-                jax.tree.leaves(x)
-            )
-            store.check_all_read()
+            folder = Folder(program, before, reader, self._dtype)
+            outputs = folder.run(jax.tree.leaves(x))
+            reader.check_all_read()
         except OtherLayersError:
-            shapes = jax.tree.map(jnp.shape, x)
             raise ValueError(
-                f"Folded: for an input of shape {shapes} other layers would be folded "
-                "than for the example: the padding depends on the size of the input, "
-                "or the variables are not those of `folded.variables`. Call "
-                "fold_batch_norm with an example of this shape."
+                f"Folded: for an input of shape {jax.tree.map(jnp.shape, x)} other "
+                "layers would be folded than for the example: the padding depends on "
+                "the size of the input, or the variables are not those of "
+                "`folded.variables`. Call fold_batch_norm with an example of this "
+                "shape."
             ) from None
         return jax.tree.unflatten(program.out_tree, outputs)
 
@@ -146,15 +203,67 @@ def fold_batch_norm(
     """
     _check(variables, dtype)
     dtype = None if dtype is None else jnp.dtype(dtype)
-    before = flat(variables)[1]
+    before = Variables.of(variables)
     example = jax.tree.map(_shape_of, example)
     program = trace(apply_fn, variables, example)
-    store = Making(before, dtype)
-    rewriter = Rewriter(program, before, store, dtype)
-    jax.eval_shape(lambda x: rewriter.run(jax.tree.leaves(x)), example)
-    report = _report(rewriter, before)
-    found, entries = store.finish()
-    return Folded(nested(found), report, apply_fn, variables, entries, dtype)
+    writer = ParamWriter(before, dtype)
+    folder = Folder(program, before, writer, dtype)
+    jax.eval_shape(lambda x: folder.run(jax.tree.leaves(x)), example)
+    if not folder.layers:
+        raise ValueError(
+            "fold_batch_norm: apply_fn scales no value by the running statistics, and "
+            "so there is nothing to fold. Is it in training mode? Expected the outputs "
+            "in inference: model.apply(variables, x, train=False), or "
+            "use_running_average=True."
+        )
+    found, entries = writer.finish()
+    new_variables = unflatten_dict(found)
+    return Folded(new_variables, folder.report(), apply_fn, variables, entries, dtype)
+
+
+def fold_nnx(model: nnx.Module, example: Any, *, dtype: Any = None) -> Folded:
+    """Fold the batch normalizations of a flax.nnx model; see `fold_batch_norm`.
+
+    Args:
+        model: called as `model(x)`. It stays as it is; a copy of it is put in the mode
+            of `model.eval()` and folded.
+        example: an input, or a jax.ShapeDtypeStruct.
+        dtype: float32 or bfloat16; those of the model if None.
+
+    Returns:
+        The new model, whose variables have the names of the attributes of the old one:
+        `nnx.update(copy, folded.params)` gives them to one without normalization.
+
+    Raises:
+        TypeError, ValueError: as `fold_batch_norm`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from bnjax.folding import fold_nnx
+        >>> from bnjax.nnx import BatchNorm
+        >>> rngs = nnx.Rngs(0)
+        >>> model = nnx.Sequential(nnx.Linear(5, 4, rngs=rngs), BatchNorm(4, rngs=rngs))
+        >>> folded = fold_nnx(model, jnp.ones((2, 5)))
+        >>> print(folded.report)
+        batch normalization  folded into      as              or why not
+        layers/1             layers/0/kernel  matrix product
+        >>> jax.tree.map(jnp.shape, folded.params)
+        {'layers': {'0': {'bias': (4,), 'kernel': (5, 4)}}}
+    """
+    copy = nnx.clone(model)
+    copy.eval()
+    graph, params, batch_stats, rest = nnx.split(copy, nnx.Param, nnx.BatchStat, ...)
+    states = {"params": params, "batch_stats": batch_stats, "rest": rest}
+    variables = {name: nnx.to_pure_dict(state) for name, state in states.items()}
+
+    def apply(variables: Any, x: Any) -> Any:
+        given = jax.tree.map(lambda leaf: leaf, states)  # a copy, to write to
+        for name, state in given.items():
+            nnx.replace_by_pure_dict(state, variables[name])
+        return nnx.merge(graph, *given.values())(x)
+
+    return fold_batch_norm(apply, variables, example, dtype=dtype)
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
@@ -190,21 +299,336 @@ def _check(variables: Any, dtype: Any) -> None:
         )
 
 
-def _report(rewriter: Rewriter, before: Variables) -> Report:
-    """Return what became of every layer that has statistics."""
-    rows = list(rewriter.layers)
-    if not rows:
-        raise ValueError(
-            "fold_batch_norm: apply_fn scales no value by the running statistics, and "
-            "so there is nothing to fold. Is it in training mode? Expected the outputs "
-            "in inference: model.apply(variables, x, train=False), or "
-            "use_running_average=True."
+@dataclasses.dataclass(frozen=True, eq=False)
+class DeferredValue:
+    """A value that depends on the inputs, with the operations still to be applied.
+
+    Attributes:
+        base: a linear layer that is not computed yet, or an array.
+        reason: why no layer before an array can take what follows.
+        pending_ops: to be applied to the base.
+    """
+
+    base: Any
+    reason: str = ""
+    pending_ops: tuple[PendingOp, ...] = ()
+
+    def then(self, op: PendingOp) -> "DeferredValue":
+        """The value after one more operation."""
+        return dataclasses.replace(self, pending_ops=(*self.pending_ops, op))
+
+
+class Folder:
+    """Computes a program without its batch normalizations.
+
+    Args:
+        program: traced; its first inputs are the variables.
+        variables: the values the constants are computed from.
+        params: where the new program has its arrays from.
+        dtype: of the products of linear layers; None for their own.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        variables: Variables,
+        params: ParamWriter | ParamReader,
+        dtype: Any,
+    ) -> None:
+        self.layers: list[Layer] = []
+        self._elsewhere: dict[Path, str] = {}
+        self._program = program
+        self._variables = variables
+        self._params = params
+        self._dtype = dtype
+        self._computed: dict[Equation, list[Any]] = {}
+
+    def run(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Compute the outputs of the program, noting what became of each layer."""
+        program, values = self._program, self._variables.values
+        env: dict[Atom, Constant | DeferredValue] = {
+            atom: Constant(atom.aval, known=value)
+            for atom, value in program.literals.items()
+        }
+        own, given = program.inputs[: len(values)], program.inputs[len(values) :]
+        for i, (atom, value) in enumerate(zip(own, values, strict=True)):
+            env[atom] = Constant(atom.aval, frozenset({i}), value)
+        for atom, array in zip(given, inputs, strict=True):
+            env[atom] = DeferredValue(array, "it normalizes an input of the model")
+        for equation in program.equations:
+            results = self._apply(equation, [env[atom] for atom in equation.inputs])
+            for atom, result in zip(equation.outputs, results, strict=True):
+                env[atom] = self._shared(result, program.uses[atom])
+        return [
+            self._array(env[atom], "it gives an output of the model")
+            for atom in program.outputs
+        ]
+
+    def report(self) -> Report:
+        """Return what became of every layer that has statistics."""
+        unused = dict.fromkeys(
+            self._variables.layers(frozenset(range(len(self._variables.paths)))),
+            "its statistics scale nothing",
         )
-    seen = {row.path for row in rows}
-    for path in before.layers(frozenset(range(len(before.paths)))):
-        name = "/".join(path)
-        if name not in seen:
-            unused = "its statistics scale nothing"
-            reason = rewriter.elsewhere.get(path, unused)
-            rows.append(Layer(name, False, reason=reason))
-    return Report(rows)
+        seen = {row.path for row in self.layers}
+        rest = [
+            Layer("/".join(path), False, reason=reason)
+            for path, reason in (unused | self._elsewhere).items()
+        ]
+        return Report((*self.layers, *(row for row in rest if row.path not in seen)))
+
+    def _apply(
+        self, equation: Equation, operands: list[Constant | DeferredValue]
+    ) -> Sequence[Constant | DeferredValue]:
+        constants = tuple(value for value in operands if isinstance(value, Constant))
+        if len(constants) == len(operands) and not equation.source.effects:
+            leaves = frozenset().union(*(value.leaves for value in constants))
+            return [
+                Constant(atom.aval, leaves, None, equation, constants, i)
+                for i, atom in enumerate(equation.outputs)
+            ]
+        deferred = self._defer(equation, operands)
+        if deferred is not None:
+            return [deferred]
+        name = equation.name
+        for value in constants:
+            self._note(value, f"its statistics are an operand of `{name}`")
+        arrays = [self._array(value, f"`{name}` follows") for value in operands]
+        reason = f"it follows `{name}`, not a linear layer"
+        if name in ("conv_general_dilated", "dot_general"):
+            reason = f"it follows `{name}`, whose kernel is no parameter"
+        return [DeferredValue(array, reason) for array in equation.bind(*arrays)]
+
+    def _defer(
+        self, equation: Equation, operands: list[Constant | DeferredValue]
+    ) -> DeferredValue | None:
+        """Return the result of an equation that need not be computed yet."""
+        deferred = [
+            (i, operand)
+            for i, operand in enumerate(operands)
+            if isinstance(operand, DeferredValue)
+        ]
+        if len(deferred) != 1 or len(operands) > 2:
+            return None
+        ((side, value),) = deferred
+        if len(operands) == 1:
+            simple = is_move(equation) or equation.name == "neg"
+            return value.then(PendingOp(equation)) if simple else None
+        constant = operands[1 - side]
+        assert isinstance(constant, Constant)  # noqa: S101 (for the type checker)
+        if constant.leaves:
+            linear = LinearOp.of(equation, 1 - side, constant)
+            if linear is not None:
+                return DeferredValue(self._with_data(linear, value))
+        op = PendingOp(equation, constant, side)
+        if not op.is_affine:
+            return None
+        base = value.base
+        if isinstance(base, LinearOp) and not base.accepts(value.pending_ops, op):
+            reason = "its constants differ from one position to another"
+            value = DeferredValue(self._array(value, reason), reason)
+        return value.then(op)
+
+    def _shared(
+        self, value: Constant | DeferredValue, uses: int
+    ) -> Constant | DeferredValue:
+        """Compute at once what is needed more than once."""
+        if uses < 2 or isinstance(value, Constant):
+            return value
+        if not value.pending_ops and not isinstance(value.base, LinearOp):
+            return value
+        array = self._array(value, f"what it gives is used {uses} times")
+        return DeferredValue(array, f"what it is applied to is used {uses} times")
+
+    def _with_data(self, linear: LinearOp, value: DeferredValue) -> LinearOp:
+        """Return a linear layer that takes what is pending on its input, if it can.
+
+        What a linear layer before it can take is left to that one.
+        """
+        after = f"a {linear.operation} follows"
+        in_kernel = f"its statistics are in the kernel of a {linear.operation}"
+        self._note(linear.kernel, in_kernel)
+        first, _ = self._span(value.pending_ops)
+        if first is not None and not isinstance(value.base, LinearOp):
+            before, ops = value.pending_ops[:first], value.pending_ops[first:]
+            try:
+                absorbed = linear.absorb(*compose(ops, _rank_before(ops)))
+            except (NotFoldableError, NotNumericError) as error:
+                after = str(error)
+            else:
+                moves = [op for op in ops if is_move(op.equation)]
+                array = self._apply_ops(value.base, (*before, *moves))
+                layers = tuple(self._layers(ops))
+                return dataclasses.replace(
+                    linear, data=array, absorbed=absorbed, layers=layers
+                )
+        return dataclasses.replace(linear, data=self._array(value, after))
+
+    def _array(self, value: Constant | DeferredValue, after: str) -> Any:
+        """Compute a value and what is pending on it."""
+        if isinstance(value, Constant):
+            return self._constant(value)
+        base, ops = value.base, value.pending_ops
+        first, end = self._span(ops)
+        if isinstance(base, LinearOp):
+            if base.layers:
+                end = max(end, self._bias_end(base, ops))
+            return self._apply_ops(self._linear(base, ops[:end]), ops[end:])
+        if first is None:
+            return self._apply_ops(base, ops)
+        layers = self._layers(ops)
+        for path in layers:
+            reason = f"{value.reason}; {after}"
+            self.layers.append(Layer("/".join(path), False, reason=reason))
+        array = self._apply_ops(base, ops[:first])
+        array = self._affine(array, ops[first:end], ("params", *layers[0]))
+        return self._apply_ops(array, ops[end:])
+
+    def _apply_ops(self, array: Any, ops: Sequence[PendingOp]) -> Any:
+        """Apply operations as they were written."""
+        for op in ops:
+            operands = [array]
+            if op.constant is not None:
+                operands.insert(1 - op.side, self._constant(op.constant))
+            (array,) = op.equation.bind(*operands)
+        return array
+
+    def _constant(self, constant: Constant) -> Any:
+        """Compute a constant from the variables of the new program."""
+        equation = constant.equation
+        if equation is None:
+            if not constant.leaves:
+                return constant.known
+            found, dtype = self._params.leaf(min(constant.leaves)), constant.aval.dtype
+            return found if found.dtype == dtype else found.astype(dtype)
+        if equation not in self._computed:
+            operands = [self._constant(operand) for operand in constant.operands]
+            self._computed[equation] = equation.bind(*operands)
+        return self._computed[equation][constant.index]
+
+    def _linear(self, linear: LinearOp, ops: Sequence[PendingOp]) -> jax.Array:
+        """Compute a linear layer with the operations that go into it.
+
+        The bias is added in float32 or wider, before the output is rounded.
+        """
+        layers = [*linear.layers, *self._layers(ops)]
+        if not layers:
+            array = linear.bind(self._constant(linear.kernel), self._dtype)
+            return self._apply_ops(array, ops)
+        folded = functools.cache(lambda: linear.folded(ops))
+        kernel, path, dtype = self._kernel(linear.kernel, lambda: folded()[0])
+        bias = self._params.new((*path[:-1], "bias"), dtype, lambda: folded()[1])
+        for layer in layers:
+            into, name = "/".join(path[1:]), "/".join(layer)
+            self.layers.append(Layer(name, True, into, linear.operation))
+        array = linear.add_bias(_wide(linear.bind(kernel, self._dtype)), bias)
+        moves = [op for op in ops if is_move(op.equation) and not _is_cast(op.equation)]
+        last = ops[-1].equation if ops else linear.equation
+        return self._apply_ops(array, moves).astype(last.outputs[0].aval.dtype)
+
+    def _kernel(
+        self, kernel: Constant, make: Callable[[], np.ndarray]
+    ) -> tuple[jax.Array, Path, Any]:
+        """Return the folded kernel, its path and its dtype.
+
+        It is kept in the form of the variable that it replaces, if it is of one only.
+        """
+        paths = self._variables.paths
+        leaves = sorted(kernel.leaves, key=lambda i: (paths[i][0] != "params", i))
+        leaf, moves = kernel.origin or (leaves[0], ())
+        path = paths[leaf]
+        dtype = self._dtype or self._variables.values[leaf].dtype
+        if kernel.origin is None:
+            path = (*path[:-1], "folded_kernel")
+
+        def as_variable() -> np.ndarray:
+            value = make()
+            for move in reversed(moves):
+                value = rearrange(move, value, undo=True)
+            return value
+
+        array = self._params.new(path, dtype, as_variable)
+        for move in moves:
+            if not _is_cast(move):
+                (array,) = move.bind(array)
+        return array, path, dtype
+
+    def _affine(
+        self, array: jax.Array, ops: Sequence[PendingOp], path: Path
+    ) -> jax.Array:
+        """Compute operations as (x - mean) * scale + bias, of variables at `path`.
+
+        The mean is there for what one multiplication and addition would lose to
+        rounding where it is large beside the spread.
+        """
+        array = self._apply_ops(array, [op for op in ops if is_move(op.equation)])
+        wide = _wide(array)
+
+        @functools.cache
+        def made() -> dict[str, np.ndarray]:
+            scale, shift = np.broadcast_arrays(*compose(ops, _rank_before(ops)))
+            with np.errstate(all="ignore"):
+                mean = (-shift / scale).astype(wide.dtype).astype(np.float64)
+            mean = np.where(np.isfinite(mean), mean, 0)
+            return {"mean": mean, "scale": scale, "bias": shift + scale * mean}
+
+        def variable(name: str) -> jax.Array:
+            def make() -> np.ndarray:
+                value = made()[name]
+                while value.ndim > 1 and value.shape[0] == 1:
+                    value = value[0]
+                return value
+
+            value = self._params.new((*path, name), wide.dtype, make)
+            ones = (1,) * (wide.ndim - value.ndim)
+            return value.reshape(ones + value.shape).astype(wide.dtype)
+
+        wide = (wide - variable("mean")) * variable("scale") + variable("bias")
+        return wide.astype(array.dtype)
+
+    def _layers(self, ops: Sequence[PendingOp]) -> list[Path]:
+        leaves = (op.constant.leaves for op in ops if op.constant is not None)
+        return self._variables.layers(frozenset().union(*leaves))
+
+    def _span(self, ops: Sequence[PendingOp]) -> tuple[int | None, int]:
+        """Return where the operations by statistics start and end, if some scale.
+
+        The parameters of the same layers, which come after, belong to them.
+        """
+        ours = [i for i, op in enumerate(ops) if self._layers([op])]
+        if not any(ops[i].equation.name in ("mul", "div") for i in ours):
+            return None, 0
+        end = ours[-1] + 1
+        layers = self._layers(ops)
+        for i, op in enumerate(ops[end:], end):
+            if op.constant is not None:
+                if not self._variables.belongs(op.constant, layers):
+                    break
+                end = i + 1
+        return ours[0], end
+
+    def _bias_end(self, linear: LinearOp, ops: Sequence[PendingOp]) -> int:
+        """Return where the layer's own bias has been added, if that comes first."""
+        for i, op in enumerate(ops):
+            if op.constant is not None:
+                added = op.equation.name in ("add", "add_any")
+                layer = self._variables.parents(linear.kernel)
+                own = self._variables.belongs(op.constant, layer)
+                return i + 1 if added and own else 0
+        return 0
+
+    def _note(self, constant: Constant, where: str) -> None:
+        for path in self._variables.layers(constant.leaves):
+            self._elsewhere.setdefault(path, where)
+
+
+def _rank_before(ops: Sequence[PendingOp]) -> int:
+    return len(ops[0].equation.inputs[ops[0].side].aval.shape)
+
+
+def _wide(array: jax.Array) -> jax.Array:
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def _is_cast(equation: Equation) -> bool:
+    return equation.name == "convert_element_type"

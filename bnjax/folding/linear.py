@@ -1,56 +1,156 @@
-"""How a factor or shift of what goes in or out of a layer moves to its kernel."""
+"""Linear layers, and how a multiplier and shift beside them go into their kernels."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
-from bnjax.folding.program import Equation
+from bnjax.folding.program import (
+    Constant,
+    Equation,
+    NotNumericError,
+    Path,
+    at_axes,
+    is_move,
+    rearrange,
+)
 
 
-class Refused(Exception):  # noqa: N818 (asked and answered within the package)
-    """The factor or shift cannot move; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Linear:
-    """A convolution or matrix product of data and a kernel.
+@dataclasses.dataclass(frozen=True, eq=False)
+class PendingOp:
+    """An equation that rearranges one value, negates it, scales or shifts it.
 
     Attributes:
-        equation: `conv_general_dilated` or `dot_general`.
-        kernel: which operand the kernel is.
-        channels: axis of the kernel by axis of the output, of those they share.
+        equation: such as `reshape` or `mul`.
+        constant: what it scales or shifts by, if it does.
+        side: which operand the value is.
     """
 
     equation: Equation
-    kernel: int
+    constant: Constant | None = None
+    side: int = 0
+
+    @functools.cached_property
+    def value(self) -> np.ndarray:
+        """The compact value of the constant, of the rank of the output."""
+        if self.constant is None:
+            raise NotNumericError("no constant")
+        value = self.constant.value
+        rank = len(self.equation.outputs[0].aval.shape)
+        return value.reshape((1,) * (rank - value.ndim) + value.shape)
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether it scales or shifts by something that can be had on the host."""
+        name, side = self.equation.name, self.side
+        if name not in ("add", "add_any", "sub", "mul") and (name, side) != ("div", 0):
+            return False
+        before = self.equation.inputs[side].aval.shape
+        if before != self.equation.outputs[0].aval.shape:
+            return False
+        try:
+            return self.value.dtype == np.float64
+        except NotNumericError:
+            return False
+
+    def apply(
+        self, multiplier: np.ndarray, shift: np.ndarray, value: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Multiplier and shift after this one by `value`, from those before it."""
+        name = self.equation.name
+        if name == "mul":
+            return multiplier * value, shift * value
+        if name == "div":
+            return multiplier / value, shift / value
+        if name == "sub" and self.side == 1:
+            return -multiplier, value - shift
+        return multiplier, shift - value if name == "sub" else shift + value
+
+
+def compose(
+    ops: Sequence[PendingOp], rank: int, *, at_input: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Multiplier and shift of operations on a value of that rank, both compact.
+
+    They have the form of the output, or with `at_input` that of the input.
+
+    Raises:
+        NotNumericError: a rearrangement cannot be followed.
+    """
+    multiplier, shift = np.ones((1,) * rank), np.zeros((1,) * rank)
+    for i, op in enumerate(ops):
+        if is_move(op.equation):
+            if not at_input:
+                multiplier = rearrange(op.equation, multiplier)
+                shift = rearrange(op.equation, shift)
+        elif op.constant is None:
+            multiplier, shift = -multiplier, -shift
+        else:
+            value = undo_moves(ops[:i], op.value) if at_input else op.value
+            multiplier, shift = op.apply(multiplier, shift, value)
+    return multiplier, shift
+
+
+def undo_moves(ops: Sequence[PendingOp], value: np.ndarray) -> np.ndarray:
+    """The compact value that the rearrangements among `ops` make `value` of."""
+    for op in reversed(ops):
+        if is_move(op.equation):
+            value = rearrange(op.equation, value, undo=True)
+    return value
+
+
+class NotFoldableError(Exception):
+    """The multiplier or shift cannot move into the layer; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearOp:
+    """A convolution or matrix product of data and a kernel, not yet computed.
+
+    Attributes:
+        equation: `conv_general_dilated` or `dot_general`.
+        side: which operand the kernel is.
+        kernel: its kernel.
+        channels: axis of the kernel by axis of the output, of those they share.
+        data: what it is applied to.
+        absorbed: kernel and bias where a layer before it went into them.
+        layers: the paths of those that did.
+    """
+
+    equation: Equation
+    side: int
+    kernel: Constant
     channels: dict[int, int]
+    data: Any = None
+    absorbed: tuple[np.ndarray, np.ndarray] | None = None
+    layers: tuple[Path, ...] = ()
 
     @classmethod
-    def of(cls, equation: Equation, kernel: int) -> "Linear | None":
+    def of(cls, equation: Equation, side: int, kernel: Constant) -> "LinearOp | None":
         """Describe an equation that is linear in the operand that is not the kernel."""
-        if equation.name == "conv_general_dilated" and kernel == 1:
+        if equation.name == "conv_general_dilated" and side == 1:
             numbers = equation.params["dimension_numbers"]
-            return cls(equation, 1, {numbers.out_spec[1]: numbers.rhs_spec[0]})
+            return cls(equation, 1, kernel, {numbers.out_spec[1]: numbers.rhs_spec[0]})
         if equation.name != "dot_general":
             return None
         contracting, batch = equation.params["dimension_numbers"]
         free = [
-            [axis for axis in range(len(atom.aval.shape)) if axis not in summed + own]
+            [
+                axis
+                for axis in range(len(atom.aval.shape))
+                if axis not in (*summed, *own)
+            ]
             for atom, summed, own in zip(
-                equation.inputs, map(list, contracting), map(list, batch), strict=True
+                equation.inputs, contracting, batch, strict=True
             )
         ]
-        first = len(batch[0]) + (len(free[0]) if kernel == 1 else 0)
-        channels = dict(enumerate(batch[kernel]))
-        channels |= {first + i: axis for i, axis in enumerate(free[kernel])}
-        return cls(equation, kernel, channels)
-
-    @property
-    def data(self) -> int:
-        """Which operand the data are."""
-        return 1 - self.kernel
+        first = len(batch[0]) + (len(free[0]) if side == 1 else 0)
+        channels = dict(enumerate(batch[side]))
+        channels |= {first + i: axis for i, axis in enumerate(free[side])}
+        return cls(equation, side, kernel, channels)
 
     @property
     def operation(self) -> str:
@@ -61,53 +161,76 @@ class Linear:
     def _is_conv(self) -> bool:
         return self.equation.name == "conv_general_dilated"
 
-    @functools.cached_property
-    def bias_shape(self) -> tuple[int, ...]:
-        """Shape of a bias: the axes that kernel and output share, as in the output."""
-        shape = self.equation.outputs[0].aval.shape
-        return tuple(shape[axis] for axis in sorted(self.channels))
-
-    def fits(self, value: np.ndarray) -> bool:
-        """Whether a compact value of the output is the same at all positions."""
+    def accepts(self, ops: Sequence[PendingOp], op: PendingOp) -> bool:
+        """Whether the operation, after others, is one of the layer's channels."""
+        try:
+            sizes = undo_moves(ops, op.value).shape
+        except NotNumericError:
+            return False
         return all(
-            size == 1 or axis in self.channels for axis, size in enumerate(value.shape)
+            size == 1 or axis in self.channels for axis, size in enumerate(sizes)
         )
 
-    def as_bias(self, value: np.ndarray) -> np.ndarray:
-        """A compact value of the output that `fits`, as a bias."""
+    def bind(self, kernel: jax.Array, dtype: Any) -> jax.Array:
+        """Compute the layer with a kernel; in its own dtype where `dtype` is None."""
+        equation = self.equation
+        operands = [self.data, kernel] if self.side else [kernel, self.data]
+        if dtype is None:
+            avals = (atom.aval for atom in equation.inputs)
+            cast = [a.astype(v.dtype) for a, v in zip(operands, avals, strict=True)]
+            return equation.bind(*cast)[0]
+        # Not every platform has convolutions of one dtype that give another.
+        own = equation.outputs[0].aval.dtype
+        preferred = None if self._is_conv else own
+        cast = [operand.astype(dtype) for operand in operands]
+        return equation.bind(*cast, preferred_element_type=preferred)[0].astype(own)
+
+    def folded(self, ops: Sequence[PendingOp]) -> tuple[np.ndarray, np.ndarray]:
+        """Kernel and bias of the layer with operations after it that it accepts."""
+        multiplier, shift = (
+            self._as_bias(value)
+            for value in compose(
+                ops, len(self.equation.outputs[0].aval.shape), at_input=True
+            )
+        )
+        kernel, bias = self.absorbed or (self.kernel.value, np.zeros(()))
+        axes = list(self.channels.values())
+        kernel = kernel * at_axes(multiplier, axes, kernel.ndim)
+        return kernel, bias * multiplier + shift
+
+    def add_bias(self, array: jax.Array, bias: jax.Array) -> jax.Array:
+        """Add a bias, of the axes that kernel and output share, to the output."""
+        sizes = dict(zip(self.channels, bias.shape, strict=True))
+        shape = [sizes.get(axis, 1) for axis in range(array.ndim)]
+        return array + bias.reshape(shape).astype(array.dtype)
+
+    def _as_bias(self, value: np.ndarray) -> np.ndarray:
+        """A compact value of the output, the same at all positions, as a bias."""
         axes = tuple(a for a in range(value.ndim) if a not in self.channels)
-        return np.broadcast_to(value.squeeze(axes), self.bias_shape)
+        shape = self.equation.outputs[0].aval.shape
+        return np.broadcast_to(value.squeeze(axes), [shape[a] for a in self.channels])
 
-    def expand(self, shape: Sequence[int], rank: int) -> tuple[int, ...]:
-        """The shape of a bias that broadcasts to the output."""
-        sizes = dict(zip(sorted(self.channels), shape, strict=True))
-        return tuple(sizes.get(axis, 1) for axis in range(rank))
-
-    def scale_output(self, kernel: np.ndarray, factor: np.ndarray) -> np.ndarray:
-        """The kernel whose output is that of `kernel` times a factor that fits."""
-        axes = [self.channels[axis] for axis in sorted(self.channels)]
-        return kernel * _spread(self.as_bias(factor), axes, kernel.ndim)
-
-    def absorb_input(
-        self, kernel: np.ndarray, factor: np.ndarray, shift: np.ndarray
+    def absorb(
+        self, multiplier: np.ndarray, shift: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Kernel and bias that give for x what `kernel` gives for factor * x + shift.
+        """Kernel and bias that give for x what it gives for multiplier * x + shift.
 
         Raises:
-            Refused: the factor differs between positions, or not every output sees the
-                shift through all of its kernel.
+            NotFoldableError: the multiplier differs between positions, or not every
+                output sees the shift through all of its kernel.
         """
         if np.any(shift) and not self._sees_all:
-            raise Refused(
+            raise NotFoldableError(
                 "the convolution after it reads zeros beside the map, to which BN's "
                 "shift, not 0, is not added"
             )
-        by = self._in_kernel(factor, kernel.shape)
+        kernel = self.kernel.value
         added = kernel * self._in_kernel(shift, kernel.shape)
-        kept = [self.channels[axis] for axis in sorted(self.channels)]
+        kept = list(self.channels.values())
         summed = tuple(axis for axis in range(kernel.ndim) if axis not in kept)
         order = np.argsort(np.argsort(kept))
-        return kernel * by, added.sum(summed).transpose(order)
+        kernel = kernel * self._in_kernel(multiplier, kernel.shape)
+        return kernel, added.sum(summed).transpose(order)
 
     @property
     def _sees_all(self) -> bool:
@@ -120,41 +243,31 @@ class Linear:
 
     def _in_kernel(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """A compact value of the data as one of the kernel's rank."""
+        params, numbers = (
+            self.equation.params,
+            self.equation.params["dimension_numbers"],
+        )
+        data = 1 - self.side
         if self._is_conv:
-            return self._in_filters(value, shape)
-        contracting, batch = self.equation.params["dimension_numbers"]
-        pairs = list(zip(contracting[self.data], contracting[self.kernel], strict=True))
-        pairs += zip(batch[self.data], batch[self.kernel], strict=True)
-        _check_axes(value, [axis for axis, _ in pairs])
+            pairs = [(numbers.lhs_spec[1], numbers.rhs_spec[1])]
+        else:
+            pairs = [
+                pair
+                for axes in numbers
+                for pair in zip(axes[data], axes[self.side], strict=True)
+            ]
         pairs.sort()
-        return _spread(_only(value, pairs), [axis for _, axis in pairs], len(shape))
-
-    def _in_filters(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        params = self.equation.params
+        axes = [axis for axis, _ in pairs]
+        if any(n > 1 for axis, n in enumerate(value.shape) if axis not in axes):
+            raise NotFoldableError("its constants differ from one position to another")
+        value = value.reshape([value.shape[axis] for axis in axes])
+        if not self._is_conv:
+            return at_axes(value, [axis for _, axis in pairs], len(shape))
         if params["batch_group_count"] != 1:
-            raise Refused("the convolution after it takes groups of the batch")
-        numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-        channel = numbers.lhs_spec[1]
-        _check_axes(value, [channel])
-        channels = self.equation.inputs[0].aval.shape[channel]
-        axes = (numbers.rhs_spec[0], numbers.rhs_spec[1])
-        each = np.broadcast_to(value.reshape(-1), (channels,)).reshape(groups, -1)
-        each = np.repeat(each, shape[axes[0]] // groups, axis=0)
-        return _spread(each, axes, len(shape))
-
-
-def _check_axes(value: np.ndarray, allowed: Sequence[int]) -> None:
-    if any(size > 1 for axis, size in enumerate(value.shape) if axis not in allowed):
-        raise Refused("its constants differ from one position to another")
-
-
-def _only(value: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    return value.reshape([value.shape[axis] for axis, _ in pairs])
-
-
-def _spread(value: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
-    """`value` with its axes at `axes` of an array of that rank, and 1 elsewhere."""
-    shape = [1] * rank
-    for axis, size in zip(axes, value.shape, strict=True):
-        shape[axis] = size
-    return value.transpose(np.argsort(axes)).reshape(shape)
+            raise NotFoldableError("the convolution after it takes groups of the batch")
+        # Each group of filters reads channels of its own.
+        groups, outputs = params["feature_group_count"], numbers.rhs_spec[0]
+        channels = self.equation.inputs[0].aval.shape[axes[0]]
+        each = np.broadcast_to(value, (channels,)).reshape(groups, -1)
+        each = np.repeat(each, shape[outputs] // groups, axis=0)
+        return at_axes(each, (outputs, numbers.rhs_spec[1]), len(shape))

@@ -1,32 +1,52 @@
-"""A traced function as one flat list of equations."""
+"""A traced function as one flat list of equations, and the variables it reads.
+
+What depends on the variables alone is a `Constant`, computed in float64 on the host.
+Its value is kept compact: along each axis as wide as the array it stands for, or 1. A
+bias that is broadcast to a batch stays one vector, whatever the size of the batch.
+"""
 
 import collections
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
-CALLS = frozenset(
-    {
-        "checkpoint",
-        "closed_call",
-        "core_call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "custom_vjp_call_jaxpr",
-        "jit",
-        "pjit",
-        "remat2",
-    }
-)
+Path = tuple[str, ...]
+
+CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit"}
+CALLS |= {"remat2"}
 """Primitives that call a function once, which takes their place."""
+
+ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "abs": np.abs,
+    "add": np.add,
+    "add_any": np.add,
+    "copy": np.asarray,
+    "div": np.divide,
+    "exp": np.exp,
+    "log": np.log,
+    "max": np.maximum,
+    "min": np.minimum,
+    "mul": np.multiply,
+    "neg": np.negative,
+    "pow": np.power,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "sqrt": np.sqrt,
+    "square": np.square,
+    "sub": np.subtract,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Atom:
-    """A value of the program: an input, a constant or the result of an equation.
+    """A value of the program: an input, a literal or the result of an equation.
 
     Attributes:
         aval: its shape and dtype.
@@ -102,53 +122,330 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
     literals: dict[Atom, Any] = {}
     equations: list[Equation] = []
 
-    def flatten(jaxpr: core.Jaxpr, consts: Any, inputs: list[Atom]) -> tuple[Atom, ...]:
+    def known(aval: Any, value: Any) -> Atom:
+        atom = Atom(aval)
+        literals[atom] = value
+        return atom
+
+    def flatten(
+        jaxpr: core.Jaxpr, consts: Any, inputs: Sequence[Atom]
+    ) -> tuple[Atom, ...]:
         atoms = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
-            atoms[var] = Atom(var.aval)
-            literals[atoms[var]] = value
+            atoms[var] = known(var.aval, value)
 
         def read(var: Any) -> Atom:
-            if isinstance(var, core.Literal):
-                atom = Atom(var.aval)
-                literals[atom] = var.val
-                return atom
-            return atoms[var]
+            is_literal = isinstance(var, core.Literal)
+            return known(var.aval, var.val) if is_literal else atoms[var]
 
         for equation in jaxpr.eqns:
-            operands = [read(var) for var in equation.invars]
-            called = _called(equation)
-            if called is not None:
-                outputs = flatten(*called, operands)
+            operands = tuple(read(var) for var in equation.invars)
+            if equation.primitive.name in CALLS:
+                called = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
+                inner = getattr(called, "jaxpr", called)
+                outputs = flatten(inner, getattr(called, "consts", ()), operands)
             else:
                 outputs = tuple(Atom(var.aval) for var in equation.outvars)
-                equations.append(Equation(equation, tuple(operands), outputs))
+                equations.append(Equation(equation, operands, outputs))
             atoms.update(zip(equation.outvars, outputs, strict=True))
         return tuple(read(var) for var in jaxpr.outvars)
 
     inputs = tuple(Atom(var.aval) for var in closed.jaxpr.invars)
-    outputs = flatten(closed.jaxpr, closed.consts, list(inputs))
-    needed, uses = _needed(equations, outputs)
-    return Program(inputs, outputs, needed, literals, uses, jax.tree.structure(shapes))
-
-
-def _called(equation: core.JaxprEqn) -> tuple[core.Jaxpr, Any] | None:
-    if equation.primitive.name not in CALLS:
-        return None
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        inner = equation.params.get(key)
-        if inner is not None:
-            return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-    return None
-
-
-def _needed(
-    equations: list[Equation], outputs: tuple[Atom, ...]
-) -> tuple[tuple[Equation, ...], collections.Counter[Atom]]:
+    outputs = flatten(closed.jaxpr, closed.consts, inputs)
     uses = collections.Counter(outputs)
-    kept = []
+    needed = []
     for equation in reversed(equations):
         if equation.source.effects or any(uses[atom] for atom in equation.outputs):
             uses.update(equation.inputs)
-            kept.append(equation)
-    return tuple(reversed(kept)), uses
+            needed.append(equation)
+    out_tree = jax.tree.structure(shapes)
+    return Program(inputs, outputs, tuple(reversed(needed)), literals, uses, out_tree)
+
+
+class NotNumericError(Exception):
+    """The value cannot be had on the host, or not in a compact form."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Constant:
+    """A value that depends on no input, only on variables and literals.
+
+    Attributes:
+        aval: shape and dtype in the program.
+        leaves: which variables it depends on, by their index.
+        known: the array or scalar, of a variable or literal.
+        equation: what computes it else.
+        operands: the constants that `equation` is applied to.
+        index: which of its outputs.
+    """
+
+    aval: Any
+    leaves: frozenset[int] = frozenset()
+    known: Any = None
+    equation: Equation | None = None
+    operands: tuple["Constant", ...] = ()
+    index: int = 0
+
+    @functools.cached_property
+    def value(self) -> np.ndarray:
+        """The compact value; float64 for what floats, else as it is.
+
+        Raises:
+            NotNumericError: it is random, traced, or has no compact form.
+        """
+        equation = self.equation
+        if equation is None:
+            return _on_host(self.known)
+        values = [operand.value for operand in self.operands]
+        if all(value.dtype == np.float64 for value in values):
+            if equation.name in ELEMENTWISE:
+                with np.errstate(all="ignore"):
+                    return np.asarray(ELEMENTWISE[equation.name](*values))
+            if equation.name == "integer_pow":
+                return values[0] ** equation.params["y"]
+        if equation.name == "broadcast_in_dim" and len(values) == 1:
+            dims = equation.params["broadcast_dimensions"]
+            return at_axes(values[0], dims, len(self.aval.shape))
+        if is_rearrangement(equation):
+            return rearrange(equation, values[0])
+        return self._in_own_dtype(values)
+
+    def _in_own_dtype(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        """The value by any other primitive, as JAX computes it."""
+        assert self.equation is not None  # noqa: S101 (for the type checker)
+        arrays = []
+        with jax.ensure_compile_time_eval():
+            for operand, value in zip(self.operands, values, strict=True):
+                shape, dtype = operand.aval.shape, operand.aval.dtype
+                if not all(isinstance(size, int) for size in shape):
+                    raise NotNumericError("it has an axis of unknown size")
+                arrays.append(jnp.asarray(np.broadcast_to(value, shape), dtype))
+            return _on_host(self.equation.bind(*arrays)[self.index])
+
+    @functools.cached_property
+    def origin(self) -> tuple[int, tuple[Equation, ...]] | None:
+        """The variable it is a rearrangement of, and the equations from there to it."""
+        if self.equation is None:
+            return (min(self.leaves), ()) if self.leaves else None
+        before = self.operands[0].origin if is_rearrangement(self.equation) else None
+        return before and (before[0], (*before[1], self.equation))
+
+
+def _on_host(known: Any) -> np.ndarray:
+    if isinstance(known, jax.core.Tracer):
+        raise NotNumericError("it is traced")
+    if isinstance(known, jax.Array) and jnp.issubdtype(
+        known.dtype, jax.dtypes.extended
+    ):
+        raise NotNumericError("it is a random key")
+    value = np.asarray(known)
+    # Not np.floating: bfloat16 is none of NumPy's.
+    floats = jnp.issubdtype(value.dtype, jnp.floating)
+    return value.astype(np.float64) if floats else value
+
+
+def is_move(equation: Equation) -> bool:
+    """Whether it only reshapes, transposes or changes the floating dtype."""
+    if len(equation.inputs) != 1:
+        return False
+    source, target = equation.inputs[0].aval, equation.outputs[0].aval
+    if equation.name == "convert_element_type":
+        return all(jnp.issubdtype(a.dtype, jnp.floating) for a in (source, target))
+    if equation.name == "broadcast_in_dim":
+        dims = equation.params["broadcast_dimensions"]
+        kept = dict(zip(dims, source.shape, strict=True))
+        return all(size == kept.get(dim, 1) for dim, size in enumerate(target.shape))
+    return equation.name in ("reshape", "squeeze", "transpose", "copy")
+
+
+def is_rearrangement(equation: Equation) -> bool:
+    """Whether the same numbers come out, each once."""
+    return equation.name == "rev" or is_move(equation)
+
+
+def rearrange(
+    equation: Equation, value: np.ndarray, *, undo: bool = False
+) -> np.ndarray:
+    """What a rearrangement makes of a compact value; `undo` asks for the way back."""
+    if equation.name == "transpose":
+        order = equation.params["permutation"]
+        return value.transpose(np.argsort(order) if undo else order)
+    if equation.name == "rev":
+        return np.flip(value, equation.params["dimensions"])
+    source, target = equation.inputs[0].aval.shape, equation.outputs[0].aval.shape
+    return _reshape(value, *((target, source) if undo else (source, target)))
+
+
+def at_axes(value: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
+    """`value` with its axes at `axes` of an array of that rank, and 1 elsewhere."""
+    shape = [1] * rank
+    for axis, size in zip(axes, value.shape, strict=True):
+        shape[axis] = size
+    return value.transpose(np.argsort(axes)).reshape(shape)
+
+
+def _reshape(value: np.ndarray, source: Sequence, target: Sequence) -> np.ndarray:
+    """Reshape a compact value: axes it is 1 along stay so where they stay together."""
+    wide: list[Any] = []
+    new: list[Any] = []
+    for axes, targets in _groups(source, target):
+        constant = all(value.shape[axis] == 1 for axis in axes)
+        wide += [1 if constant else source[axis] for axis in axes]
+        new += [1 if constant else target[axis] for axis in targets]
+    if not all(isinstance(size, int) for size in (*wide, *new)):
+        raise NotNumericError("it differs along an axis of unknown size")
+    return np.broadcast_to(value, wide).reshape(new)
+
+
+def _groups(source: Sequence, target: Sequence) -> list[tuple[list[int], list[int]]]:
+    """The smallest runs of axes of one shape that hold as much as runs of the other."""
+    groups = []
+    i = j = 0
+    while i < len(source) or j < len(target):
+        start, start_of_target = i, j
+        i, j = min(i + 1, len(source)), min(j + 1, len(target))
+        while True:
+            left = math.prod(source[start:i])
+            right = math.prod(target[start_of_target:j])
+            if left == right:
+                break
+            try:
+                smaller = left < right
+            except jax.errors.InconclusiveDimensionOperation as error:
+                raise NotNumericError("a reshape of axes of unknown size") from error
+            if (i == len(source)) if smaller else (j == len(target)):
+                raise NotNumericError("a reshape of nothing")
+            i, j = (i + 1, j) if smaller else (i, j + 1)
+        groups.append((list(range(start, i)), list(range(start_of_target, j))))
+    return groups
+
+
+@dataclasses.dataclass(frozen=True)
+class Variables:
+    """The leaves of the variables of a model.
+
+    Attributes:
+        paths: of each leaf, the collection first.
+        values: of each leaf.
+    """
+
+    paths: tuple[Path, ...]
+    values: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, variables: Any) -> "Variables":
+        """The leaves of nested variables."""
+        leaves = jax.tree_util.tree_leaves_with_path(variables)
+        names = functools.partial(jax.tree_util.keystr, simple=True)
+        return cls(
+            tuple(tuple(names((key,)) for key in keys) for keys, _ in leaves),
+            tuple(value for _, value in leaves),
+        )
+
+    def layers(self, leaves: frozenset[int]) -> list[Path]:
+        """Return the layers that statistics among these leaves belong to."""
+        found = (self.paths[leaf] for leaf in sorted(leaves))
+        return list(dict.fromkeys(p[1:-1] for p in found if p[0] == "batch_stats"))
+
+    def parents(self, constant: Constant) -> list[Path]:
+        """Return the layers whose variables a constant depends on."""
+        return [self.paths[leaf][1:-1] for leaf in sorted(constant.leaves)]
+
+    def belongs(self, constant: Constant, layers: Sequence[Path]) -> bool:
+        """Whether a constant depends on variables, and on those of `layers` alone."""
+        found = self.parents(constant)
+        return bool(found) and all(path in layers for path in found)
+
+
+class ParamWriter:
+    """Makes the variables of the folded model from those before.
+
+    Parameters have the given dtype; those they had before where it is None.
+    """
+
+    def __init__(self, before: Variables, dtype: Any) -> None:
+        self._before = before
+        self._dtype = dtype
+        self._leaves: dict[int, jax.Array] = {}
+        self._made: list[tuple[Path, jax.Array]] = []
+
+    def leaf(self, index: int) -> jax.Array:
+        """Return a variable as it is, but for its dtype."""
+        if index not in self._leaves:
+            with jax.ensure_compile_time_eval():
+                value = jnp.asarray(self._before.values[index])
+                is_param = self._before.paths[index][0] == "params"
+                if is_param and jnp.issubdtype(value.dtype, jnp.floating):
+                    value = value.astype(self._dtype or value.dtype)
+            self._leaves[index] = value
+        return self._leaves[index]
+
+    def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
+        """Make an array; `path` is that of the variable it replaces."""
+        with jax.ensure_compile_time_eval():
+            # jnp.asarray would compile a program for each shape.
+            array = jax.device_put(make().astype(dtype))
+        self._made.append((path, array))
+        return array
+
+    def finish(self) -> tuple[dict[Path, jax.Array], tuple[tuple[Path, Path], ...]]:
+        """Return the variables by path, and where what was made belongs and is.
+
+        It is elsewhere where the variable that it replaces is still needed.
+        """
+        paths = self._before.paths
+        found = {paths[index]: value for index, value in self._leaves.items()}
+        entries = []
+        for wanted, value in self._made:
+            path, count = wanted, 1
+            while path in found and not _same(found[path], value):
+                count += 1
+                path = (*wanted[:-1], f"{wanted[-1]}_{count}")
+            found[path] = value
+            entries.append((wanted, path))
+        return found, tuple(entries)
+
+
+def _same(first: jax.Array, second: jax.Array) -> bool:
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+class OtherLayersError(ValueError):
+    """An input of this shape would have other layers folded than the example had."""
+
+
+class ParamReader:
+    """Reads variables that a `ParamWriter` made, in the order of its `entries`."""
+
+    def __init__(
+        self,
+        variables: Variables,
+        before: Variables,
+        entries: Sequence[tuple[Path, Path]],
+    ) -> None:
+        self._found = dict(zip(variables.paths, variables.values, strict=True))
+        self._before = before
+        self._unread = list(entries)
+
+    def leaf(self, index: int) -> jax.Array:
+        """Return a variable as it is."""
+        return self._get(self._before.paths[index])
+
+    def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
+        """Return an array made before."""
+        del dtype, make
+        if not self._unread or self._unread[0][0] != path:
+            raise OtherLayersError
+        return self._get(self._unread.pop(0)[1])
+
+    def check_all_read(self) -> None:
+        """Refuse to have left an array unread."""
+        if self._unread:
+            raise OtherLayersError
+
+    def _get(self, path: Path) -> jax.Array:
+        if path not in self._found:
+            raise OtherLayersError
+        return jnp.asarray(self._found[path])

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bnjax.models.classifier import classify
-from bnjax.models.convolution import (
+from bnjax.models.layers import (
     ConvNorm,
     check_images,
     check_width,
+    classify,
     convolution_init,
+    local_response_normalization,
     scaled,
 )
-from bnjax.models.local_response import local_response_normalization
 from bnjax.models.normalization import Normalization
 
 Stem = Literal["imagenet", "small"]
@@ -187,14 +187,11 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Return logits of shape (batch, classes).
+        """Return logits, shape (batch, classes), float32 or wider.
 
         Args:
             images: shape (batch, height, width, channels), floating.
             train: normalize by the batch, update the running statistics, drop features.
-
-        Returns:
-            Logits, shape (batch, classes), float32 or wider.
         """
         self._check(images)
         conv = functools.partial(

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bnjax.models.classifier import classify
-from bnjax.models.convolution import ConvNorm, check_images
+from bnjax.models.layers import ConvNorm, check_images, classify
 from bnjax.models.normalization import Normalization
 
 Pool = Literal["avg", "max"]
@@ -58,14 +57,11 @@ class LeNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Return logits of shape (batch, classes).
+        """Return logits, shape (batch, classes), float32 or wider.
 
         Args:
             images: shape (batch, height, width, channels), floating.
             train: normalize by the batch and update the running statistics.
-
-        Returns:
-            Logits, shape (batch, classes), float32 or wider.
         """
         check_images("LeNet", images, smallest=16)
         if self.pool not in get_args(Pool):

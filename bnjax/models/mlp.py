@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bnjax.models.classifier import classify
+from bnjax.models.layers import classify
 from bnjax.models.normalization import Normalization
 
 
@@ -52,14 +52,11 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Return logits of shape (batch, classes).
+        """Return logits, shape (batch, classes), float32 or wider.
 
         Args:
             images: shape (batch, ...), floating; flattened here.
             train: normalize by the batch and update the running statistics.
-
-        Returns:
-            Logits, shape (batch, classes), float32 or wider.
         """
         options: dict[str, Any] = {
             "kernel_init": nn.initializers.normal(self.weight_std),

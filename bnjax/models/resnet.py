@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bnjax.models.classifier import classify
-from bnjax.models.convolution import (
+from bnjax.models.layers import (
     ConvNorm,
     check_images,
     check_width,
+    classify,
     convolution_init,
     scaled,
 )

@@ -93,12 +93,10 @@ def normalize_groups(
     residual: jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array, Moments]:
-    """Normalize each group as `ghost_batch_norm` does, and return the joined moments.
+    """Return the output of `ghost_batch_norm` and the joined Moments of the groups.
 
-    Returns:
-        The output, and the Moments of this device's examples. Their count is that of
-        this device alone, also where `axis_name` shares a group between several, so
-        that merging the devices' moments counts every value once.
+    Their count is that of this device alone, also where `axis_name` shares a group
+    between several: merging the devices' moments counts every value once.
     """
     features, reduction = _validate.split_axes(x.shape, axis)
     if 0 not in reduction:
@@ -117,7 +115,6 @@ def normalize_groups(
         y, found = functional.normalize_batch(
             x, scale, bias, axis=features, residual=residual, **options
         )
-        # Of this device alone, also where devices share the group.
         count = jnp.full_like(found.count, values)
         return y, Moments(found.mean, found.var, count)
 
@@ -142,10 +139,8 @@ def merge_stacked(moments: Moments) -> Moments:
         >>> print(merge_stacked(parts).mean, merge_stacked(parts).var)
         [3.] [4.]
     """
-    parts = moments.count.shape[0]
-    first, *rest = (
-        jax.tree.map(lambda leaf, i=i: leaf[i], moments) for i in range(parts)
-    )
+    parts = range(moments.count.shape[0])
+    first, *rest = (jax.tree.map(lambda leaf, i=i: leaf[i], moments) for i in parts)
     return first.merge(*rest)
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ from flax import linen as nn
 
 from bnjax.diagnostics import input_percentiles, movement, nonlinearity_inputs
 from bnjax.models import MLP, Normalization
+from tests.models.helpers import as_numpy, jit, random_variables
 
 KINDS = {
     "batch": Normalization(),
@@ -14,29 +17,19 @@ KINDS = {
 }
 
 
-def random_variables(model, x):
-    """Variables whose every leaf is some random value, in float64."""
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
-    rng = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.uniform(0.2, 1.2, leaf.shape), float), variables
-    )
-
-
 def inputs_by_numpy(variables, z, *, train):
     """What the sigmoids of a network of two hidden layers are given."""
-    params, found = variables["params"], {}
+    params, found = as_numpy(variables["params"]), {}
     for i in range(2):
-        dense = params[f"dense_{i}"]
-        u = z @ np.asarray(dense["kernel"]) + np.asarray(dense.get("bias", 0.0))
-        if f"bn_{i}" in params:
-            stats, own = variables["batch_stats"][f"bn_{i}"], params[f"bn_{i}"]
-            mean, var = np.asarray(stats["mean"]), np.asarray(stats["var"])
-            if train:
-                mean, var = u.mean(0), u.var(0)
-            u = (u - mean) / np.sqrt(var + 1e-5)
-            u = u * np.asarray(own["scale"]) + np.asarray(own["bias"])
-        found[f"bn_{i}"] = u
+        dense, name = params[f"dense_{i}"], f"bn_{i}"
+        u = z @ dense["kernel"] + dense.get("bias", 0.0)
+        if name in params:
+            stats = {"mean": u.mean(0), "var": u.var(0)}
+            if not train:
+                stats = as_numpy(variables["batch_stats"][name])
+            u = (u - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
+            u = u * params[name]["scale"] + params[name]["bias"]
+        found[name] = u
         z = 1 / (1 + np.exp(-u))
     return found
 
@@ -46,14 +39,12 @@ def inputs_by_numpy(variables, z, *, train):
 def test_inputs_are_those_of_the_network(kind, train, x64):
     model = MLP((7, 3), 4, normalization=KINDS[kind], param_dtype=jnp.float64)
     images = np.random.default_rng(0).normal(1, 2, (6, 4, 5))
-    variables = random_variables(model, images)
+    variables = random_variables(model, images, dtype=float)
     before = jax.tree.map(np.array, variables)
 
-    @jax.jit
-    def inputs(variables, images):
-        return nonlinearity_inputs(model, variables, images, train=train)
-
-    found = inputs(variables, images)
+    found = jit(functools.partial(nonlinearity_inputs, model, train=train))(
+        variables, images
+    )
     expected = inputs_by_numpy(variables, images.reshape(6, -1), train=train)
     assert set(found) == set(expected)
     for name, u in expected.items():
@@ -86,27 +77,31 @@ class Tree(nn.Module):
 @pytest.mark.parametrize("train", [True, False])
 def test_layers_inside_others_have_their_path(train):
     model, images = Tree(layers=2), jnp.ones((4, 2, 3, 1)).at[1].set(2.0)
-    variables = model.init(jax.random.key(0), images, train=False)
-    found = nonlinearity_inputs(model, variables, images, train=train)
-    assert {name: u.shape for name, u in found.items()} == {
-        "branch_0/bn": (4, 2, 3, 2),
-        "branch_1/bn": (4, 2, 3, 2),
-    }
+    variables = random_variables(model, images)
+    found = jax.eval_shape(
+        lambda v: nonlinearity_inputs(model, v, images, train=train), variables
+    )
+    shape = (4, 2, 3, 2)
+    shapes = {name: u.shape for name, u in found.items()}
+    assert shapes == {"branch_0/bn": shape, "branch_1/bn": shape}
 
 
-def test_a_model_without_the_field_is_refused():
-    class Plain(nn.Module):
-        def __call__(self, images, *, train):
-            return images
-
-    with pytest.raises(TypeError, match="Plain has no field `normalization`"):
-        nonlinearity_inputs(Plain(), {}, jnp.ones((2, 3)))
+class Plain(nn.Module):
+    def __call__(self, images, *, train):
+        return images
 
 
-def test_a_model_that_records_nothing_is_refused():
-    model, images = Tree(layers=0), jnp.ones((4, 2, 3, 1))
-    variables = model.init(jax.random.key(0), images, train=False)
-    with pytest.raises(ValueError, match="no layer of Tree goes through"):
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (Plain(), TypeError, "Plain has no field `normalization`"),
+        (Tree(layers=0), ValueError, "no layer of Tree goes through"),
+    ],
+)
+def test_a_model_that_records_nothing_is_refused(model, error, message):
+    images = jnp.ones((4, 2, 3, 1))
+    variables = random_variables(model, images)
+    with pytest.raises(error, match=message):
         nonlinearity_inputs(model, variables, images)
 
 
@@ -119,11 +114,9 @@ def test_percentiles_of_feature_maps_are_over_examples_and_positions():
     np.testing.assert_allclose(found["bn"], np.stack([expected, 10 * expected], 1))
 
 
-def test_movement_of_each_curve():
+@pytest.mark.parametrize("axis", [0, -1])
+def test_movement_of_each_curve(axis):
     curves = np.array([[0.0, 5.0], [3.0, 5.0], [-1.0, 5.5], [0.0, 5.0]])
-    path, span = movement(curves)
+    path, span = movement(curves if axis == 0 else curves.T, axis=axis)
     np.testing.assert_allclose(path, [3 + 4 + 1, 0 + 0.5 + 0.5])
-    np.testing.assert_allclose(span, [4, 0.5])
-    path, span = movement(curves.T, axis=-1)
-    np.testing.assert_allclose(path, [8, 1])
     np.testing.assert_allclose(span, [4, 0.5])

@@ -5,10 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import errors, nnx
 from jax import export
 
-from bnjax.folding import fold_batch_norm
+import bnjax.nnx
+from bnjax.folding import fold_batch_norm, fold_nnx
 from tests.folding.networks import (
+    Case,
+    Pair,
     difference,
     fold,
     norm,
@@ -326,3 +330,125 @@ def test_float64(x64):
         "float64"
     }
     assert difference(folded(x), module.apply(variables, x)) < 1e-13
+
+
+class NnxNetwork(nnx.Module):
+    def __init__(self, norm, rngs):
+        self.convs = nnx.List(
+            [nnx.Conv(2, 4, (3, 3), feature_group_count=2, rngs=rngs)]
+        )
+        self.norms = nnx.List([norm(4, rngs=rngs)] if norm else [])
+        self.linear = nnx.LinearGeneral((3, 3, 4), 5, axis=(1, 2, 3), rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.convs[0](x)
+        for layer in self.norms:
+            x = layer(x)
+        return self.linear(self.dropout(nnx.relu(x)))
+
+
+@pytest.mark.parametrize("norm", [bnjax.nnx.BatchNorm, nnx.BatchNorm])
+def test_nnx(norm):
+    model = NnxNetwork(norm, nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    state = nnx.state(model, (nnx.Param, nnx.BatchStat))
+    fill = lambda v: jnp.asarray(rng.uniform(0.5, 2, v.shape), jnp.float32)  # noqa: E731
+    nnx.update(model, jax.tree.map(fill, state))
+    x = random_input((2, 3, 3, 2))
+    before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    folded = fold_nnx(model, x)
+    assert [row.folded for row in folded.report] == [True]
+    after = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    model.eval()
+    assert difference(folded(x), model(x)) < 1e-5
+    assert folded(random_input((5, 3, 3, 2))).shape == (5, 5)
+
+    plain = NnxNetwork(None, nnx.Rngs(1))
+    nnx.update(plain, nnx.restore_int_paths(folded.params))
+    plain.eval()
+    assert difference(plain(x), model(x)) < 1e-5
+
+
+# What a person can do wrong.
+
+
+X = random_input((2, 4))
+
+
+class Trains(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        return nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+
+
+STATE = random_variables(Trains(), X)
+
+
+def train(variables, x):
+    return Trains().apply(variables, x, train=True, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "args", "options"),
+    [
+        (ValueError, r'no "batch_stats", only \[\'params\'\]', ({"params": {}}, X), {}),
+        (ValueError, r"hold \['BatchNorm_0', 'Dense_0'\]", (STATE["params"], X), {}),
+        (ValueError, "expected a mapping of collections", (None, X), {}),
+        (ValueError, "Is it in training mode", (STATE, X), {"apply_fn": train}),
+        (
+            TypeError,
+            "dtype=float16; expected float32, bfloat16",
+            (STATE, X),
+            {"dtype": jnp.float16},
+        ),
+        (errors.ScopeParamShapeError, "kernel", (STATE, random_input((2, 5))), {}),
+    ],
+)
+def test_refusals(error, match, args, options):
+    options = {"apply_fn": Trains().apply, **options}
+    with pytest.raises(error, match=match):
+        fold_batch_norm(options.pop("apply_fn"), *args, **options)
+
+
+def test_traced():
+    with pytest.raises(TypeError, match="variables are traced"):
+        jax.jit(lambda variables: fold_batch_norm(Trains().apply, variables, X)(X))(
+            STATE
+        )
+
+
+def test_a_shape_for_which_other_layers_fold():
+    # Windows of 2 with a stride of 2 cover 6 pixels, and of 5 one is missing.
+    case = Case("Conv", "before", rank=1, kernel=2, stride=2)
+    module, fits = Pair(case), random_input((2, 6, 4))
+    folded = fold_batch_norm(module.apply, random_variables(module, fits, case), fits)
+    assert folded.report[0].folded
+    with pytest.raises(ValueError, match=r"shape \(2, 5, 4\) other layers would be"):
+        folded(random_input((2, 5, 4)))
+
+
+def test_variables_of_another_model():
+    folded = fold_batch_norm(Trains().apply, STATE, X)
+    with pytest.raises(ValueError, match="variables are not those of"):
+        folded.apply({"params": {}}, X)
+
+
+def test_statistics_that_are_not_used():
+    class Extra(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            norm(name="unused")(x)
+            return norm(name="bn")(nn.Dense(3)(x))
+
+    folded = fold_batch_norm(Extra().apply, random_variables(Extra(), X), X)
+    used, unused = folded.report
+    assert (used.path, used.folded) == ("bn", True)
+    assert (unused.path, unused.folded) == ("unused", False)
+    assert unused.reason == "its statistics scale nothing"
+    assert str(folded.report).splitlines() == [
+        "batch normalization  folded into     as              or why not",
+        "bn                   Dense_0/kernel  matrix product",
+        f"unused               -               -               {unused.reason}",
+    ]

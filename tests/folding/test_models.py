@@ -9,7 +9,7 @@ import pytest
 from bnjax import models
 from bnjax.folding import fold_batch_norm
 from bnjax.models import Normalization
-from bnjax.models.convolution import ConvNorm
+from bnjax.models.layers import ConvNorm
 from tests.folding.networks import difference, random_input
 from tests.models.helpers import jit, random_variables, shapes_of
 

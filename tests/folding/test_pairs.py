@@ -47,9 +47,16 @@ def check(case):
     assert difference(found, expected) < 1e-5
 
 
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(cases())
 def test_pairs(case):
+    check(case)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(cases())
+def test_more_pairs(case):
     check(case)
 
 

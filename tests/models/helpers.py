@@ -22,13 +22,13 @@ def count(module, *args):
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def random_variables(module, *args):
-    """Variables whose every leaf is some random value of its dtype."""
+def random_variables(module, *args, dtype=None):
+    """Variables whose every leaf is some random value, of its dtype or of `dtype`."""
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
         low = 0.5 if path[-1].key in ("var", "scale") else -1.0
-        return jnp.asarray(rng.uniform(low, 1.0, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.uniform(low, 1.0, leaf.shape), dtype or leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(fill, dict(shapes_of(module, *args)))
 

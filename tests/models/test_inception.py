@@ -7,9 +7,8 @@ import pytest
 from flax import linen as nn
 
 from bnjax.models import Inception, Normalization
-from bnjax.models.convolution import ConvNorm
 from bnjax.models.inception import MODULES, InceptionModule, ModuleSize
-from bnjax.models.local_response import local_response_normalization
+from bnjax.models.layers import ConvNorm
 from tests.models import numpy_layers as layers
 from tests.models.helpers import (
     as_numpy,
@@ -26,28 +25,25 @@ NONE = Normalization("none")
 
 @pytest.mark.parametrize(
     ("options", "parameters"),
-    [
-        ({}, 11_285_224),
-        ({"normalization": NONE}, 11_275_208),
-        ({"separable_conv1": True}, 11_278_528),
-    ],
+    [({"normalization": NONE}, 11_275_208), ({"separable_conv1": True}, 11_278_528)],
 )
 def test_how_many_parameters(options, parameters):
     assert count(Inception(**options), IMAGENET) == parameters
 
 
 def outputs(model, images):
-    """The shape (height, channels) that every layer directly in the model returns."""
-    found = jax.eval_shape(
-        lambda: model.init_with_output(
+    """The shape (height, channels) that each layer returns; how many parameters."""
+    variables = jax.eval_shape(
+        lambda: model.init(
             jax.random.key(0), images, train=False, capture_intermediates=True
         )
-    )[1]["intermediates"]
-    return {
+    )
+    shapes = {
         name: (layer["__call__"][0].shape[1], layer["__call__"][0].shape[-1])
-        for name, layer in found.items()
+        for name, layer in variables["intermediates"].items()
         if name not in ("logits", "__call__", "Dropout_0")
     }
+    return shapes, sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 STEM = {"conv1": (112, 64), "conv2_reduce": (56, 64), "conv2": (56, 192)}
@@ -70,13 +66,14 @@ PRINTED = BY_FILTERS | {"4c": (14, 576), "4d": (14, 576), "4e": (7, 1024)}
 def test_the_output_of_every_module_is_that_of_figure_5(printed):
     expected = PRINTED if printed else BY_FILTERS
     modules = {f"module_{name}": shape for name, shape in expected.items()}
-    found = outputs(Inception(printed_depths=printed), IMAGENET)
+    found, parameters = outputs(Inception(printed_depths=printed), IMAGENET)
     assert found == STEM | modules
+    assert printed or parameters == 11_285_224
 
 
 def test_the_small_stem_works_at_8_4_and_2_pixels():
     model = Inception(classes=10, width=0.125, stem="small")
-    found = outputs(model, jnp.zeros((1, 32, 32, 3)))
+    found, _ = outputs(model, jnp.zeros((1, 32, 32, 3)))
     sides = {"3a": 8, "3b": 8, "3c": 4, "4a": 4, "4b": 4, "4c": 4, "4d": 4, "4e": 2}
     sides |= {"5a": 2, "5b": 2}
     stem = {"conv1": (32, 8), "conv2_reduce": (16, 8), "conv2": (16, 24)}
@@ -134,34 +131,37 @@ def test_where_the_stride_and_the_maximum_are():
     assert [m.name for m in MODULES if not m.conv_1x1] == ["3c", "4e"]
 
 
-def primitives(model, images, **options):
-    variables = shapes_of(model, images)
-    program = jax.make_jaxpr(
-        lambda v: model.apply(v, images, rngs={"dropout": jax.random.key(0)}, **options)
-    )(variables)
-    return str(program)
-
-
-def test_local_response_normalization_is_after_pool1_and_before_pool2(monkeypatch):
+@pytest.mark.parametrize("train", [False, True])
+def test_what_the_parts_are_told(train, monkeypatch):
+    """LRN is after pool1 and before pool2; the weight scale is the convolutions'."""
     seen = []
 
-    def spy(x):
+    def spy(name, result):
+        def called(*args, **options):
+            seen.append((name, options.get("dropout"), options.get("train")))
+            return result(*args)
+
+        monkeypatch.setattr(f"bnjax.models.inception.{name}", called)
+
+    def respond(x):
         seen.append(x.shape)
-        return local_response_normalization(x)
+        return x
 
-    monkeypatch.setattr("bnjax.models.inception.local_response_normalization", spy)
-    shapes_of(Inception(normalization=NONE, local_response_norm=True), IMAGENET)
-    assert seen == [(1, 56, 56, 64), (1, 56, 56, 192)]
-    seen.clear()
-    shapes_of(Inception(normalization=NONE), IMAGENET)
-    assert not seen
+    def init(scale):
+        assert scale == 1.5
+        seen.append(scale)
+        return nn.initializers.zeros
 
-
-def test_it_drops_features_in_training_alone():
-    model = Inception(10, 0.01, "small", dropout=0.4, normalization=NONE)
-    images = jnp.ones((2, 8, 8, 3))
-    assert "random_bits" in primitives(model, images, train=True)
-    assert "random_bits" not in primitives(model, images, train=False)
+    spy("classify", lambda features, classes: features[:, :classes])
+    spy("local_response_normalization", respond)
+    spy("convolution_init", init)
+    model = Inception(normalization=NONE, dropout=0.4, weight_scale=1.5)
+    model = model.clone(local_response_norm=train)
+    jax.eval_shape(lambda: model.init(jax.random.key(0), IMAGENET, train=train))
+    response = ("local_response_normalization", None, None)
+    responses = [response, (1, 56, 56, 64), response, (1, 56, 56, 192)] * train
+    scale = [("convolution_init", None, None), 1.5]
+    assert seen == [*scale, *responses, ("classify", 0.4, train)]
 
 
 def test_per_activation_statistics_are_in_the_last_modules_alone():
@@ -171,18 +171,6 @@ def test_per_activation_statistics_are_in_the_last_modules_alone():
     assert stats["module_5b"]["projection"]["bn"]["mean"].shape == (7, 7, 128)
     others = {name: stats[name] for name in stats if not name.startswith("module_5")}
     assert {leaf.ndim for leaf in jax.tree.leaves(others)} == {1}
-
-
-def test_the_weight_scale_is_that_of_the_convolutions(monkeypatch):
-    given = []
-
-    def spy(weight_scale):
-        given.append(weight_scale)
-        return nn.initializers.zeros
-
-    monkeypatch.setattr("bnjax.models.inception.convolution_init", spy)
-    shapes_of(Inception(weight_scale=1.5), IMAGENET)
-    assert given == [1.5]
 
 
 def gradients(model, images):
@@ -220,16 +208,15 @@ def images_of(size):
     )
 
 
-@pytest.mark.slow
-def test_every_parameter_has_a_gradient_at_full_size():
-    found = gradients(Inception(), images_of(224))
-    assert not [name for name, size in found.items() if size == 0]
+SMALL = {"classes": 10, "width": 0.125, "stem": "small", "separable_conv1": True}
 
 
 @pytest.mark.slow
-def test_every_parameter_has_a_gradient_on_small_images():
-    model = Inception(10, 0.125, "small", separable_conv1=True, printed_depths=True)
-    found = gradients(model, images_of(32))
+@pytest.mark.parametrize(
+    ("options", "size"), [({}, 224), (SMALL | {"printed_depths": True}, 32)]
+)
+def test_every_parameter_has_a_gradient(options, size):
+    found = gradients(Inception(**options), images_of(size))
     assert not [name for name, size in found.items() if size == 0]
 
 

@@ -6,30 +6,25 @@ from bnjax import models
 from tests.models.helpers import shapes_of
 
 
-def test_an_unknown_model_suggests_the_right_one():
-    with pytest.raises(ValueError, match=r"'mlpp'.*Did you mean 'mlp'"):
-        models.create("mlpp")
-
-
-def test_an_unknown_option_suggests_the_right_one():
-    with pytest.raises(ValueError, match=r"no option 'widht'. Did you mean 'width'"):
-        models.create("inception", widht=0.5)
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mlpp", {}, "'mlpp'.*Did you mean 'mlp'"),
+        ("inception", {"widht": 0.5}, "no option 'widht'. Did you mean 'width'"),
+        ("resnet56", {"depth": 20}, "no option 'depth'"),
+    ],
+)
+def test_what_it_refuses(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        models.create(name, **options)
 
 
 def test_the_depth_is_in_the_name():
     assert models.create("resnet56").depth == 56
-    with pytest.raises(ValueError, match="no option 'depth'"):
-        models.create("resnet56", depth=20)
 
 
-SHARED = {
-    "classes",
-    "normalization",
-    "activation",
-    "weight_scale",
-    "dtype",
-    "param_dtype",
-}
+SHARED = {"classes", "normalization", "activation", "weight_scale"}
+SHARED |= {"dtype", "param_dtype"}
 RESNET = SHARED | {"width", "zero_scale", "dropout"}
 
 

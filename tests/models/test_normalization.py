@@ -102,3 +102,15 @@ def test_recording_is_the_input_of_each_sigmoid_and_changes_nothing_else(kind, x
 def test_an_unknown_activation_without_normalization():
     with pytest.raises(ValueError, match=r"'relo' is unknown. Did you mean 'relu'"):
         KINDS["none"](values(), train=True, activation="relo", name="bn")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("layer",), "expected one of batch, flax, none"),
+        (("flax",), "pass unbiased=False"),
+    ],
+)
+def test_what_it_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        Normalization(*options)

@@ -5,7 +5,7 @@ import pytest
 
 from bnjax import models
 from bnjax.models import Normalization, ResNet
-from bnjax.models.convolution import ConvNorm
+from bnjax.models.layers import ConvNorm
 from bnjax.models.resnet import Block, Bottleneck
 from tests.models import numpy_layers as layers
 from tests.models.helpers import (

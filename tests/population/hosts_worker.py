@@ -20,20 +20,20 @@ def main():
     join_hosts(HostsConfig(coordinator, 2, int(index), 60))
     assert len(jax.devices()) == 4
 
-    from tests.population import network
+    from tests.population.networks import mlp
 
     host = jax.process_index()
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     results = {}
     for method in ("paper", "pooled"):
-        call, variables, batches = network.make()
+        call, variables, batches = mlp()
         own = np.split(batches, 2, axis=1)[host]
         rows = NamedSharding(mesh, P("data"))
         together = (jax.make_array_from_process_local_data(rows, x) for x in own)
         found = recompute_batch_stats(call, variables, together, method=method)
         results["jit", method] = found
         for name in (None, "batch"):
-            call, variables, _ = network.make(name)
+            call, variables, _ = mlp(name)
             found = recompute_batch_stats(
                 call,
                 variables,

@@ -20,7 +20,7 @@ def data(shape=(12, 3, 4), seed=0):
     return (jnp.asarray(a) for a in (x, rng.normal(size=4), rng.normal(size=4)))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 6, 12])
+@pytest.mark.parametrize("size", [1, 3, 12])
 def test_each_group_is_a_batch_of_its_own(size, x64):
     x, scale, bias = data()
     old = bnjax.BatchStats(jnp.full(4, 0.5), jnp.full(4, 2.0))
@@ -38,8 +38,7 @@ def test_each_group_is_a_batch_of_its_own(size, x64):
 
 def test_gradients_are_those_of_the_groups(x64):
     x, scale, bias = data()
-    dy = data(seed=1)
-    dy = next(dy)
+    dy = next(data(seed=1))
     stats = bnjax.BatchStats.init(4)
 
     def ghost(x, scale, bias):
@@ -133,26 +132,24 @@ def test_what_cannot_be_grouped_is_refused(options, message):
 
 
 def test_one_value_per_channel_is_refused():
+    x, stats = jnp.zeros((6, 4)), bnjax.BatchStats.init(4)
     with pytest.raises(ValueError, match="one value per channel"):
-        ghost_batch_norm(
-            jnp.zeros((6, 4)),
-            None,
-            None,
-            bnjax.BatchStats.init(4),
-            virtual_batch_size=1,
-        )
+        ghost_batch_norm(x, None, None, stats, virtual_batch_size=1)
 
 
 def test_the_layer_is_batch_norms_in_inference_and_at_init():
     x, _, _ = data()
-    ghost = GhostBatchNorm(virtual_batch_size=5, activation="relu")
-    plain = BatchNorm(activation="relu")
-    variables = ghost.init(jax.random.key(0), x, use_running_average=True)
-    expected = plain.init(jax.random.key(0), x, use_running_average=True)
-    jax.tree.map(np.testing.assert_array_equal, variables, expected)
-    np.testing.assert_array_equal(
-        ghost.apply(variables, x, use_running_average=True),
-        plain.apply(variables, x, use_running_average=True),
+
+    def run(layer):
+        y, variables = layer.init_with_output(
+            jax.random.key(0), x, use_running_average=True
+        )
+        return variables, y, layer.apply(variables, x, use_running_average=True)
+
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        run(GhostBatchNorm(virtual_batch_size=5, activation="relu")),
+        run(BatchNorm(activation="relu")),
     )
 
 

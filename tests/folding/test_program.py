@@ -7,9 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnjax.folding import constants
-from bnjax.folding.constants import Constant, NotNumeric
-from bnjax.folding.program import trace
+from bnjax.folding.program import (
+    Constant,
+    NotNumericError,
+    is_rearrangement,
+    rearrange,
+    trace,
+)
 
 
 def compact_values(shape):
@@ -35,13 +39,13 @@ def compact_values(shape):
 )
 def test_rearrangements(function, shape):
     (equation,) = trace(function, jnp.zeros(shape)).equations
-    assert constants.is_rearrangement(equation)
+    assert is_rearrangement(equation)
     for value in compact_values(shape):
         wide = np.broadcast_to(value, shape)
         expected = np.asarray(function(jnp.asarray(wide)))
-        found = constants.forward(equation, value)
+        found = rearrange(equation, value)
         np.testing.assert_array_equal(np.broadcast_to(found, expected.shape), expected)
-        back = constants.backward(equation, found)
+        back = rearrange(equation, found, undo=True)
         np.testing.assert_array_equal(np.broadcast_to(back, shape), wide)
 
 
@@ -50,11 +54,11 @@ def test_a_batch_of_unknown_size():
     x = jax.ShapeDtypeStruct((batch, 2, 3), jnp.float32)
     (equation,) = trace(lambda x: x.reshape(batch, 6), x).equations
     value = np.arange(3.0).reshape(1, 1, 3)
-    found = constants.forward(equation, value)
+    found = rearrange(equation, value)
     np.testing.assert_array_equal(found, [[0, 1, 2, 0, 1, 2]])
     (equation,) = trace(lambda x: x.reshape(2 * batch, 3), x).equations
-    with pytest.raises(NotNumeric):
-        constants.forward(equation, np.arange(2.0).reshape(1, 2, 1))
+    with pytest.raises(NotNumericError):
+        rearrange(equation, np.arange(2.0).reshape(1, 2, 1))
 
 
 def constant_of(function, *values):
@@ -90,7 +94,7 @@ def test_other_functions_are_those_of_jax():
 
 
 def test_what_has_no_value():
-    with pytest.raises(NotNumeric):
+    with pytest.raises(NotNumericError):
         _ = constant_of(lambda key: key.reshape(1), jax.random.key(0)).value
 
 

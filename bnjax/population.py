@@ -1,0 +1,621 @@
+"""Algorithm 2: the statistics for inference, estimated again with fixed parameters.
+
+A batch goes through the network as in training. Each layer notes the moments of what it
+is given beside its own statistics, so that every transform that carries those (scan,
+vmap, remat, jit, pmap) carries the note too. The host sums the notes over batches.
+"""
+
+import dataclasses
+import fnmatch
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
+from jax.experimental import multihost_utils
+
+import bnjax.linen
+import bnjax.nnx
+from bnjax import _validate, functional
+from bnjax.functional import Moments
+
+Layers = str | Iterable[str] | Callable[[str], bool] | None
+Method = Literal["paper", "pooled"]
+Path = tuple[Any, ...]
+
+COLLECTION = "batch_stats"
+RECORD = "population_record"
+
+
+def recompute_batch_stats(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    batches: Iterable[Any],
+    *,
+    method: Method = "paper",
+    num_batches: int | None = None,
+    axis_name: str | None = None,
+    layers: Layers = None,
+) -> Any:
+    """Estimate the statistics of batch norm layers again, over batches of examples.
+
+    With the parameters fixed, and each layer given what the layers below it make of the
+    batch in training, for batches B of m values per channel:
+
+    - "paper": mean = E_B[mu_B], var = E_B[m / (m - 1) * var_B];
+    - "pooled": the mean of all n values, and their unbiased variance, that of the
+      batches' means included.
+
+    Means over batches are weighted by the number of values, which a mask lowers. The
+    sums over batches are taken in float64 on the host, so that their order does not
+    matter. Neither the layers' momentum nor their old statistics have any part in them.
+
+    Args:
+        apply_fn: the call of a training step, `apply_fn(variables, batch)`. For linen
+            it returns, among others, the updated "batch_stats", as `model.apply(...,
+            mutable=["batch_stats"])` does; for nnx it calls the model. Compiled here,
+            once for one function: define it outside of a loop.
+        variables: of a linen network, "params" and "batch_stats" among them; or an
+            nnx.Module. They stay as they are.
+        batches: what `apply_fn` takes, one after the other: arrays or trees of arrays,
+            also global ones that are sharded over devices and processes.
+        method: "paper" or "pooled". For small batches "pooled" is the more exact.
+        num_batches: how many to take; all if None.
+        axis_name: run on several devices by pmap with this name: the arrays of a batch
+            have a first axis of one entry for each device of this process. Each entry
+            is a mini-batch, unless the layers share statistics by an axis_name of
+            their own.
+        layers: None for all. Otherwise the names of those to estimate, such as
+            "block/bn", or patterns such as "block/*" (`*` also matches "/"), one or
+            several, or a function of the name that says which. The others keep their
+            statistics.
+
+    Returns:
+        For linen the new collection "batch_stats", of the same tree, shapes and dtypes:
+        `{**variables, "batch_stats": new}`. For nnx the nnx.State of all BatchStat:
+        `nnx.update(model, new)`. A layer that normalizes by its running statistics
+        (frozen), or a channel that a mask hides in all batches, keeps what it had.
+
+    Raises:
+        TypeError: `variables` is neither; a layer is no BatchNorm of Flax.
+        ValueError: no batch norm layer, or none that trains; fewer batches than asked
+            for; moments that are not finite, with layer and batch; one value per
+            channel; unknown layers or method; shapes that do not fit.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnjax.linen import BatchNorm
+        >>> model = BatchNorm(use_running_average=False)
+        >>> batches = jnp.array([[[1.0], [3.0]], [[2.0], [6.0]]])
+        >>> variables = model.init(jax.random.key(0), batches[0])
+        >>> def train_call(variables, x):
+        ...     return model.apply(variables, x, mutable=["batch_stats"])
+        >>> new = recompute_batch_stats(train_call, variables, batches)
+        >>> print(new["mean"], new["var"])
+        [3.] [5.]
+        >>> new = recompute_batch_stats(train_call, variables, batches, method="pooled")
+        >>> print(new["mean"], new["var"])
+        [3.] [4.6666665]
+
+    References:
+        Ioffe & Szegedy (2015), Algorithm 2, lines 7 to 12 ("paper"); Wu & Johnson
+        (2021), "Rethinking 'Batch' in BatchNorm", section 3 ("pooled"); Li et al.
+        (2016), "Revisiting Batch Normalization For Practical Domain Adaptation" (the
+        statistics of another domain).
+    """
+    if method not in get_args(Method):
+        raise ValueError(
+            f"recompute_batch_stats: method={method!r}."
+            f"{_validate.did_you_mean(str(method), get_args(Method))} Expected "
+            "'paper', the mean of the batches' means and unbiased variances, or "
+            "'pooled', the moments of all values together."
+        )
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(
+            f"recompute_batch_stats: num_batches={num_batches}; expected 1 or more, or "
+            "None for all."
+        )
+    network = _as_network(variables)
+    old = network.stats()
+    if not old:
+        raise ValueError(
+            "recompute_batch_stats: the network has no batch norm layer: there is no "
+            "mean and variance in its 'batch_stats'. Expected the variables of a "
+            "network with flax's or bnjax's BatchNorm, as its init gives them."
+        )
+    shapes = {path: jnp.shape(old[path][0]) for path in _choose_layers(layers, old)}
+    given = itertools.islice(batches, num_batches)
+    records = _records(network, apply_fn, shapes, axis_name, given)
+    totals, count = dict.fromkeys(shapes, Total()), 0
+    # In pairs: what a batch gave is read once the next has been started.
+    for started, _ in itertools.pairwise(itertools.chain(records, [None])):
+        for path, (record, moved) in jax.tree.map(_on_host, started).items():
+            place = f"recompute_batch_stats: layer {_layer_name(path)}"
+            if moved.any() and not record.weight.any():
+                raise TypeError(
+                    f"{place} has a mean and a variance in 'batch_stats' but is no "
+                    "flax.linen.BatchNorm, so that what it is given is not known. "
+                    "Derive it from that class or from bnjax.linen.BatchNorm, or leave "
+                    "it out with layers=..."
+                )
+            # One record for each device, where several were at work.
+            for part in zip(
+                *(leaf.reshape(-1, *shapes[path]) for leaf in jax.tree.leaves(record)),
+                strict=True,
+            ):
+                totals[path] = totals[path].add(part, method, f"{place}, batch {count}")
+        count += 1
+    if count == 0 or count < (num_batches or 0):
+        raise ValueError(
+            f"recompute_batch_stats: {count} batches came; expected "
+            f"{num_batches or 'one or more'}. Give more, or a smaller num_batches; a "
+            "generator that was gone through before gives none."
+        )
+    if not any(total.weight.any() for total in totals.values()):
+        raise ValueError(
+            "recompute_batch_stats: no layer normalized by its batch, of "
+            f"{', '.join(map(_layer_name, shapes))}; {network.training_call}."
+        )
+    new = {}
+    for path, total in totals.items():
+        found = total.mean_and_var(method, _layer_name(path))
+        new[path] = tuple(
+            _placed_like(np.where(total.weight > 0, value, np.asarray(before)), before)
+            for value, before in zip(found, old[path], strict=True)
+        )
+    return network.with_stats(new)
+
+
+def _choose_layers(layers: Layers, paths: Iterable[Path]) -> tuple[Path, ...]:
+    """Return the paths that `layers` asks for.
+
+    Example:
+        >>> _choose_layers("block_1/*", [("bn",), ("block_1", "bn")])
+        (('block_1', 'bn'),)
+    """
+    names = {_layer_name(path): path for path in paths}
+    listed = f"Its batch norm layers are: {', '.join(names)}."
+    if callable(layers):
+        chosen = {name for name in names if layers(name)}
+        if not chosen:
+            raise ValueError(
+                "recompute_batch_stats: layers is a function that is true of no layer; "
+                f"expected one that is true of some. {listed}"
+            )
+    else:
+        patterns = ("*",) if layers is None else layers
+        patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+        if not patterns or not all(isinstance(each, str) for each in patterns):
+            raise TypeError(
+                f"recompute_batch_stats: layers={layers!r}; expected None for all, a "
+                "name or a pattern such as 'block_1/*', several of them, or a function "
+                f"of the name. {listed}"
+            )
+        fitting = {each: fnmatch.filter(names, each) for each in patterns}
+        for pattern, found in fitting.items():
+            if not found:
+                raise ValueError(
+                    f"recompute_batch_stats: layers={pattern!r} fits no layer."
+                    f"{_validate.did_you_mean(pattern, names)} {listed}"
+                )
+        chosen = set(itertools.chain(*fitting.values()))
+    return tuple(path for name, path in names.items() if name in chosen)
+
+
+def _layer_name(path: Path) -> str:
+    """A layer's path in the network as one string.
+
+    Example:
+        >>> _layer_name(("block", "bn_0")), _layer_name(())
+        ('block/bn_0', '(top level)')
+    """
+    return "/".join(map(str, path)) or "(top level)"
+
+
+# What a layer notes.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Moments of all that a layer was given in one batch.
+
+    Attributes:
+        moments: of the inputs of all calls, over the devices that share statistics.
+        weight: the share of `moments.count` that this device stands for.
+    """
+
+    moments: Moments
+    weight: jax.Array
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...]) -> "Record":
+        """A record of no values, of the shape of the layer's statistics."""
+        # NumPy's: it may go beside arrays on any devices.
+        zeros: Any = np.zeros(shape, jnp.result_type(float))
+        return cls(Moments(zeros, zeros, zeros), zeros)
+
+    def joined(self, layer: Any, name: str, x: jax.Array, mask: Any) -> "Record":
+        """This record and one more input of a layer, which errors call `name`."""
+        shape, dtype, groups = jnp.shape(x), self.weight.dtype, layer.axis_index_groups
+        with _validate.naming(name):
+            if isinstance(layer, bnjax.linen.BatchNorm | bnjax.nnx.BatchNorm):
+                mask = None if mask is None else _validate.broadcast_mask(mask, shape)
+            elif mask is not None:
+                # Flax takes every number but 0 for True, and NumPy's rule of shapes.
+                mask = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
+            found = functional.moments(
+                x,
+                axis=layer.axis,
+                mask=mask,
+                axis_name=layer.axis_name,
+                axis_index_groups=groups,
+            )
+        if found.mean.size != self.weight.size:
+            raise ValueError(
+                f"{name}: its statistics in `variables` have shape "
+                f"{self.weight.shape}, its input {shape} has statistics of shape "
+                f"{found.mean.shape}; expected the same. Pass the variables that "
+                "belong to this network."
+            )
+        devices = 1
+        if layer.axis_name is not None:
+            devices = lax.psum(1, layer.axis_name, axis_index_groups=groups)
+        found = jax.tree.map(
+            lambda leaf: leaf.reshape(self.weight.shape).astype(dtype), found
+        )
+        old = jax.tree.map(jnp.asarray, self)
+        return Record(old.moments.merge(found), old.weight + found.count / devices)
+
+
+def _call_and_record(
+    layer: Any,
+    name: str,
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    read: Callable[[], Record],
+    write: Callable[[Record], None],
+) -> Any:
+    """Call a layer of linen or nnx; note what it was given if it trains."""
+    before = read()
+    y = call(*args, **kwargs)
+    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+    frozen = layer.use_running_average if given is None else given
+    # A call of the class it extends, or in a transform, may have noted it already.
+    if not frozen and read().weight is before.weight:
+        x = args[0] if args else kwargs["x"]
+        write(before.joined(layer, name, x, kwargs.get("mask")))
+    return y
+
+
+# The layers of a network.
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenNetwork:
+    """The batch norm layers of a network of flax.linen, by its variables."""
+
+    variables: Mapping[str, Any]
+    training_call: ClassVar[str] = (
+        "expected the call of a training step, such as lambda variables, batch: "
+        "model.apply(variables, batch, train=True, mutable=['batch_stats']), in which "
+        "the layers have use_running_average=False"
+    )
+
+    def stats(self) -> dict[Path, tuple[Any, Any]]:
+        """The mean and the variance of each layer that has both."""
+        flat = self._flat()
+        return {
+            path[:-1]: (leaf, flat[(*path[:-1], "var")])
+            for path, leaf in flat.items()
+            if path[-1] == "mean" and (*path[:-1], "var") in flat
+        }
+
+    def prepare(self, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[Any, ...]:
+        """What `_records` runs: a function, what it knows, its carry and the rest."""
+        flat = self._flat()
+        flat |= {(*path, RECORD): Record.empty(shape) for path, shape in shapes.items()}
+        variables = {**self.variables, COLLECTION: unflatten_dict(flat)}
+        return _linen_records, (tuple(shapes),), (), variables
+
+    def with_stats(self, stats: Mapping[Path, tuple[Any, ...]]) -> Any:
+        """The collection with another mean and variance for some layers."""
+        new = {
+            (*path, name): value
+            for path, pair in stats.items()
+            for name, value in zip(("mean", "var"), pair, strict=True)
+        }
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: new.get(_key_names(keys), leaf),
+            self.variables[COLLECTION],
+        )
+
+    def _flat(self) -> dict[Path, Any]:
+        return dict(flatten_dict(unfreeze(self.variables.get(COLLECTION, {}))))
+
+
+def _linen_records(
+    apply_fn: Callable[..., Any], paths: tuple[Path, ...], state: Any, batch: Any
+) -> tuple[dict[Path, tuple[Record, jax.Array]], tuple[()]]:
+    """The record of each layer and whether its running mean moved; no carry."""
+    _, variables = state
+    with nn.intercept_methods(_intercept_linen):
+        output = apply_fn(variables, batch)
+    found = _by_names(output)
+    starts = [name[: -len(paths[0]) - 1] for name in found if name[-1:] == (RECORD,)]
+    for start in starts:
+        if all((*start, *path, RECORD) in found for path in paths):
+            break
+    else:
+        raise ValueError(
+            "recompute_batch_stats: apply_fn returns no updated 'batch_stats'; "
+            f"{LinenNetwork.training_call}. What else it returns does not matter."
+        )
+    old = _by_names(variables[COLLECTION])
+    records = {}
+    for path in paths:
+        before, after = old[(*path, "mean")], found[(*start, *path, "mean")]
+        stacked = jnp.reshape(after, (-1, *before.shape)).astype(before.dtype)
+        moved = jnp.any((stacked != before[None]) & jnp.isfinite(stacked))
+        records[path] = found[(*start, *path, RECORD)], moved
+    return records, ()
+
+
+def _intercept_linen(
+    call: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    layer = context.module
+    if (
+        not isinstance(layer, nn.BatchNorm)
+        or context.method_name != "__call__"
+        or not layer.has_variable(COLLECTION, RECORD)
+    ):
+        return call(*args, **kwargs)
+    name = f"BatchNorm layer {_layer_name(layer.path)}"
+    return _call_and_record(
+        layer,
+        name,
+        call,
+        args,
+        kwargs,
+        read=lambda: layer.get_variable(COLLECTION, RECORD),
+        write=lambda record: layer.put_variable(COLLECTION, RECORD, record),
+    )
+
+
+def _by_names(tree: Any) -> dict[Path, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda node: isinstance(node, Record)
+    )
+    return {_key_names(keys): leaf for keys, leaf in leaves}
+
+
+def _key_names(keys: tuple[Any, ...]) -> Path:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class NnxNetwork:
+    """The batch norm layers of a model of flax.nnx, which stays as it is."""
+
+    model: nnx.Module
+    training_call: ClassVar[str] = (
+        "expected the call of a training step, such as lambda model, batch: "
+        "model(batch), after model.train(), in which the layers have "
+        "use_running_average=False"
+    )
+
+    def stats(self) -> dict[Path, tuple[Any, Any]]:
+        """The mean and the variance of each layer."""
+        layers = _nnx_layers(self.model).items()
+        return {path: (layer.mean[...], layer.var[...]) for path, layer in layers}
+
+    def prepare(self, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[Any, ...]:
+        """What `_records` runs: a function, what it knows, its carry and the rest."""
+        model = nnx.clone(self.model)
+        layers = _nnx_layers(model)
+        for path, shape in shapes.items():
+            layer = layers[path]
+            setattr(layer, RECORD, nnx.BatchStat(Record.empty(shape)))
+            layer.__class__ = _recording(type(layer))
+        graphdef, streams, rest = nnx.split(model, nnx.RngState, ...)
+        return _nnx_records, (graphdef, tuple(shapes)), streams, rest
+
+    def with_stats(self, stats: Mapping[Path, tuple[Any, ...]]) -> nnx.State:
+        """The state of all BatchStat, with another mean and variance for some."""
+        model = nnx.clone(self.model)
+        layers = _nnx_layers(model)
+        for path, (mean, var) in stats.items():
+            layers[path].mean[...], layers[path].var[...] = mean, var
+        return nnx.state(model, nnx.BatchStat)
+
+
+def _nnx_layers(model: nnx.Module) -> dict[Path, nnx.BatchNorm]:
+    modules = nnx.iter_modules(model)
+    return {path: node for path, node in modules if isinstance(node, nnx.BatchNorm)}
+
+
+def _nnx_records(
+    apply_fn: Callable[..., Any],
+    graphdef: Any,
+    paths: tuple[Path, ...],
+    state: Any,
+    batch: Any,
+) -> tuple[dict[Path, tuple[Record, bool]], nnx.State]:
+    """The record of each layer; the random streams after the call are the carry."""
+    model = nnx.merge(graphdef, *state)
+    apply_fn(model, batch)
+    layers = _nnx_layers(model)
+    records = {
+        path: (getattr(layers[path], RECORD).get_value(), False) for path in paths
+    }
+    return records, nnx.state(model, nnx.RngState)
+
+
+@functools.cache
+def _recording(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
+    """A class that notes what its layers are given where they train."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        name = f"BatchNorm layer of {self.num_features} features"
+        plain, record = functools.partial(kind.__call__, self), getattr(self, RECORD)
+        return _call_and_record(
+            self, name, plain, args, kwargs, record.get_value, record.set_value
+        )
+
+    return type(f"Recording{kind.__name__}", (kind,), {"__call__": call})
+
+
+def _as_network(variables: Any) -> LinenNetwork | NnxNetwork:
+    if isinstance(variables, nnx.Module):
+        return NnxNetwork(variables)
+    if isinstance(variables, Mapping):
+        return LinenNetwork(variables)
+    raise TypeError(
+        f"recompute_batch_stats: variables is of type {type(variables).__name__}; "
+        "expected a dict of collections such as {'params': ..., 'batch_stats': ...}, "
+        "or an nnx.Module."
+    )
+
+
+# What runs on the devices, and what the host makes of it.
+
+
+def _records(
+    network: LinenNetwork | NnxNetwork,
+    apply_fn: Callable[..., Any],
+    shapes: Mapping[Path, tuple[int, ...]],
+    axis_name: str | None,
+    batches: Iterable[Any],
+) -> Iterator[dict[Path, tuple[Record, Any]]]:
+    """Yield what the devices found in each batch."""
+    function, known, carry, rest = network.prepare(shapes)
+    program = _compiled(function, apply_fn, *known, axis_name=axis_name)
+    for batch in batches:
+        found, carry = program((carry, rest), batch)
+        yield found
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(
+    function: Callable[..., Any], *known: Any, axis_name: str | None
+) -> Callable[[Any, Any], Any]:
+    """Return a compiled function of the network's state and a batch.
+
+    It is `function` of `known`, which is hashable, the state and the batch; under pmap
+    over `axis_name`, if that is given, the records of all devices are stacked. The same
+    arguments give the same function: a network is compiled once.
+    """
+
+    def run(state: Any, batch: Any) -> Any:
+        try:
+            return function(*known, state, batch)
+        except NameError as error:
+            error.add_note(
+                "recompute_batch_stats: where it is an axis name that is not bound, "
+                "give axis_name=... and batches with a first axis of devices, or map "
+                "inside apply_fn."
+            )
+            raise
+
+    if axis_name is None:
+        return jax.jit(run)
+
+    def on_each(state: Any, batch: Any) -> Any:
+        records, carry = run(state, batch)
+        return lax.all_gather(records, axis_name), carry
+
+    mapped = jax.pmap(on_each, axis_name=axis_name, in_axes=(None, 0), out_axes=None)
+
+    def checked(state: Any, batch: Any) -> Any:
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+        sizes = {shape[:1] for shape in shapes}
+        count = jax.local_device_count()
+        if len(sizes) != 1 or not sizes <= {(n,) for n in range(1, count + 1)}:
+            raise ValueError(
+                f"recompute_batch_stats: axis_name={axis_name!r} with a batch of "
+                f"shapes {shapes}; expected a first axis of one entry for each device, "
+                f"at most {count} here. Without shards of that kind leave axis_name "
+                "out."
+            )
+        return mapped(state, batch)
+
+    return checked
+
+
+def _on_host(leaf: jax.Array) -> np.ndarray:
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def _placed_like(value: np.ndarray, old: Any) -> jax.Array:
+    """The value as an array of the dtype of `old`, on the devices that hold it."""
+    value = value.astype(old.dtype)
+    if getattr(old, "committed", False):
+        return jax.device_put(value, old.sharding)
+    return jnp.asarray(value)
+
+
+class Total(NamedTuple):
+    """What one layer has been given so far, in float64, a channel at a time.
+
+    Attributes:
+        weight: number of values.
+        mean: of all of them.
+        squares: for "pooled", the sum of their squared distances from the mean; for
+            "paper", the sum of weight_B * m / (m - 1) * var_B over the batches B.
+    """
+
+    weight: np.ndarray = np.zeros(())
+    mean: np.ndarray = np.zeros(())
+    squares: np.ndarray = np.zeros(())
+
+    def add(self, record: Any, method: Method, place: str) -> "Total":
+        """The total with one record more; `place` names layer and batch in errors."""
+        mean, var, count, weight = map(np.float64, record)
+        seen = weight > 0
+        mean, var = np.where(seen, mean, 0), np.where(seen, var, 0)
+        if not np.isfinite([weight, mean, var]).all():
+            raise ValueError(
+                f"{place}: the mean or the variance of the input is not finite; "
+                "expected finite inputs. Look for NaN or infinity in that batch, for "
+                "parameters that diverged, or for an overflow of float16."
+            )
+        if method == "paper" and np.any(seen & (count <= 1)):
+            raise ValueError(
+                f"{place}: one value per channel, which has no unbiased variance "
+                "(m - 1 = 0); expected two or more. Use larger batches, or "
+                "method='pooled'."
+            )
+        new_weight = self.weight + weight
+        share = weight / np.where(new_weight > 0, new_weight, 1)
+        delta = mean - self.mean
+        if method == "paper":
+            squares = weight * var * (count / np.maximum(count - 1, 1))
+        else:
+            squares = weight * var + np.square(delta) * self.weight * share
+        return Total(new_weight, self.mean + delta * share, self.squares + squares)
+
+    def mean_and_var(self, method: Method, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The statistics of the population, of the layer called `name`."""
+        if method == "paper":
+            return self.mean, self.squares / np.where(self.weight > 0, self.weight, 1)
+        if np.any((self.weight > 0) & (self.weight <= 1)):
+            raise ValueError(
+                f"recompute_batch_stats: layer {name} was given one value per channel "
+                "in all batches; expected two or more."
+            )
+        return self.mean, self.squares / np.maximum(self.weight - 1, 1)

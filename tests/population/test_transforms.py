@@ -57,9 +57,8 @@ def linen_call(model, variables, x):
     return model.apply(variables, x, mutable=["batch_stats"])
 
 
-@pytest.mark.parametrize(
-    ("lifted", "nested"), [("scan", True), *((lifted, False) for lifted in LIFTED)]
-)
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("lifted", LIFTED)
 def test_stacked_layers(lifted, nested):
     model = LIFTED[lifted](name=None)
     variables = jax.jit(model.init)(jax.random.key(0), BATCHES[0])

@@ -20,7 +20,7 @@ def data(shape=(12, 3, 4), seed=0):
     return (jnp.asarray(a) for a in (x, rng.normal(size=4), rng.normal(size=4)))
 
 
-@pytest.mark.parametrize("size", [1, 3, 12])
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 12])
 def test_each_group_is_a_batch_of_its_own(size, x64):
     x, scale, bias = data()
     old = bnjax.BatchStats(jnp.full(4, 0.5), jnp.full(4, 2.0))

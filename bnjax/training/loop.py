@@ -1,6 +1,7 @@
 """Training from a configuration to a summary: read it from top to bottom."""
 
 import contextlib
+import shlex
 import sys
 import time
 from datetime import timedelta
@@ -13,7 +14,7 @@ import numpy as np
 from bnjax.data.config import SettingError
 from bnjax.data.pipeline import load_test
 from bnjax.data.sources import Source, open_data
-from bnjax.training.checkpoint import Checkpoints, Notes, open_checkpoints
+from bnjax.training.checkpoint import CheckpointMetadata, Checkpoints, open_checkpoints
 from bnjax.training.config import Config
 from bnjax.training.evaluation import Evaluation, Evaluator, Population
 from bnjax.training.faults import (
@@ -23,7 +24,13 @@ from bnjax.training.faults import (
     StopSignals,
     forward_order,
 )
-from bnjax.training.hosts import ending_together, host_folder, join_hosts
+from bnjax.training.hosts import (
+    check_hosts_agree,
+    failing_together,
+    host_folder,
+    join_hosts,
+    settings,
+)
 from bnjax.training.metrics import (
     Loading,
     MetricsWriter,
@@ -227,12 +234,12 @@ class Run:
             first = first_state(self.config, self.program)
             self._state = self._parallel.place_state(first)
             return
-        state, notes = checkpoints.restore(self.state)
+        state, metadata = checkpoints.restore(self.state)
         self._state = self._parallel.place_state(state)
         self.step = int(state.step)
-        self.seconds = notes.seconds
-        self.guard.dropped = notes.dropped
-        self._feed.restore(notes.feed)
+        self.seconds = metadata.seconds
+        self.guard.dropped = metadata.dropped
+        self._feed.restore(metadata.feed)
         print(f"resuming at step {self.step:,}", file=sys.stderr)
 
     def place_in_data(self) -> dict[str, Any]:
@@ -309,29 +316,33 @@ def train(preset: str, config: Config) -> dict[str, Any]:
         Stopped: a signal came; the run was saved.
     """
     join_hosts(config.hosts)
-    with ending_together(), host_folder(config) as own:
+    with failing_together(), host_folder(config) as own:
         return _train(preset, own)
 
 
 def _train(preset: str, config: Config) -> dict[str, Any]:
     """Train on this host, connected with the others if there are any."""
+    check_hosts_agree(settings(preset, config))
     if config.compilation_cache is not None:
         keep_compiled(config.compilation_cache)
     source = open_data(config.data, config.data_dir)
     check_batch_size(config, source)
     parallel = make_parallel(config)
-    workdir = config.workdir or default_workdir(preset)
-    resuming = claim(workdir, resume=config.resume)
-    if resuming:
-        check_same(workdir, preset, config)
-    run = Run(config, source, parallel, resuming=resuming)
-    if not resuming:
-        write_json(workdir / CONFIG, describe(preset, config))
+    workdir = config.workdir or default_workdir(preset, config.data.name)
     with contextlib.ExitStack() as stack:
+        resuming = stack.enter_context(claim(workdir, resume=config.resume))
+        if resuming:
+            check_same(workdir, preset, config)
+        run = Run(config, source, parallel, resuming=resuming)
         stack.callback(run.close)
+        if not resuming:
+            write_json(workdir / CONFIG, describe(preset, config))
         checkpoints = stack.enter_context(open_checkpoints(workdir, config))
         if config.resume:
             run.resume(checkpoints)
+        if jax.process_count() > 1:
+            digest = state_sha256(run.state)
+            check_hosts_agree({"first step": run.step, "first state": digest})
         metrics = stack.enter_context(MetricsWriter(workdir, run.step))
         board = None
         if config.tensorboard or config.histograms:
@@ -340,18 +351,18 @@ def _train(preset: str, config: Config) -> dict[str, Any]:
         stack.callback(progress.close)
         stop = stack.enter_context(StopSignals())
         evaluation = _to_the_end(run, checkpoints, metrics, board, progress, stop)
-    summary = summarize(
-        run.state,
-        evaluation,
-        read_metrics(workdir),
-        seconds=run.seconds,
-        compile_seconds=run.compile_seconds,
-        dropped=run.guard.dropped,
-        seed=config.seed,
-    )
-    write_json(workdir / SUMMARY, {"preset": preset, **summary})
+        summary = summarize(
+            run.state,
+            evaluation,
+            read_metrics(workdir),
+            seconds=run.seconds,
+            compile_seconds=run.compile_seconds,
+            dropped=run.guard.dropped,
+            seed=config.seed,
+        )
+        write_json(workdir / SUMMARY, {"preset": preset, **summary})
     print(f"{evaluation}\n{final_table(summary)}")
-    print(f"{workdir} holds the run: python eval.py {workdir}")
+    print(f"{workdir} holds the run: python eval.py {shlex.quote(str(workdir))}")
     return summary
 
 
@@ -406,14 +417,14 @@ def _to_the_end(
             metrics.sync()
             accuracy = evaluation.accuracy if evaluation else None
             place, dropped = run.place_in_data(), run.guard.dropped
-            notes = Notes(accuracy, place, run.seconds, dropped)
-            checkpoints.save(run.state, notes)
+            beside = CheckpointMetadata(accuracy, place, run.seconds, dropped)
+            checkpoints.save(run.state, beside)
         if signal:
             checkpoints.wait()
             raise Stopped(
                 f"stopped by {signal.name} after step {run.step:,}. "
                 f"{checkpoints.last_good()} The same command with --workdir "
-                f"{checkpoints.workdir} --resume continues it.",
+                f"{shlex.quote(str(checkpoints.workdir))} --resume continues it.",
                 signal,
             )
     checkpoints.wait()

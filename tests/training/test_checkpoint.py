@@ -243,10 +243,11 @@ def test_a_disk_that_fills_while_writing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    with open_checkpoints(saved, small_config) as checkpoints:
-        with pytest.raises(RunError) as caught:
-            checkpoints.save(at_step(initial_state, 40))
-            checkpoints.wait()
+    with (
+        pytest.raises(RunError) as caught,
+        open_checkpoints(saved, small_config) as checkpoints,
+    ):
+        checkpoints.save(at_step(initial_state, 40))
     message = str(caught.value)
     assert "40 could not be written" in message
     assert "No space left on device" in message

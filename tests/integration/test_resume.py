@@ -78,7 +78,7 @@ def kill(process, workdir, random_source, *, saving):
         seen = set()
 
         def happened():
-            partial = {path.name for path in folder.glob("*.partial")} - seen
+            partial = {path.name for path in folder.glob("*.orbax-checkpoint-tmp")} - seen
             seen.update(partial)
             return bool(partial) and next(skipped, None) is None
     else:
@@ -149,7 +149,7 @@ def test_a_run_stopped_by_a_signal(undisturbed, cache, tmp_path, number, status)
     assert found is not None
     step = int(found[1].replace(",", ""))
     assert found[2] == str(workdir / "checkpoints" / str(step))
-    assert (workdir / "checkpoints" / str(step) / "manifest.json").exists()
+    assert (workdir / "checkpoints" / str(step) / "sha256.json").exists()
     assert 200 <= step < 2400
     assert read_metrics(workdir)[-1]["step"] == step
 

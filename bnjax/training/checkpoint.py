@@ -106,8 +106,10 @@ class Checkpoints:
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(
                     [newest, best]
                 ),
+                # Of folders created meanwhile orbax tells by keys that hosts share.
                 async_options=ocp.AsyncOptions(
-                    post_finalization_callback=self._write_digests
+                    create_directories_asynchronously=False,
+                    post_finalization_callback=self._write_digests,
                 ),
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     primary_host=host, active_processes={host}

@@ -222,7 +222,7 @@ class Checkpoints:
                 print(f"warning: {error} Going back to {step}.", file=sys.stderr)
                 if not self._read_only:
                     _put_aside(error.where)
-            self._manager.reload()
+                    self._manager.reload()
             return found
         if damaged:
             raise RunError(f"{damaged[0]} There is no other. Train again.")
@@ -249,7 +249,7 @@ class Checkpoints:
             )
         try:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            return self._manager.restore(int(where.name), args=items).state, record
+            return self._manager.restore(int(where.name), args=items)["state"], record
         except Exception as error:
             raise DamageError(where, first_line(error)) from error
 

@@ -181,6 +181,7 @@ def test_hosts_that_a_launcher_started(launcher, port, tmp_path):
     assert "test accuracy" not in printed[1][0]
 
 
+@pytest.mark.slow
 def test_hosts_that_do_not_meet(port, tmp_path):
     """Host 0 and host 1 wait at different ports, and a third looks for a cluster."""
     workdir = ("--workdir", tmp_path / "run")

@@ -68,7 +68,7 @@ def results(workdir):
     return {name: summary[name] for name in names}, records, kept
 
 
-def wait_for(process, happened, seconds=60):
+def wait_for(process, happened, seconds=150):
     """Return whether it happened before the process ended."""
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
@@ -102,9 +102,11 @@ def kill(process, workdir, random_source, *, saving):
                 moment = time.monotonic() + delay
             return moment is not None and time.monotonic() > moment
 
-    wait_for(process, happened)
-    process.kill()
-    process.wait()
+    try:
+        wait_for(process, happened)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -126,14 +126,12 @@ def test_train_py_on_two_hosts_writes_one_run(strategy, port, tmp_path):
 def test_hosts_that_were_told_different_things_all_end(port, tmp_path):
     own = [("--workdir", tmp_path / "run"), ("--seed", 4, "--learning-rate", 0.5)]
     processes = two_hosts(port, "--seed", 3, own=own)
-    started = time.monotonic()
     for _, error in finish(*processes):
         assert "error: the hosts differ: " in error
         assert "--seed: host 0 has 3, host 1 has 4" in error
         assert "--learning-rate: host 0 has 0.1, host 1 has 0.5" in error
         assert "Traceback" not in error
     assert [process.returncode for process in processes] == [2, 2]
-    assert time.monotonic() - started < 60
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,7 @@ from bnjax.commands.fold import fold_state
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.interop.export import export_inference, save
 from bnjax.training.config import RunError
-from bnjax.training.evaluation import open_trained
+from bnjax.training.evaluation import load_run
 
 
 def export_run(
@@ -47,7 +47,7 @@ def export_run(
             not written.
     """
     check_output(out, overwrite=force)
-    run = open_trained(workdir, data_dir)
+    run = load_run(workdir, data_dir)
     program, state = run.restore()
     to_inputs = make_to_inputs(run.config.data, run.source.max_value)
     if fold and state.batch_stats:

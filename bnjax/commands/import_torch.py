@@ -12,7 +12,7 @@ from bnjax.data.config import SettingError
 from bnjax.data.sources import open_data
 from bnjax.interop.torch import from_torch, match, read_state_dict, trace
 from bnjax.training.presets import parse
-from bnjax.training.program import build
+from bnjax.training.program import Program
 
 
 def import_torch(
@@ -47,7 +47,7 @@ def import_torch(
     preset, config = parse([preset, *flags])
     state = read_state_dict(file)
     source = open_data(config.data, config.data_dir)
-    program = build(config, source)
+    program = Program(config, source)
     initial = program.initial_state()
     variables = {"params": initial.params}
     if initial.batch_stats:

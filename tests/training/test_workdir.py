@@ -8,8 +8,8 @@ import pytest
 
 from bnjax.training import workdir
 from bnjax.training.config import RunError
+from bnjax.training.metrics import EvalRecord as Scored
 from bnjax.training.metrics import MetricsWriter, read_metrics
-from bnjax.training.metrics import TestRecord as Scored
 from bnjax.training.workdir import (
     CHECKPOINTS,
     CONFIG,

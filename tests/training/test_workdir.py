@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -152,7 +153,7 @@ def test_reading_what_is_not_there_or_damaged(tmp_path):
 
 
 def test_metrics_are_there_as_soon_as_they_are_written(tmp_path):
-    with MetricsWriter(tmp_path) as metrics:
+    with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
         for step in (1, 2):
             metrics.write(Scored(step, 0.5, 0.75))
             assert len(read_metrics(tmp_path)) == step

@@ -14,4 +14,4 @@ from bnjax.functional import normalize as normalize
 from bnjax.functional import normalize_batch as normalize_batch
 from bnjax.functional import update_batch_stats as update_batch_stats
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -22,6 +22,9 @@ def run_reporting(main: Callable[[], None]) -> int:
         if status is None:
             raise
         print(f"error: {error}", file=sys.stderr)
+        from bnjax.training.hosts import leave_hosts
+
+        leave_hosts(status)
         return status
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("bnjax"):

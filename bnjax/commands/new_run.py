@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bnjax.data.config import SettingError
-from bnjax.training.checkpoint import Notes, open_checkpoints
+from bnjax.training.checkpoint import CheckpointMetadata, open_checkpoints
 from bnjax.training.config import Config
 from bnjax.training.step import TrainState
 from bnjax.training.workdir import CONFIG, describe, write_json, writing
@@ -50,7 +50,7 @@ def write_run(
     state: TrainState,
     made_by: dict[str, Any],
     *,
-    notes: Notes | None = None,
+    metadata: CheckpointMetadata | None = None,
     force: bool = False,
 ) -> None:
     """Write a run's folder with one checkpoint, whole or not at all.
@@ -61,7 +61,7 @@ def write_run(
         config: of the run.
         state: of the checkpoint.
         made_by: what else config.json says: the command, and what it was given.
-        notes: of the checkpoint.
+        metadata: of the checkpoint.
         force: a run that is there may be replaced.
 
     Raises:
@@ -72,7 +72,7 @@ def write_run(
         described = {**describe(preset, config), "made_by": made_by}
         write_json(folder / CONFIG, described)
         with open_checkpoints(folder, config) as checkpoints:
-            checkpoints.save(state, notes)
+            checkpoints.save(state, metadata)
             checkpoints.wait()
 
 

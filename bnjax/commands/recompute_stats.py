@@ -62,7 +62,7 @@ def recompute_run(
         )
     program = Program(run.config, run.source)
     with open_checkpoints(workdir, run.config, read_only=True) as found:
-        state, notes = found.restore(program.initial_state())
+        state, metadata = found.restore(program.initial_state())
     if not state.batch_stats:
         raise RunError(
             f"{workdir} was trained without batch normalization: it has no statistics."
@@ -86,7 +86,7 @@ def recompute_run(
             "method": method,
             "layers": layers,
         },
-        notes=dataclasses.replace(notes, test_accuracy=None),
+        metadata=dataclasses.replace(metadata, test_accuracy=None),
         force=force,
     )
     print(describe_change(state.batch_stats, new.batch_stats))

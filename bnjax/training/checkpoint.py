@@ -1,9 +1,13 @@
-"""Checkpoints of a run: each whole or not there, written while training goes on."""
+"""Checkpoints of a run: orbax writes them while training goes on, digests find damage.
 
-import concurrent.futures
+A checkpoint is a folder that orbax names by its step once it is complete: `state/` has
+the arrays, `metadata/` what lies beside them, `sha256.json` a digest of each file.
+"""
+
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import shutil
 import sys
@@ -15,64 +19,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
+import bnjax
 from bnjax._validate import first_line
 from bnjax.training.config import Config, RunError, result_config
 from bnjax.training.faults import DivergedError
 from bnjax.training.step import TrainState
-from bnjax.training.workdir import CHECKPOINTS, read_json, sync_folder, write_json
+from bnjax.training.workdir import CHECKPOINTS, written_by
 
-
-def digests(folder: Path, *, leave_out: str = "") -> dict[str, str]:
-    """Return the SHA-256 of every file, by its path within the folder.
-
-    Args:
-        folder: looked through with all folders below.
-        leave_out: the name of a file that is not digested.
-    """
-    return {
-        path.relative_to(folder).as_posix(): _sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != leave_out
-    }
-
-
-def first_change(folder: Path, expected: dict[str, str]) -> str | None:
-    """Say which file is no longer as its digest says, or nothing.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> _ = (folder / "a").write_text("one")
-        >>> before = digests(folder)
-        >>> first_change(folder, before)
-        >>> _ = (folder / "a").write_text("two")
-        >>> first_change(folder, before)
-        'a is not what was written'
-    """
-    found = digests(folder)
-    for name, digest in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != digest:
-            return f"{name} is not what was written"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-ROOM = 2**18
-MANIFEST = "manifest.json"
-STATE = "state"
-PARTIAL = ".partial"
+METADATA_FILE = "metadata/metadata"
+DIGESTS = "sha256.json"
+OLD_MANIFEST = "manifest.json"
+PARTIAL = ".orbax-checkpoint-tmp"
 DAMAGED = ".damaged"
+ROOM = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
-class Notes:
+class CheckpointMetadata:
     """What a checkpoint holds beside the state.
 
     Args:
@@ -88,13 +53,27 @@ class Notes:
     dropped: int = 0
 
 
+class DamageError(RunError):
+    """A checkpoint that is not what was written."""
+
+    def __init__(self, where: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {where} is damaged: {reason}.")
+        self.where = where
+
+
+class _Manager(ocp.CheckpointManager):
+    """orbax's, which reads the test accuracy from `metadata/`."""
+
+    def metrics(self, step: int) -> Any:
+        """Return what lies beside the state; None where it cannot be read."""
+        try:
+            return json.loads((self.directory / str(step) / METADATA_FILE).read_bytes())
+        except (OSError, ValueError):
+            return None
+
+
 class Checkpoints:
     """The checkpoints of one run: the newest `config.keep` and the best are kept.
-
-    A checkpoint is a folder named by its step. orbax writes the state into a folder
-    with another name; the manifest follows, with the configuration and the digest of
-    every file; then the folder gets its name. Whenever the process is killed, a folder
-    named by a step is whole, and no damaged file is opened.
 
     Args:
         workdir: the folder of the run.
@@ -108,35 +87,51 @@ class Checkpoints:
         self.workdir = workdir
         self.folder = workdir / CHECKPOINTS
         self._config = result_config(config)
-        self._keep = config.keep
         self._read_only = read_only
-        # One host writes, and each reads for itself: nobody waits for another.
-        host = jax.process_index()
-        options = ocp.options.MultiprocessingOptions(
-            primary_host=host, active_processes={host}
-        )
-        self._checkpointer = ocp.Checkpointer(
-            ocp.StandardCheckpointHandler(multiprocessing_options=options),
-            multiprocessing_options=options,
-        )
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._saving: concurrent.futures.Future[None] | None = None
+        self._writing = self.folder
         if not read_only:
             self.folder.mkdir(exist_ok=True)
-            for path in self.folder.glob(f"*{PARTIAL}*"):
-                shutil.rmtree(path)
+            self._remove_partial()
+        newest = checkpoint_managers.LatestN(n=config.keep)
+        best = checkpoint_managers.BestN(
+            get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
+        )
+        # Each host has a folder of its own, and nobody waits for another.
+        host = jax.process_index()
+        self._manager = _Manager(
+            self.folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                read_only=read_only,
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                    [newest, best]
+                ),
+                # Of folders created meanwhile orbax tells by keys that hosts share.
+                async_options=ocp.AsyncOptions(
+                    create_directories_asynchronously=False,
+                    post_finalization_callback=self._write_digests,
+                ),
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    primary_host=host, active_processes={host}
+                ),
+            ),
+        )
 
     def close(self) -> None:
         """Wait for the checkpoint being written, and let go of what is open."""
-        self._thread.shutdown()
-        self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
-    def save(self, state: TrainState, notes: Notes | None = None) -> None:
+    def save(
+        self, state: TrainState, metadata: CheckpointMetadata | None = None
+    ) -> None:
         """Start to write a checkpoint, and return as soon as the state is copied.
 
         Args:
             state: what to write; its buffers may be donated afterwards.
-            notes: what to write beside it.
+            metadata: what to write beside it.
 
         Raises:
             DivergedError: the state is not finite.
@@ -145,32 +140,33 @@ class Checkpoints:
         """
         self.wait()
         step = int(np.asarray(state.step).ravel()[0])
-        where = self.folder / str(step)
-        state = jax.tree.map(_copy, state)
-        if not _is_finite(state):
+        arrays = jax.tree.map(_copy, state)
+        if not _is_finite(arrays):
             raise DivergedError(
                 f"the state after step {step} is not finite. {self.last_good()} "
                 "Try a lower --learning-rate."
             )
-        self._check_room(where, state)
-        self._saving = self._thread.submit(self._write, where, state, notes or Notes())
+        self._writing = self.folder / str(step)
+        self._check_room(arrays)
+        metadata = metadata or CheckpointMetadata()
+        record = {"config": self._config, **dataclasses.asdict(metadata)}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), metadata=ocp.args.JsonSave(record)
+        )
+        with self._explaining_failure():
+            self._manager.save(step, args=items, metrics=record, force=True)
 
     def check(self) -> None:
         """Raise what went wrong with the checkpoint being written, if it is over."""
-        if self._saving is not None and self._saving.done():
+        if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Return once the checkpoint being written is there.
+        """Return once the checkpoint being written is there, or raise a RunError."""
+        with self._explaining_failure():
+            self._manager.wait_until_finished()
 
-        Raises:
-            RunError: it could not be written.
-        """
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
-
-    def restore(self, target: TrainState) -> tuple[TrainState, Notes]:
+    def restore(self, target: TrainState) -> tuple[TrainState, CheckpointMetadata]:
         """Read the newest checkpoint that is whole, into a state.
 
         A damaged one is named on standard error, put aside unless the run is only
@@ -181,10 +177,12 @@ class Checkpoints:
 
         Raises:
             RunError: there is none, all are damaged, or it was made with another
-                configuration.
+                configuration or by an earlier version of bnjax.
         """
-        tree, notes = self._newest(jax.tree.map(_copy, target))
-        return jax.tree.map(_like, tree, target), notes
+        arrays, record = self._newest(jax.tree.map(_copy, target))
+        names = [field.name for field in dataclasses.fields(CheckpointMetadata)]
+        metadata = CheckpointMetadata(**{name: record[name] for name in names})
+        return jax.tree.map(_like, arrays, target), metadata
 
     def restore_tree(self) -> dict[str, Any]:
         """Read the newest checkpoint that is whole, knowing nothing of the network.
@@ -197,18 +195,34 @@ class Checkpoints:
         """
         return self._newest(None)[0]
 
-    def _newest(self, target: Any) -> tuple[Any, Notes]:
+    def steps(self) -> list[int]:
+        """Return the steps that have a checkpoint, in order."""
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
+
+    def last_good(self) -> str:
+        """Say where the newest complete checkpoint is."""
+        steps = self.steps()
+        if not steps:
+            return "No checkpoint had been written yet."
+        return f"The last good checkpoint is {self.folder / str(steps[-1])}."
+
+    def _newest(self, target: Any) -> tuple[Any, dict[str, Any]]:
         damaged: list[DamageError] = []
         for step in reversed(self.steps()):
+            where = self.folder / str(step)
             try:
-                found = self._read(self.folder / str(step), target)
+                found = self._read(where, target)
             except DamageError as error:
+                if not where.exists():
+                    # The run that writes here has newer ones by now.
+                    return self._newest(target)
                 damaged.append(error)
                 continue
             for error in damaged:
                 print(f"warning: {error} Going back to {step}.", file=sys.stderr)
                 if not self._read_only:
                     _put_aside(error.where)
+                    self._manager.reload()
             return found
         if damaged:
             raise RunError(f"{damaged[0]} There is no other. Train again.")
@@ -217,99 +231,59 @@ class Checkpoints:
             "first, or its files are damaged. Train again in a new --workdir."
         )
 
-    def steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, in order."""
-        names = [path.name for path in self.folder.iterdir() if path.is_dir()]
-        steps = [int(name) for name in names if name.isdecimal()]
-        return sorted(s for s in steps if (self.folder / str(s) / MANIFEST).exists())
-
-    def last_good(self) -> str:
-        """Say where the newest whole checkpoint is."""
-        steps = self.steps()
-        if not steps:
-            return "No checkpoint had been written yet."
-        return f"The last good checkpoint is {self.folder / str(steps[-1])}."
-
-    def _write(self, where: Path, state: TrainState, notes: Notes) -> None:
-        partial = where.with_name(where.name + PARTIAL)
-        try:
-            path = (partial / STATE).absolute()
-            self._checkpointer.save(path, args=ocp.args.StandardSave(state))
-            manifest = {
-                "config": self._config,
-                **dataclasses.asdict(notes),
-                "files": digests(partial, leave_out=MANIFEST),
-            }
-            write_json(partial / MANIFEST, manifest)
-            if where.exists():
-                shutil.rmtree(where)
-            partial.rename(where)
-            sync_folder(self.folder)
-            self._prune()
-        except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
+    def _read(self, where: Path, target: Any) -> tuple[Any, dict[str, Any]]:
+        if (where / OLD_MANIFEST).exists():
             raise RunError(
-                f"checkpoint {where} could not be written: {first_line(error)}. "
-                f"{self.last_good()} Is the disk full?"
-            ) from error
-
-    def _prune(self) -> None:
-        """Delete all but the newest and the best."""
-        steps = self.steps()
-        scores = {step: self._score(step) for step in steps}
-        scored = [step for step in steps if scores[step] is not None]
-        best = max(scored, key=lambda step: (scores[step], step), default=None)
-        for step in steps[: -self._keep]:
-            if step != best:
-                # Renamed first: a process killed half-way leaves what resuming removes.
-                partial = self.folder / f"{step}{PARTIAL}"
-                (self.folder / str(step)).rename(partial)
-                shutil.rmtree(partial)
-
-    def _score(self, step: int) -> float | None:
-        return read_json(self.folder / str(step) / MANIFEST)["test_accuracy"]
-
-    def _read(self, where: Path, target: Any) -> tuple[Any, Notes]:
+                f"checkpoint {where} was written by {written_by(self.workdir)}, and "
+                f"bnjax {bnjax.__version__} cannot read it: the format changed in "
+                "0.2.0. Resume or evaluate the run with the version that wrote it, or "
+                "train again in a new --workdir."
+            )
+        _check_files(where)
+        record = json.loads((where / METADATA_FILE).read_bytes())
+        if record["config"] != self._config:
+            raise RunError(
+                f"config.json is not the configuration that checkpoint {where} was "
+                "made with: one of the two was edited or damaged since. Restore the "
+                "file, or train again."
+            )
         try:
-            manifest = read_json(where / MANIFEST)
-            config, files = manifest["config"], manifest["files"]
-            names = [field.name for field in dataclasses.fields(Notes)]
-            notes = Notes(**{name: manifest[name] for name in names})
-            change = first_change(where, files)
-            if change is not None:
-                raise DamageError(where, change)
-            if config == self._config:
-                path = (where / STATE).absolute()
-                args = ocp.args.StandardRestore(target)
-                return self._checkpointer.restore(path, args=args), notes
-        except DamageError:
-            raise
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+            return self._manager.restore(int(where.name), args=items)["state"], record
         except Exception as error:
             raise DamageError(where, first_line(error)) from error
-        raise RunError(
-            f"config.json is not the configuration that checkpoint {where} was "
-            "made with: one of the two was edited or damaged since. Restore the "
-            "file, or train again."
-        )
 
-    def _check_room(self, where: Path, state: TrainState) -> None:
+    def _write_digests(self) -> None:
+        # orbax calls this with all files written, before it gives the folder its name.
+        (partial,) = self.folder.glob(f"*{PARTIAL}*")
+        (partial / DIGESTS).write_text(json.dumps(_digests(partial), indent=2))
+
+    def _remove_partial(self) -> None:
+        for path in self.folder.glob(f"*{PARTIAL}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _check_room(self, state: TrainState) -> None:
         # orbax finds out half-way, and says so in many tracebacks.
         needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + ROOM
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise RunError(
-                f"checkpoint {where} could not be written: the disk has {free:,} "
-                f"bytes left and {needed:,} are wanted. {self.last_good()} Make room, "
-                "or give a --workdir on another disk."
+                f"checkpoint {self._writing} could not be written: the disk has "
+                f"{free:,} bytes left and {needed:,} are wanted. {self.last_good()} "
+                "Make room, or give a --workdir on another disk."
             )
 
-
-class DamageError(RunError):
-    """A checkpoint that is not what was written."""
-
-    def __init__(self, where: Path, reason: str) -> None:
-        super().__init__(f"checkpoint {where} is damaged: {reason}.")
-        self.where = where
+    @contextlib.contextmanager
+    def _explaining_failure(self) -> Iterator[None]:
+        """Turn what orbax raises into a message, and remove what it left behind."""
+        try:
+            yield
+        except Exception as error:
+            self._remove_partial()
+            raise RunError(
+                f"checkpoint {self._writing} could not be written: "
+                f"{first_line(error)}. {self.last_good()} Is the disk full?"
+            ) from error
 
 
 @contextlib.contextmanager
@@ -327,6 +301,36 @@ def open_checkpoints(
             yield checkpoints
     finally:
         logger.setLevel(level)
+
+
+def _check_files(where: Path) -> None:
+    """Raise a DamageError that names the first file that is not what was written."""
+    try:
+        expected = dict(json.loads((where / DIGESTS).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DamageError(where, f"{DIGESTS}: {first_line(error)}") from error
+    found = _digests(where)
+    for name in sorted({METADATA_FILE, *expected}):
+        if name not in found:
+            raise DamageError(where, f"{name} is missing")
+        if found[name] != expected.get(name):
+            raise DamageError(where, f"{name} is not what was written")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file that orbax wrote for an item, by its path."""
+    digests = {}
+    for path in sorted(folder.glob("*/**/*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digests[path.relative_to(folder).as_posix()] = digest
+    return digests
+
+
+def _accuracy(record: Any) -> float:
+    accuracy = record.get("test_accuracy") if isinstance(record, dict) else None
+    return -1.0 if accuracy is None else accuracy
 
 
 def _put_aside(where: Path) -> None:

@@ -1,30 +1,34 @@
-"""Several hosts become one run: they meet, and only then does JAX connect them.
-
-JAX ends the process, with a stack of C++ frames, where a host does not come. So hosts
-first meet over a plain connection, which can be waited for and given up.
-"""
+"""Several hosts become one run: they meet, are told the same, and end together."""
 
 import contextlib
 import dataclasses
+import json
+import multiprocessing
 import os
 import shutil
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
+import bnjax
 from bnjax._validate import first_line
 from bnjax.data.config import SettingError
-from bnjax.training.config import Config, HostsConfig, RunError
+from bnjax.training.config import Config, HostsConfig, RunError, result_config
 
 HEARTBEAT_SECONDS = 30
-RETRY_SECONDS = 0.1
 LAST_WORDS_SECONDS = 2
-_READY = b"ready"
+SHARED = ("parallel", "devices", "on_nan", "resume")
+"""Fields of `Config` that hosts must share, though no result depends on them."""
 
 
 def join_hosts(hosts: HostsConfig) -> None:
@@ -34,63 +38,121 @@ def join_hosts(hosts: HostsConfig) -> None:
         hosts: where host 0 is, how many there are, and which this is.
 
     Raises:
-        RunError: the port is taken, host 0 is not reached, or some do not come; for
-            "auto", there is no cluster that JAX finds.
+        RunError: the port is taken, or the hosts do not all come; for "auto", there is
+            no cluster that JAX finds.
     """
     if hosts.coordinator is None:
         return
-    if hosts.coordinator == "auto":
-        try:
-            _connect(hosts)
-        except ValueError as error:
-            raise SettingError(
-                "--hosts.coordinator auto: JAX finds no cluster here; expected the "
-                "environment variables of Slurm, Open MPI or Cloud TPU. Give "
-                "ADDRESS:PORT of host 0, --hosts.count and --hosts.index.",
-            ) from error
-        except RuntimeError as error:
-            raise RunError(
-                f"--hosts.coordinator auto: the hosts did not meet: "
-                f"{first_line(error)}. Start the command on all hosts at once; "
-                "--hosts.timeout waits longer."
-            ) from error
+    automatic = hosts.coordinator == "auto"
+    place = () if automatic else (hosts.coordinator, hosts.count, hosts.index)
+    if not automatic and hosts.index == 0:
+        _check_port(hosts.coordinator)
+    # JAX ends the process, with a stack of C++ frames, where its own time is up. So it
+    # is given more, and waits in a thread that is left behind.
+    waiting = ThreadPool(1).apply_async(
+        jax.distributed.initialize,
+        place,
+        {
+            "initialization_timeout": 10 * hosts.timeout,
+            "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+            "shutdown_timeout_seconds": HEARTBEAT_SECONDS,
+        },
+    )
+    try:
+        waiting.get(hosts.timeout)
+    except multiprocessing.TimeoutError:
+        who = (
+            f"the --hosts.count {hosts.count} hosts did not all come"
+            if hosts.index == 0
+            else "host 0 was not reached, or another host did not come,"
+        )
+        raise RunError(
+            f"--hosts.coordinator {hosts.coordinator}: {who} within {hosts.timeout} s. "
+            "Start the same command on every host, each with its own --hosts.index; "
+            "--hosts.timeout waits longer."
+        ) from None
+    except ValueError as error:
+        if not automatic:
+            raise
+        raise SettingError(
+            "--hosts.coordinator auto: JAX finds no cluster here; expected the "
+            "environment variables of Slurm, Open MPI or Cloud TPU. Give "
+            "ADDRESS:PORT of host 0, --hosts.count and --hosts.index.",
+        ) from error
+
+
+def settings(preset: str, config: Config) -> dict[str, Any]:
+    """Return what must be the same on every host, by the names of `train.py`."""
+    values = flatten_dict(result_config(config), sep=".")
+    values |= {name: getattr(config, name) for name in SHARED}
+    flags = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    versions = {"bnjax": bnjax.__version__, "jax": jax.__version__}
+    return {"the preset": preset, **versions, **flags}
+
+
+def check_hosts_agree(values: Mapping[str, Any]) -> None:
+    """Refuse to go on where hosts have different values; every host has to call this.
+
+    Args:
+        values: JSON values by the names that the message gives them.
+
+    Raises:
+        SettingError: on every host, with the names and values that differ.
+    """
+    if jax.process_count() == 1:
         return
-    address, _, port = hosts.coordinator.rpartition(":")
-    deadline = time.monotonic() + hosts.timeout
-    if hosts.index == 0:
-        _receive_all(hosts, int(port), deadline)
-    else:
-        _report_to(hosts, address, int(port), deadline)
-    _connect(hosts, hosts.coordinator, hosts.count, hosts.index)
+    text = json.dumps(values).encode()
+    size = int(np.max(multihost_utils.process_allgather(np.int32(len(text)))))
+    padded = np.frombuffer(text.ljust(size), np.uint8)
+    first, *others = (
+        json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)
+    )
+    found = [
+        f"{name}: host 0 has {first.get(name)}, host {index} has {other.get(name)}"
+        for index, other in enumerate(others, start=1)
+        for name in first | other
+        if first.get(name) != other.get(name)
+    ]
+    if found:
+        raise SettingError(
+            f"the hosts differ: {'; '.join(found)}. Start the same command of the same "
+            "version on every host, each with its own --hosts.index."
+        )
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """End this process at once, with a message, where one of several hosts fails.
+def failing_together() -> Iterator[None]:
+    """Raise what each of several hosts has to say before JAX ends it.
 
-    Left to itself, Python would wait at exit for the others, and they for this one.
+    Raises:
+        RunError: another host is gone.
     """
     try:
         yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         if jax.process_count() == 1:
             raise
-        message, status = str(error), 1
-        if isinstance(error, SettingError):
-            status = 2
-        elif not isinstance(error, ValueError):
-            message = (
-                "a computation with the other hosts failed, most likely since one of "
-                f"them died: {first_line(error)}. Start the same command on every host "
-                "again, with --workdir and --resume: the run goes on from its newest "
-                "checkpoint."
-            )
-        print(f"error: {message}", file=sys.stderr)
+        if jax.process_index() == 0:
+            # JAX ends the others as soon as host 0 is gone.
+            time.sleep(LAST_WORDS_SECONDS)
+        if isinstance(error, ValueError):
+            raise
+        raise RunError(
+            "a computation with the other hosts failed, most likely since one of "
+            f"them died: {first_line(error)}. Start the same command on every host "
+            "again, with --workdir and --resume: the run goes on from its newest "
+            "checkpoint."
+        ) from error
+
+
+def leave_hosts(status: int) -> None:
+    """End this process at once if it is one of several hosts.
+
+    Left to itself, Python would wait at exit for the others, and they for this one.
+    """
+    if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
-        if jax.process_index() == 0:
-            # JAX ends the others as soon as host 0 is gone: they may have a message.
-            time.sleep(LAST_WORDS_SECONDS)
         os._exit(status)
 
 
@@ -117,74 +179,15 @@ def host_folder(config: Config) -> Iterator[Config]:
         yield dataclasses.replace(config, workdir=copy)
 
 
-def _connect(
-    hosts: HostsConfig,
-    address: str | None = None,
-    count: int | None = None,
-    index: int | None = None,
-) -> None:
-    """Have JAX connect this process with the others; what is None, it finds out."""
-    jax.distributed.initialize(
-        address,
-        count,
-        index,
-        initialization_timeout=hosts.timeout,
-        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-    )
-
-
-def _receive_all(hosts: HostsConfig, port: int, deadline: float) -> None:
-    """Wait on host 0 until each of the others has said its index."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket())
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _check_port(coordinator: str) -> None:
+    """Refuse a port that is taken: JAX 0.10 would end in a segmentation fault."""
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(("", port))
+            probe.bind(("", port))
         except OSError as error:
             raise RunError(
-                f"--hosts.coordinator {hosts.coordinator}: port {port} cannot be used "
-                f"on this host: {error.strerror}. Give another port on every host."
+                f"--hosts.coordinator {coordinator}: port {port} cannot be used on "
+                f"this host: {error.strerror}. Give another port on every host."
             ) from error
-        listener.listen(hosts.count)
-        missing = set(range(1, hosts.count))
-        guests = []
-        while missing:
-            listener.settimeout(max(deadline - time.monotonic(), 0.001))
-            try:
-                guest = stack.enter_context(listener.accept()[0])
-                guest.settimeout(max(deadline - time.monotonic(), 0.001))
-                missing.discard(int(guest.recv(16) or b"-1"))
-            except TimeoutError:
-                raise RunError(
-                    f"host(s) {', '.join(map(str, sorted(missing)))} of "
-                    f"--hosts.count {hosts.count} did not come within "
-                    f"{hosts.timeout} s. Start the same command there with its own "
-                    "--hosts.index; --hosts.timeout waits longer."
-                ) from None
-            except (OSError, ValueError):
-                continue
-            guests.append(guest)
-        for guest in guests:
-            with contextlib.suppress(OSError):
-                guest.sendall(_READY)
-                # Whoever closes first keeps the port busy: let it be the guest.
-                guest.recv(1)
-
-
-def _report_to(hosts: HostsConfig, address: str, port: int, deadline: float) -> None:
-    """Say this host's index to host 0, and wait until all have."""
-    while time.monotonic() < deadline:
-        left = max(deadline - time.monotonic(), 0.001)
-        with contextlib.suppress(OSError), socket.socket() as guest:
-            guest.settimeout(left)
-            guest.connect((address, port))
-            guest.sendall(str(hosts.index).encode())
-            if guest.recv(len(_READY)) == _READY:
-                return
-        time.sleep(RETRY_SECONDS)
-    raise RunError(
-        f"--hosts.coordinator {hosts.coordinator}: host 0 was not reached, or another "
-        f"did not come, within {hosts.timeout} s. Start the same command on every "
-        "host, each with its own --hosts.index; --hosts.timeout waits longer."
-    )

@@ -1,6 +1,7 @@
 """Training from a configuration to a summary: read it from top to bottom."""
 
 import contextlib
+import shlex
 import sys
 import time
 from datetime import timedelta
@@ -13,7 +14,7 @@ import numpy as np
 from bnjax.data.config import SettingError
 from bnjax.data.pipeline import load_test
 from bnjax.data.sources import Source, open_data
-from bnjax.training.checkpoint import Checkpoints, Notes, open_checkpoints
+from bnjax.training.checkpoint import CheckpointMetadata, Checkpoints, open_checkpoints
 from bnjax.training.config import Config
 from bnjax.training.evaluation import Evaluation, Evaluator, PopulationEstimator
 from bnjax.training.faults import (
@@ -23,7 +24,13 @@ from bnjax.training.faults import (
     StopSignals,
     forward_order,
 )
-from bnjax.training.hosts import ending_together, host_folder, join_hosts
+from bnjax.training.hosts import (
+    check_hosts_agree,
+    failing_together,
+    host_folder,
+    join_hosts,
+    settings,
+)
 from bnjax.training.metrics import (
     EvalRecord,
     MetricsWriter,
@@ -67,29 +74,33 @@ def train(preset: str, config: Config) -> dict[str, Any]:
         Stopped: A signal came; the run was saved.
     """
     join_hosts(config.hosts)
-    with ending_together(), host_folder(config) as config_here:
+    with failing_together(), host_folder(config) as config_here:
         return _train(preset, config_here)
 
 
 def _train(preset: str, config: Config) -> dict[str, Any]:
     """Train on this host, connected with the others if there are any."""
+    check_hosts_agree(settings(preset, config))
     if config.compilation_cache is not None:
         keep_compiled(config.compilation_cache)
     source = open_data(config.data, config.data_dir)
     _check_batch_size(config, source)
     parallel = make_parallel(config)
-    workdir = config.workdir or default_workdir(preset)
-    resuming = claim(workdir, resume=config.resume)
-    if resuming:
-        check_same(workdir, preset, config)
-    run = Run(config, source, parallel, resuming=resuming)
-    if not resuming:
-        write_json(workdir / CONFIG, describe(preset, config))
+    workdir = config.workdir or default_workdir(preset, config.data.name)
     with contextlib.ExitStack() as stack:
+        resuming = stack.enter_context(claim(workdir, resume=config.resume))
+        if resuming:
+            check_same(workdir, preset, config)
+        run = Run(config, source, parallel, resuming=resuming)
         stack.callback(run.close)
+        if not resuming:
+            write_json(workdir / CONFIG, describe(preset, config))
         checkpoints = stack.enter_context(open_checkpoints(workdir, config))
         if config.resume:
             run.resume(checkpoints)
+        if jax.process_count() > 1:
+            digest = state_sha256(run.state)
+            check_hosts_agree({"first step": run.step, "first state": digest})
         metrics = MetricsWriter(
             workdir, run.step, tensorboard=config.tensorboard or config.histograms
         )
@@ -98,10 +109,10 @@ def _train(preset: str, config: Config) -> dict[str, Any]:
         stack.callback(progress.close)
         stop = stack.enter_context(StopSignals())
         evaluation = _take_steps(run, checkpoints, metrics, progress, stop)
-    summary = summarize(run, evaluation, read_metrics(workdir))
-    write_json(workdir / SUMMARY, {"preset": preset, **summary})
+        summary = summarize(run, evaluation, read_metrics(workdir))
+        write_json(workdir / SUMMARY, {"preset": preset, **summary})
     print(f"{evaluation}\n{final_table(summary)}")
-    print(f"{workdir} holds the run: python eval.py {workdir}")
+    print(f"{workdir} holds the run: python eval.py {shlex.quote(str(workdir))}")
     return summary
 
 
@@ -175,18 +186,19 @@ class Run:
             first = first_state(self.config, self.program)
             self._state = self._parallel.place_state(first)
             return
-        state, notes = checkpoints.restore(self.state)
+        state, metadata = checkpoints.restore(self.state)
         self._state = self._parallel.place_state(state)
         self.step = int(state.step)
-        self.seconds = notes.seconds
-        self.guard.dropped = notes.dropped
-        self._feed.restore(notes.feed)
+        self.seconds = metadata.seconds
+        self.guard.dropped = metadata.dropped
+        self._feed.restore(metadata.feed)
         print(f"resuming at step {self.step:,}", file=sys.stderr)
 
-    def notes(self, evaluation: Evaluation | None) -> Notes:
+    def metadata(self, evaluation: Evaluation | None) -> CheckpointMetadata:
         """Return what a checkpoint holds beside the state."""
         accuracy = evaluation.accuracy if evaluation else None
-        return Notes(accuracy, self._feed.state(), self.seconds, self.guard.dropped)
+        place, dropped = self._feed.state(), self.guard.dropped
+        return CheckpointMetadata(accuracy, place, self.seconds, dropped)
 
     def dispatch(self, steps: int) -> tuple[dict[str, np.ndarray], float]:
         """Take some steps in one call to the device.
@@ -291,13 +303,13 @@ def _take_steps(
         signal = None if done else stop.requested()
         if done or signal or run.step % config.checkpoint_every == 0:
             metrics.sync()
-            checkpoints.save(run.state, run.notes(evaluation))
+            checkpoints.save(run.state, run.metadata(evaluation))
         if signal:
             checkpoints.wait()
             raise Stopped(
                 f"stopped by {signal.name} after step {run.step:,}. "
                 f"{checkpoints.last_good()} The same command with --workdir "
-                f"{checkpoints.workdir} --resume continues it.",
+                f"{shlex.quote(str(checkpoints.workdir))} --resume continues it.",
                 signal,
             )
     checkpoints.wait()

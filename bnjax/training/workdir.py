@@ -4,12 +4,13 @@ import contextlib
 import json
 import os
 import platform
+import re
+import socket
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import flax
 import jax
@@ -17,20 +18,44 @@ import jax
 import bnjax
 from bnjax._files import replacing
 from bnjax.data.config import SettingError
+from bnjax.data.sources import is_folder
 from bnjax.training.config import Config, RunError, differences, from_json, to_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 EVALUATION = "eval.json"
 CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
 TENSORBOARD = "tensorboard"
 PROFILE = "profile"
+OURS = (CONFIG, METRICS, SUMMARY, EVALUATION, CHECKPOINTS)
 
 
-def default_workdir(preset: str) -> Path:
-    """Return runs/<preset>-<time>, a folder that does not exist yet."""
-    stem = f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+def default_workdir(preset: str, data_name: str = "") -> Path:
+    """Return runs/<preset>-<time>, a folder that does not exist yet.
+
+    Args:
+        preset: of the run.
+        data_name: `--data.name`. The name of a folder of images stands after the
+            preset's, since no preset is made for it.
+
+    Example:
+        >>> default_workdir("digits")
+        PosixPath('runs/digits-20...')
+        >>> default_workdir("cifar10", "../my flowers")
+        PosixPath('runs/cifar10-my_flowers-20...')
+    """
+    stem = preset
+    if is_folder(data_name):
+        folder = Path(data_name).expanduser().resolve().name
+        stem = f"{preset}-{re.sub(r'[^A-Za-z0-9._-]+', '_', folder)}"
+    stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     path = Path("runs") / stem
     count = 1
     while path.exists():
@@ -39,35 +64,64 @@ def default_workdir(preset: str) -> Path:
     return path
 
 
-def claim(workdir: Path, *, resume: bool = False) -> bool:
-    """Make the folder, or refuse it: it holds a run, or cannot be written to.
+@contextlib.contextmanager
+def claim(workdir: Path, *, resume: bool = False) -> Iterator[bool]:
+    """Make the folder and keep every other process from writing to it meanwhile.
+
+    The system frees the lock when this process ends, however it ends.
 
     Args:
         workdir: the folder.
         resume: take a folder that holds a run.
 
-    Returns:
+    Yields:
         Whether it holds a run to resume.
 
     Raises:
-        RunError: saying which, and what to do. Nothing in it has been changed.
+        RunError: another process writes to it, it holds a run, or it cannot be
+            written to; the message says what to do. No file of a run has been changed.
     """
-    ours = (CONFIG, METRICS, SUMMARY, EVALUATION, CHECKPOINTS)
-    with writing(workdir):
-        held = [name for name in ours if (workdir / name).exists()]
-        if held and not (resume and CONFIG in held):
-            advice = "" if resume else "add --resume to continue it, or "
-            raise RunError(
-                f"workdir {workdir} holds a run already ({', '.join(held)}). Nothing "
-                f"was overwritten: {advice}give another --workdir."
-            )
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-        for name in ours:
-            for unfinished in workdir.glob(f".{name}.*"):
-                unfinished.unlink()
-    return bool(held)
+    with contextlib.ExitStack() as stack:
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((workdir / LOCK).open("a+", encoding="utf-8"))
+            _lock(lock, workdir)
+            found = [name for name in OURS if (workdir / name).exists()]
+            if found and not (resume and CONFIG in found):
+                advice = "" if resume else "add --resume to continue it, or "
+                raise RunError(
+                    f"workdir {workdir} holds a run already ({', '.join(found)}). "
+                    f"Nothing was overwritten: {advice}give another --workdir."
+                )
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            for name in OURS:
+                for unfinished in workdir.glob(f".{name}.*"):
+                    unfinished.unlink()
+        yield bool(found)
+
+
+def _lock(lock: TextIO, workdir: Path) -> None:
+    """Lock an open file, or refuse the folder that it is in."""
+    try:
+        if fcntl is None:
+            raise OSError("this system has none")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        raise RunError(
+            f"workdir {workdir} is being written by {lock.read() or 'another process'}"
+            ". Nothing was changed: wait until that has ended, or give another "
+            "--workdir."
+        ) from None
+    except OSError as error:
+        # Some network file systems have no locks: a run there is better than none.
+        print(
+            f"note: {workdir} cannot be locked ({error.strerror or error}): take care "
+            "that no other process writes to it.",
+            file=sys.stderr,
+        )
 
 
 @contextlib.contextmanager
@@ -92,15 +146,6 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with writing(path), replacing(path) as file:
         file.write(text)
-
-
-def sync_folder(folder: Path) -> None:
-    """Return once the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_json(path: Path) -> Any:
@@ -144,6 +189,13 @@ def read_config(workdir: Path) -> Config:
         RunError: the folder is no run, or its config.json is damaged.
     """
     return from_json(_read(workdir)["config"], str(workdir / CONFIG))
+
+
+def written_by(workdir: Path) -> str:
+    """Return the version of bnjax that started a run, as a message names it."""
+    versions = _read(workdir).get("versions")
+    version = versions.get("bnjax") if isinstance(versions, dict) else None
+    return f"bnjax {version}" if version else "an earlier version of bnjax"
 
 
 def check_same(workdir: Path, preset: str, config: Config) -> None:

@@ -11,7 +11,7 @@ import pytest
 import train as train_program
 from bnjax.training.checkpoint import Checkpoints
 from bnjax.training.metrics import read_metrics
-from tests.integration.test_hosts import ROOT, finish, port, start
+from tests.integration.test_hosts import finish, port, two_hosts
 from tests.integration.test_resume import results
 
 __all__ = ["port"]
@@ -110,14 +110,7 @@ def test_a_full_disk_of_host_0_ends_all_hosts(disk, port):
     folder, resize = disk
     resize(1200)
     argv = [*FLAGS[: FLAGS.index("--parallel")], "--batch-size", 64]
-    processes = [
-        start(
-            *(ROOT / "train.py", *argv, "--workdir", folder / "run"),
-            *("--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.count", 2),
-            *("--hosts.index", index),
-        )
-        for index in range(2)
-    ]
+    processes = two_hosts(port, *argv, "--workdir", folder / "run")
     (_, first), (_, second) = finish(*processes)
     assert processes[0].returncode == 1
     good = folder / "run" / "checkpoints" / "20"

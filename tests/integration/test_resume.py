@@ -1,5 +1,6 @@
 """Runs that are killed or stopped, and resumed: each ends as if nothing had been."""
 
+import functools
 import json
 import os
 import random
@@ -12,23 +13,31 @@ from pathlib import Path
 
 import pytest
 
+import eval as eval_program
+import train as train_program
 from bnjax.training.metrics import read_metrics
 
-pytestmark = pytest.mark.skipif(
-    sys.platform == "win32", reason="needs POSIX signals and rename"
-)
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 ROOT = Path(__file__).parents[2]
 # Dispatches, evaluations and checkpoints that do not fall together.
-COUNTS = {"steps": 2400, "log-every": 25, "eval-every": 60, "checkpoint-every": 40}
-OTHERS = {"model.hidden": 16, "optim.name": "momentum", "learning-rate": 0.02}
-FLAGS = [
-    word for name, value in (COUNTS | OTHERS).items() for word in (f"--{name}", value)
-]
+FLAGS = {
+    "resident": [
+        *("--steps", 2400, "--log-every", 25, "--eval-every", 60),
+        *("--checkpoint-every", 40, "--model.hidden", 16),
+        *("--optim.name", "momentum", "--learning-rate", 0.02),
+    ],
+    "streaming": [
+        *("--steps", 400, "--log-every", 25, "--eval-every", 60),
+        *("--checkpoint-every", 40, "--model.hidden", 16, "--batch-size", 30),
+        *("--data.name", "synthetic:12x12x3:5:500", "--data.path", "streaming"),
+        *("--data.augment.kind", "crop"),
+    ],
+}
 
 
-def start(workdir, cache, *more, flags=FLAGS):
+def start(workdir, cache, *more, path="resident"):
     """Start train.py on one device, with what it prints in a file beside workdir."""
-    argv = [*flags, "--workdir", workdir, "--compilation-cache", cache, *more]
+    argv = [*FLAGS[path], "--workdir", workdir, "--compilation-cache", cache, *more]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     with workdir.with_suffix(".log").open("a") as log:
         return subprocess.Popen(
@@ -59,7 +68,7 @@ def results(workdir):
     return {name: summary[name] for name in names}, records, kept
 
 
-def wait_for(process, happened, seconds=60):
+def wait_for(process, happened, seconds=150):
     """Return whether it happened before the process ended."""
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
@@ -78,7 +87,9 @@ def kill(process, workdir, random_source, *, saving):
         seen = set()
 
         def happened():
-            partial = {path.name for path in folder.glob("*.partial")} - seen
+            partial = {
+                path.name for path in folder.glob("*.orbax-checkpoint-tmp")
+            } - seen
             seen.update(partial)
             return bool(partial) and next(skipped, None) is None
     else:
@@ -91,9 +102,11 @@ def kill(process, workdir, random_source, *, saving):
                 moment = time.monotonic() + delay
             return moment is not None and time.monotonic() > moment
 
-    wait_for(process, happened)
-    process.kill()
-    process.wait()
+    try:
+        wait_for(process, happened)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -103,80 +116,87 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, cache):
-    """The folder of a run that was never stopped."""
-    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(start(workdir, cache), workdir)
-    assert list(cache.iterdir())
-    return workdir
+    """Give the folder of a run that was never stopped."""
+
+    @functools.cache
+    def run(path):
+        workdir = tmp_path_factory.mktemp("runs") / path
+        finish(start(workdir, cache, path=path), workdir)
+        return workdir
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_run_killed_three_times(undisturbed, cache, tmp_path):
-    workdir, source = tmp_path / "run", random.Random(3)
-    for saving in (False, True, True):
-        process = start(workdir, cache, "--resume")
-        kill(process, workdir, source, saving=saving)
-    log = finish(start(workdir, cache, "--resume"), workdir)
-    assert "resuming at step" in log
-    assert results(workdir) == results(undisturbed)
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize("path", FLAGS)
 @pytest.mark.parametrize("seed", range(20))
-def test_twenty_killed_runs(undisturbed, cache, tmp_path, seed):
+def test_killed_runs(undisturbed, cache, tmp_path, path, seed):
     workdir, source = tmp_path / "run", random.Random(seed)
-    kill(start(workdir, cache), workdir, source, saving=seed % 2 == 0)
-    finish(start(workdir, cache, "--resume"), workdir)
-    assert results(workdir) == results(undisturbed)
+    for kills in range(3 if seed % 5 == 0 else 1):
+        workers = ["--data.workers", (seed + kills) % 3] if path == "streaming" else []
+        process = start(workdir, cache, "--resume", *workers, path=path)
+        kill(process, workdir, source, saving=(seed + kills) % 2 == 0)
+    finish(start(workdir, cache, "--resume", path=path), workdir)
+    assert results(workdir) == results(undisturbed(path))
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
-        (signal.SIGINT, 130),
-    ],
-)
-def test_a_run_stopped_by_a_signal(undisturbed, cache, tmp_path, number, status):
+def test_a_run_stopped_by_a_signal(undisturbed, cache, tmp_path, capsys):
     workdir = tmp_path / "run"
     process = start(workdir, cache)
     assert wait_for(process, (workdir / "checkpoints" / "200").exists)
-    process.send_signal(number)
-    log = finish(process, workdir, status)
+    # While it is there, others may read the run but not write to it.
+    process.send_signal(signal.SIGSTOP)
+    flags = [*map(str, FLAGS["resident"]), "--workdir", str(workdir)]
+    for resume in ([], ["--resume"]):
+        assert train_program.main([*flags, *resume]) == 1
+        message = f"{workdir} is being written by process {process.pid} on "
+        assert message in capsys.readouterr().err
+    output = str(tmp_path / "eval.json")
+    assert eval_program.main([str(workdir), "--output", output]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGINT)
+    log = finish(process, workdir, 130)
     assert "Traceback" not in log
-    assert f"{number.name}: finishing the steps under way" in log
+    assert "SIGINT: finishing the steps under way" in log
     found = re.search(r"after step ([\d,]+)\. The last good checkpoint is (\S+)\.", log)
     assert found is not None
     step = int(found[1].replace(",", ""))
     assert found[2] == str(workdir / "checkpoints" / str(step))
-    assert (workdir / "checkpoints" / str(step) / "manifest.json").exists()
+    assert (workdir / "checkpoints" / str(step) / "sha256.json").exists()
     assert 200 <= step < 2400
     assert read_metrics(workdir)[-1]["step"] == step
 
-    if number == signal.SIGTERM:
-        log = finish(start(workdir, cache, "--resume"), workdir)
-        assert f"resuming at step {step:,}" in log
-        assert results(workdir)[:2] == results(undisturbed)[:2]
+    log = finish(start(workdir, cache, "--resume"), workdir)
+    assert f"resuming at step {step:,}" in log
+    assert results(workdir)[:2] == results(undisturbed("resident"))[:2]
 
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(cache, tmp_path):
     workdir = tmp_path / "run"
     # One dispatch of a minute and more.
-    long = ["--steps", "3000000", "--log-every", "1000000", "--model.hidden", "512"]
-    rest = ["--eval-every", "1000000", "--checkpoint-every", "1000000"]
-    process = start(workdir, cache, flags=[*long, *rest])
+    counts = ("--steps", "--log-every", "--eval-every", "--checkpoint-every")
+    long = [word for count in counts for word in (count, 3_000_000)]
+    process = start(workdir, cache, *long, "--model.hidden", 512)
     try:
-        metrics = workdir / "metrics.jsonl"
-        assert wait_for(process, metrics.exists)
+        assert wait_for(process, (workdir / "metrics.jsonl").exists)
         time.sleep(2)
         process.send_signal(signal.SIGINT)
-        log = workdir.with_suffix(".log")
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(timeout=2)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=5) == -signal.SIGINT
-        assert "Traceback" not in log.read_text()
+        assert "Traceback" not in workdir.with_suffix(".log").read_text()
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.slow
+def test_sigterm(cache, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, cache)
+    assert wait_for(process, (workdir / "checkpoints" / "200").exists)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM after step" in finish(process, workdir, 143)

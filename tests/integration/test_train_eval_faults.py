@@ -12,7 +12,7 @@ import pytest
 
 import eval as eval_program
 import train as train_program
-from bnjax.training.checkpoint import MANIFEST
+from bnjax.training.checkpoint import DIGESTS
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -105,7 +105,7 @@ def test_eval_of_what_is_no_run(fails, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["config.json", "summary.json", f"20/{MANIFEST}"])
+@pytest.mark.parametrize("name", ["config.json", "summary.json", f"20/{DIGESTS}"])
 @pytest.mark.parametrize("damage", ["empty", "half", "not text"])
 def test_eval_of_a_damaged_record(fails, run, name, damage):
     (path,) = run.rglob(name)
@@ -115,7 +115,10 @@ def test_eval_of_a_damaged_record(fails, run, name, damage):
             damage
         ]
     )
-    assert f"{path} is damaged" in fails(eval_program, run)
+    message = fails(eval_program, run)
+    place = f"{path.parent} is damaged: {DIGESTS}" if path.name == DIGESTS else path
+    assert f"{place}" in message
+    assert "is damaged" in message
     assert not (run / "eval.json").exists()
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -6,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from bnjax.training import workdir
+from bnjax.training.config import RunError
 from bnjax.training.metrics import EvalRecord as Scored
 from bnjax.training.metrics import MetricsWriter, read_metrics
 from bnjax.training.workdir import (
     CHECKPOINTS,
     CONFIG,
     EVALUATION,
+    LOCK,
     METRICS,
     SUMMARY,
     claim,
@@ -29,31 +33,65 @@ def full_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", refuse)
 
 
-def test_claim_makes_the_folder_and_leaves_it_empty(tmp_path):
-    claim(tmp_path / "a" / "b")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
-    claim(tmp_path / "a" / "b")
+def test_claim_makes_the_folder_and_frees_it(tmp_path):
+    workdir = tmp_path / "a" / "b"
+    for _ in range(2):
+        with claim(workdir) as resuming:
+            assert not resuming
+            assert [path.name for path in workdir.iterdir()] == [LOCK]
 
 
 def test_claim_takes_a_folder_that_holds_other_things(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    claim(tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with claim(tmp_path):
+        assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_one_process_at_a_time_writes_a_run(tmp_path, resume):
+    with (
+        claim(tmp_path),
+        pytest.raises(RunError, match=rf"written by process {os.getpid()} on .*wait"),
+        claim(tmp_path, resume=resume),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("fcntl", [None, "no locks"])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, fcntl):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if fcntl is None:
+        monkeypatch.setattr(workdir, "fcntl", None)
+    else:
+        monkeypatch.setattr(workdir.fcntl, "flock", refuse)
+    with claim(tmp_path):
+        assert f"note: {tmp_path} cannot be locked (" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [CONFIG, METRICS, SUMMARY, EVALUATION, CHECKPOINTS])
 def test_claim_refuses_a_run(tmp_path, name):
     (tmp_path / name).write_text("a run's")
-    with pytest.raises(ValueError, match=f"holds a run already.*{re.escape(name)}"):
-        claim(tmp_path)
+    with (
+        pytest.raises(RunError, match=f"holds a run already.*{re.escape(name)}"),
+        claim(tmp_path),
+    ):
+        pass
     assert (tmp_path / name).read_text() == "a run's"
+    if name == CONFIG:
+        with claim(tmp_path, resume=True) as resuming:
+            assert resuming
 
 
 def test_claim_refuses_what_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ValueError, match=r"could not be written.*--workdir"):
-            claim(path)
+        with (
+            pytest.raises(RunError, match=r"could not be written.*--workdir"),
+            claim(path),
+        ):
+            pass
 
 
 @pytest.mark.skipif(
@@ -62,19 +100,25 @@ def test_claim_refuses_what_is_no_folder(tmp_path):
 )
 def test_claim_refuses_a_folder_without_permission(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(ValueError, match="Permission denied"):
-        claim(tmp_path / "run")
+    with pytest.raises(RunError, match="Permission denied"), claim(tmp_path / "run"):
+        pass
     tmp_path.chmod(0o700)
 
 
-def test_default_workdirs_are_named_after_preset_and_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("data_name", "stem"),
+    [
+        ("digits", "mnist-20150211-120000"),
+        ("../my photos/cats & dogs/", "mnist-cats_dogs-20150211-120000"),
+    ],
+)
+def test_default_workdirs(tmp_path, monkeypatch, data_name, stem):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda form: "20150211-120000")
     found = []
     for _ in range(3):
-        found.append(default_workdir("digits"))
-        claim(found[-1])
-    stem = "digits-20150211-120000"
+        found.append(default_workdir("mnist", data_name))
+        found[-1].mkdir(parents=True)
     assert found == [Path("runs", stem + end) for end in ("", "-2", "-3")]
 
 
@@ -109,7 +153,7 @@ def test_reading_what_is_not_there_or_damaged(tmp_path):
 
 
 def test_metrics_are_there_as_soon_as_they_are_written(tmp_path):
-    with MetricsWriter(tmp_path) as metrics:
+    with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
         for step in (1, 2):
             metrics.write(Scored(step, 0.5, 0.75))
             assert len(read_metrics(tmp_path)) == step

@@ -8,18 +8,14 @@ height, width) there.
 
 import dataclasses
 import functools
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -96,7 +92,7 @@ def known_mapping(model: str, image_shape: tuple[int, ...] = ()) -> LayerMapping
         return {"dense1": Layer("dense1", channels=16), **SAME_NAMES}
     if model == "inception":
         return {"logits": Layer("logits", channels=1), **SAME_NAMES}
-    return RESNET if model.startswith("resnet") else None
+    return RESNET if re.fullmatch(r"resnet\d+", model) else None
 
 
 COUNTER = "num_batches_tracked"
@@ -110,44 +106,7 @@ NAMES = {
     "var": "running_var",
 }
 """What an array of Flax is called in PyTorch."""
-
-
-class Layout(NamedTuple):
-    """How an array of PyTorch becomes one of Flax.
-
-    Args:
-        axes: its axes in Flax's order.
-        flipped: how many of the first axes then run backward.
-        channels: of the feature map whose flattened entries the first axis then is.
-    """
-
-    axes: tuple[int, ...]
-    flipped: int = 0
-    channels: int = 1
-
-    def from_torch(self, array: np.ndarray) -> np.ndarray:
-        """Return PyTorch's array in Flax's layout.
-
-        Example:
-            >>> Layout((1, 0), channels=2).from_torch(np.arange(6)[None]).ravel()
-            array([0, 3, 1, 4, 2, 5])
-        """
-        array = np.flip(array.transpose(self.axes), range(self.flipped))
-        return _swap_rows(array, self.channels)
-
-    def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """Return Flax's array in PyTorch's layout."""
-        if self.channels > 1:
-            array = _swap_rows(array, array.shape[0] // self.channels)
-        return np.flip(array, range(self.flipped)).transpose(np.argsort(self.axes))
-
-
-def _swap_rows(array: np.ndarray, rows: int) -> np.ndarray:
-    """Transpose the matrix of so many rows that the first axis stands for."""
-    if rows == 1:
-        return array
-    matrix = array.reshape(rows, -1, *array.shape[1:])
-    return matrix.swapaxes(0, 1).reshape(array.shape)
+TENSORS = frozenset(NAMES.values())
 
 
 class Leaf(NamedTuple):
@@ -161,110 +120,49 @@ class Leaf(NamedTuple):
     def __str__(self) -> str:
         return "/".join(map(str, self.path))
 
-    def layout(self, layer: Layer) -> Layout:
-        """Return how a tensor becomes this array."""
-        rank, name = len(self.shape), self.path[-1]
-        axes, flipped = tuple(range(rank)), 0
-        if name == "kernel" and layer.transposed and rank > 2:
-            axes, flipped = (*range(2, rank), 0, 1), rank - 2
-        elif name == "kernel":
-            axes = (*range(2, rank), 1, 0)
-        # Of a matrix its rows; of a normalization of flattened features all it has.
-        flat = (name == "kernel" and rank == 2) if self.has_kernel else rank == 1
-        channels = (layer.channels if flat else None) or 1
-        if channels > 1 and self.shape[0] % channels:
-            raise TorchError(
-                f"channels: {self} has {self.shape[0]} rows, which is no multiple of "
-                f"{channels}; expected the channels of the feature map that reaches "
-                "it flattened, 1 where none does."
-            )
-        return Layout(axes, flipped, channels)
 
-
-class Pair(NamedTuple):
+class Pair:
     """A tensor, and the array of ours that it becomes or is subtracted from."""
 
-    name: str
-    leaf: Leaf
-    layer: Layer
-
-    @property
-    def layout(self) -> Layout:
-        """How the tensor becomes the array."""
-        return self.leaf.layout(self.layer)
-
-    @property
-    def torch_shape(self) -> tuple[int, ...]:
-        """The shape of the tensor."""
-        return tuple(self.leaf.shape[i] for i in np.argsort(self.layout.axes))
-
-
-def pair_arrays(
-    state: Mapping[str, Any],
-    variables: Mapping[str, Any],
-    mapping: LayerMapping = SAME_NAMES,
-    *,
-    keep: Sequence[str] = (),
-) -> list[Pair]:
-    """Return which tensor of a state dict is which array of a model.
-
-    Args:
-        state: as of `from_torch`; shapes are enough.
-        variables: likewise.
-        mapping: likewise.
-        keep: likewise.
-
-    Raises:
-        TorchError: as `from_torch`.
-
-    Example:
-        >>> variables = {"params": {"logits": {"kernel": np.ones((2, 3))}}}
-        >>> for pair in pair_arrays({"fc.weight": np.ones((3, 2))}, variables, RESNET):
-        ...     print(pair.name, pair.leaf, pair.layout.axes)
-        fc.weight params/logits/kernel (1, 0)
-    """
-    if not state:
-        raise TorchError("the state dict is empty; expected tensors by name.")
-    ours = _leaves(variables)
-    kept = _kept(ours, keep)
-    names = {*state, *(name.rpartition(".")[0] for name in state)}
-    for pattern, given in mapping.items():
-        if given is None and not any(map(_regex(pattern).fullmatch, names)):
+    def __init__(self, name: str, leaf: Leaf, layer: Layer) -> None:
+        self.name, self.leaf, self.layer = name, leaf, layer
+        rank, last = len(leaf.shape), leaf.path[-1]
+        # The axes of the tensor in the order of ours, the first of them backward.
+        self._axes, self._backward = tuple(range(rank)), ()
+        if last == "kernel" and layer.transposed and rank > 2:
+            self._axes = (*range(2, rank), 0, 1)
+            self._backward = tuple(range(rank - 2))
+        elif last == "kernel":
+            self._axes = (*range(2, rank), 1, 0)
+        # Of a matrix its rows; of a normalization of flattened features all it has.
+        flat = (last == "kernel" and rank == 2) if leaf.has_kernel else rank == 1
+        self._channels = (layer.channels if flat else None) or 1
+        if flat and leaf.shape[0] % self._channels:
             raise TorchError(
-                f"mapping: no tensor or layer is {pattern!r}, which is to go nowhere."
-                f"{did_you_mean(pattern, names)}"
+                f"channels: {leaf} has {leaf.shape[0]} rows, which is no multiple of "
+                f"{self._channels}; expected the channels of the feature map that "
+                "reaches it flattened, 1 where none does."
             )
-    pairs: list[Pair] = []
-    problems: list[str] = []
-    sources: dict[tuple[Leaf, bool], str] = {}
-    for name in state:
-        found = _find(name, mapping)
-        if name.rpartition(".")[2] == COUNTER or found is None:
-            continue
-        layer, last = found
-        leaf, shape = ours.get((layer.path, last)), tuple(np.shape(state[name]))
-        if leaf is None or leaf in kept:
-            why = (
-                f"{leaf} keeps its value" if leaf else _missing(layer, last, name, ours)
-            )
-            problems.append(f"no place for {name} {shape}: {why}")
-            continue
-        pair = Pair(name, leaf, layer)
-        if shape != pair.torch_shape:
-            problems.append(
-                f"{name} {shape} for {leaf}, which needs {pair.torch_shape}"
-            )
-        if (other := sources.setdefault((leaf, layer.subtract), name)) != name:
-            problems.append(f"{name} and {other} are both for {leaf}")
-        pairs.append(pair)
-    for leaf in ours.values():
-        if leaf not in kept and (leaf, False) not in sources:
-            shape = Pair("", leaf, Layer("")).torch_shape
-            problems.append(f"nothing for {leaf}, which needs {shape}")
-    if problems:
-        raise _misfit(problems)
-    _check_flattened(pairs, ours)
-    return pairs
+        self.torch_shape = tuple(leaf.shape[i] for i in np.argsort(self._axes))
+
+    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
+        """Return PyTorch's array in Flax's layout."""
+        array = np.flip(tensor.transpose(self._axes), self._backward)
+        return _swap_rows(array, self._channels)
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """Return Flax's array in PyTorch's layout."""
+        if self._channels > 1:
+            array = _swap_rows(array, array.shape[0] // self._channels)
+        return np.flip(array, self._backward).transpose(np.argsort(self._axes))
+
+
+def _swap_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    """Transpose the matrix of so many rows that the first axis stands for."""
+    if rows == 1:
+        return array
+    matrix = array.reshape(rows, -1, *array.shape[1:])
+    return matrix.swapaxes(0, 1).reshape(array.shape)
 
 
 def from_torch(
@@ -293,6 +191,7 @@ def from_torch(
             are named; or what is flattened before a layer cannot be told.
 
     Example:
+        >>> import jax
         >>> from flax import linen as nn
         >>> variables = nn.Dense(1).init(jax.random.key(0), jnp.ones((1, 2)))
         >>> state = {"fc.weight": np.array([[1.0, 2.0]]), "fc.bias": np.array([3.0])}
@@ -300,7 +199,7 @@ def from_torch(
         [[1.0], [2.0]]
     """
     pairs = pair_arrays(state, variables, mapping, keep=keep)
-    found: dict[Any, Any] = dict(
+    arrays: dict[Any, Any] = dict(
         flatten_dict(unfreeze(dict(variables)), keep_empty_nodes=True)
     )
     values: dict[Any, np.ndarray] = {}
@@ -308,12 +207,12 @@ def from_torch(
         tensor = as_array(state[pair.name], pair.name)
         if not jnp.issubdtype(tensor.dtype, np.floating):
             raise TorchError(f"{pair.name} is {tensor.dtype}, not floating.")
-        path, value = pair.leaf.path, pair.layout.from_torch(tensor)
+        path, value = pair.leaf.path, pair.from_torch(tensor)
         if pair.layer.subtract:
             value = np.subtract(values[path], value, dtype=np.float64)
         values[path] = value
-    found |= {path: jnp.asarray(v, found[path].dtype) for path, v in values.items()}
-    return unflatten_dict(found)
+    new = {path: jnp.asarray(v, arrays[path].dtype) for path, v in values.items()}
+    return unflatten_dict(arrays | new)
 
 
 def to_torch(
@@ -338,49 +237,108 @@ def to_torch(
             layer cannot be told.
 
     Example:
+        >>> import jax
         >>> from bnjax.linen import BatchNorm
         >>> layer = BatchNorm(use_running_average=True)
         >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
         >>> sorted(to_torch(variables))
         ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
     """
-    ours = _leaves(variables)
-    pairs = [pair for key, leaf in ours.items() for pair in _named(key, leaf, mapping)]
-    named = {pair.leaf for pair in pairs}
-    missing = [f"{leaf} has no name" for leaf in ours.values() if leaf not in named]
-    if missing:
-        raise _misfit(missing)
+    ours = leaves_of(variables)
+    named = {leaf: list(_named(key, leaf, mapping)) for key, leaf in ours.items()}
+    problems = [f"{leaf} has no name" for leaf, pairs in named.items() if not pairs]
+    if problems:
+        raise _misfit(problems)
+    pairs = [pair for each in named.values() for pair in each]
     _check_flattened(pairs, ours)
-    values = flatten_dict(unfreeze(dict(variables)))
+    arrays = flatten_dict(unfreeze(dict(variables)))
     state = {}
     for pair in pairs:
-        value = pair.layout.to_torch(np.asarray(values[pair.leaf.path]))
+        value = pair.to_torch(np.asarray(arrays[pair.leaf.path]))
         value = np.zeros_like(value) if pair.layer.subtract else value
         state[pair.name] = np.asarray(value, order="C")
-        layer, _, last = pair.name.rpartition(".")
+        layer, dot, last = pair.name.rpartition(".")
         if last == "running_mean":
-            counter = ".".join(filter(None, (layer, COUNTER)))
-            state[counter] = np.asarray(num_batches_tracked, np.int64)
+            state[layer + dot + COUNTER] = np.asarray(num_batches_tracked, np.int64)
     return state
 
 
-def _leaves(variables: Mapping[str, Any]) -> dict[tuple[str, str], Leaf]:
+def pair_arrays(
+    state: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    mapping: LayerMapping = SAME_NAMES,
+    *,
+    keep: Sequence[str] = (),
+) -> list[Pair]:
+    """Return which tensor is which array, as `from_torch` takes them; of shapes too.
+
+    Example:
+        >>> variables = {"params": {"logits": {"kernel": np.ones((2, 3))}}}
+        >>> [pair] = pair_arrays({"fc.weight": np.ones((3, 2))}, variables, RESNET)
+        >>> pair.name, str(pair.leaf)
+        ('fc.weight', 'params/logits/kernel')
+    """
+    if not state:
+        raise TorchError("the state dict is empty; expected tensors by name.")
+    ours = leaves_of(variables)
+    kept = _kept(ours, keep)
+    known = {*state, *(name.rpartition(".")[0] for name in state)}
+    for pattern, given in mapping.items():
+        if given is None and not any(map(_regex(pattern).fullmatch, known)):
+            raise TorchError(
+                f"mapping: no tensor or layer is {pattern!r}, which is to go nowhere."
+                f"{did_you_mean(pattern, known)}"
+            )
+    pairs: list[Pair] = []
+    problems: list[str] = []
+    sources: dict[Any, str] = {}
+    for name in state:
+        layer, last = find(name, mapping) or (Layer(name.replace(".", "/")), "")
+        if layer is None or name.rpartition(".")[2] == COUNTER:
+            continue
+        leaf, shape = ours.get((layer.path, last)), tuple(np.shape(state[name]))
+        if leaf is None or leaf in kept:
+            why = (
+                f"{leaf} keeps its value" if leaf else _missing(layer, last, name, ours)
+            )
+            problems.append(f"no place for {name} {shape}: {why}")
+            continue
+        pair = Pair(name, leaf, layer)
+        if shape != pair.torch_shape:
+            problems.append(
+                f"{name} {shape} for {leaf}, which needs {pair.torch_shape}"
+            )
+        other = sources.setdefault((leaf, layer.subtract), name)
+        if other != name:
+            problems.append(f"{other} and {name} are both for {leaf}")
+        pairs.append(pair)
+    for leaf in ours.values():
+        if leaf not in kept and (leaf, False) not in sources:
+            shape = Pair("", leaf, Layer("")).torch_shape
+            problems.append(f"nothing for {leaf}, which needs {shape}")
+    if problems:
+        raise _misfit(problems)
+    _check_flattened(pairs, ours)
+    return pairs
+
+
+def leaves_of(variables: Mapping[str, Any]) -> dict[tuple[str, str], Leaf]:
     """Return the arrays by the path of their layer and PyTorch's name; "" for none."""
     variables = unfreeze(dict(variables))
     trees = {each: variables[each] for each in COLLECTIONS if each in variables}
-    arrays = flatten_dict(trees or variables)
+    arrays: dict[Any, Any] = dict(flatten_dict(trees or variables))
     first = 1 if trees else 0
     kernels = {path[first:-1] for path in arrays if path[-1] == "kernel"}
     found: dict[tuple[str, str], Leaf] = {}
     for path, value in arrays.items():
         if value is None:
             continue
-        whole = "/".join(map(str, path[first:]))
-        layer = "/".join(map(str, path[first:-1]))
-        key = (layer, NAMES[path[-1]]) if path[-1] in NAMES else (whole, "")
-        key = (whole, "") if key in found else key
-        kernel = path[first:-1] in kernels
-        found[key] = Leaf(path, tuple(np.shape(value)), key[0], kernel)
+        *layer, last = map(str, path[first:])
+        key = "/".join(layer), NAMES.get(last, "")
+        if not key[1] or key in found:
+            key = "/".join((*layer, last)), ""
+        has_kernel = path[first:-1] in kernels
+        found[key] = Leaf(path, tuple(np.shape(value)), key[0], has_kernel)
     return found
 
 
@@ -394,9 +352,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
         parts.append(re.escape(pattern[end : field.start()]))
         parts.append(f"(?P<{field[1]}>\\d+)" if field[1] else "(?P<REST>.*)")
         end = field.end()
-    parts.append(re.escape(pattern[end:]))
     try:
-        return re.compile("".join(parts))
+        return re.compile("".join(parts) + re.escape(pattern[end:]))
     except re.error as error:
         raise TorchError(
             f"mapping: {pattern!r} has a field twice; expected each of {{i}}, {{j}} "
@@ -404,8 +361,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
         ) from error
 
 
-def _translate(path: str, source: str, target: str, *separators: str) -> str | None:
-    """Return the path as the pattern `target` has it, None if it is not `source`'s.
+def _translate(path: str, source: str, target: str, old: str, new: str) -> str | None:
+    """Return a path of the pattern `source` as `target` has it; None if it is none.
 
     Example:
         >>> _translate("a1.2", "a{i}.{j}", "a{i}/b{j+1}", ".", "/")
@@ -414,47 +371,48 @@ def _translate(path: str, source: str, target: str, *separators: str) -> str | N
     found = _regex(source).fullmatch(path)
     if found is None:
         return None
-    numbers = {
+    fields = {
         field[1]: int(found[field[1]]) - int(field[2] or 0)
         for field in _FIELD.finditer(source)
         if field[1]
     }
 
     def fill(field: re.Match[str]) -> str:
-        if not field[1] and "REST" in found.groupdict():
-            return found["REST"].replace(*separators)
-        if field[1] in numbers:
-            return str(numbers[field[1]] + int(field[2] or 0))
+        if field[1] is None and "*" in source:
+            return found["REST"].replace(old, new)
+        if field[1] in fields:
+            return str(fields[field[1]] + int(field[2] or 0))
         raise TorchError(
-            f"mapping: {field[0]} of {target!r} is not in {source!r}; expected the "
-            "same fields on both sides."
+            f"mapping: {source!r} and {target!r} have not the same fields; expected "
+            f"{field[0]} in both."
         )
 
     return _FIELD.sub(fill, target)
 
 
-def _as_layer(given: str | Layer | None) -> Layer:
+def as_layer(given: str | Layer | None) -> Layer:
+    """Return a value of a mapping as a layer."""
     return given if isinstance(given, Layer) else Layer(given or "")
 
 
-def _find(name: str, mapping: LayerMapping) -> tuple[Layer, str] | None:
-    """Return our layer for a tensor and the tensor's name in it; None if it has none.
+def find(name: str, mapping: LayerMapping) -> tuple[Layer | None, str] | None:
+    """Return our layer for a tensor, and the tensor's name in it.
 
-    A tensor that no pattern fits is one of our layer of the same name, which is not.
+    The layer is None where the tensor goes nowhere; None alone says no pattern fits.
     """
     layer, _, last = name.rpartition(".")
     for pattern, given in mapping.items():
-        target = _as_layer(given)
-        goal = "" if given is None else target.path
-        choices = (
-            [(layer, last), (name, "")] if last in NAMES.values() else [(name, "")]
-        )
-        for path, inner in choices:
-            if (ours := _translate(path, pattern, goal, ".", "/")) is not None:
-                last = "running_mean" if target.subtract else inner
+        target = as_layer(given)
+        for path, inner in ((layer, last), (name, "")):
+            if inner and inner not in TENSORS:
+                continue
+            ours = _translate(path, pattern, target.path, ".", "/")
+            if ours is not None and given is None:
+                return None, ""
+            if ours is not None:
                 found = dataclasses.replace(target, path=ours)
-                return None if given is None else (found, last)
-    return Layer(name.replace(".", "/")), ""
+                return found, "running_mean" if target.subtract else inner
+    return None
 
 
 def _named(key: tuple[str, str], leaf: Leaf, mapping: LayerMapping) -> Iterator[Pair]:
@@ -462,15 +420,14 @@ def _named(key: tuple[str, str], leaf: Leaf, mapping: LayerMapping) -> Iterator[
     path, last = key
     done = False
     for pattern, given in mapping.items():
-        target = _as_layer(given)
+        target = as_layer(given)
         if given is None or (last != "running_mean" if target.subtract else done):
             continue
         name = _translate(path, target.path, pattern, "/", ".")
-        if name is None:
-            continue
-        if not target.subtract:
+        if name is not None and not target.subtract:
             name, done = ".".join(filter(None, (name, last))), True
-        yield Pair(name, leaf, target)
+        if name is not None:
+            yield Pair(name, leaf, target)
 
 
 def _kept(ours: Mapping[Any, Leaf], keep: Sequence[str]) -> set[Leaf]:
@@ -494,8 +451,8 @@ def _kept(ours: Mapping[Any, Leaf], keep: Sequence[str]) -> set[Leaf]:
 def _check_flattened(pairs: Sequence[Pair], ours: Mapping[Any, Leaf]) -> None:
     """Refuse a matrix of which it is not told whether a flattened map reaches it.
 
-    PyTorch and Flax flatten in different orders, and no shape shows which. A matrix is
-    plain if a layer gives as many features as it has rows.
+    No shape shows which. A matrix is plain if a layer gives as many features as it has
+    rows.
     """
     kernels = [leaf.shape for leaf in ours.values() if leaf.path[-1] == "kernel"]
     if all(len(shape) < 3 for shape in kernels):
@@ -547,135 +504,6 @@ def _hint(given: str, ours: Mapping[Any, Leaf]) -> str:
     return did_you_mean(given, starts)
 
 
-def trace(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ...]:
-    """Return the layers of a linen model in the order of their first calls.
-
-    The model is called on shapes alone.
-
-    Args:
-        model: of any kind.
-        *args: what it is called with: arrays or `jax.ShapeDtypeStruct`; the first are
-            the images.
-        **kwargs: likewise, such as train=False.
-
-    Example:
-        >>> from bnjax.models import LeNet
-        >>> layers = trace(LeNet(), jnp.zeros((1, 28, 28, 1)), train=False)
-        >>> [layer for layer in layers if layer.channels]
-        [Layer(path='dense1', channels=16, transposed=False, subtract=False)]
-    """
-    layers: dict[str, Layer] = {}
-    channels: int | None = args[0].shape[-1] if args[0].ndim > 3 else None
-    convolved = channels is not None
-
-    def record(call: Any, inputs: Any, options: Any, context: Any) -> Any:
-        nonlocal channels, convolved
-        module = context.module
-        convolution = isinstance(module, nn.Conv | nn.ConvTranspose)
-        shape = tuple(getattr(inputs[0], "shape", ())) if inputs else ()
-        if context.method_name == "__call__":
-            known = None
-            if channels is not None and len(shape) == 2:
-                a_map = shape[1] > channels and shape[1] % channels == 0
-                known = channels if a_map else 1
-            back = isinstance(module, nn.ConvTranspose) and not module.transpose_kernel
-            path = "/".join(module.path)
-            layers.setdefault(path, Layer(path, channels=known, transposed=back))
-        output = call(*inputs, **options)
-        convolved |= convolution
-        if isinstance(module, nn.Dense) and len(shape) == 2:
-            channels = None
-        elif convolved and len(getattr(output, "shape", ())) > 2:
-            channels = output.shape[-1]
-        return output
-
-    with nn.intercept_methods(record):
-        keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-        jax.eval_shape(lambda *a: model.init(keys, *a, **kwargs), *args)
-    return tuple(layers.values())
-
-
-def propose_mapping(
-    state: Mapping[str, Any],
-    variables: Mapping[str, Any],
-    layers: Sequence[Layer] = (),
-) -> dict[str, str | Layer | None]:
-    """Propose which layer is which, for a person to look at and confirm.
-
-    Layers whose arrays have the same shapes in PyTorch's layout are paired; where
-    several have, the first of one is the first of the other, a block's shortcut being
-    taken for its last layer. What has no counterpart is left out.
-
-    Args:
-        state: arrays or tensors by name; shapes are enough.
-        variables: of the model; see `from_torch`.
-        layers: of the model, as `trace` gives them. Without them the order is that of
-            the names, and what is flattened before a layer is not known.
-
-    Returns:
-        A mapping, which `format_mapping` prints.
-
-    Example:
-        >>> variables = {"params": {"conv": {"kernel": np.ones((3, 3, 1, 8))}}}
-        >>> propose_mapping({"0.weight": np.ones((8, 1, 3, 3))}, variables)
-        {'0': 'conv'}
-    """
-    called = {layer.path: layer for layer in layers}
-    theirs: dict[str, set[Any]] = {}
-    for name in sorted(state, key=natural) if list(state) == sorted(state) else state:
-        layer, _, last = name.rpartition(".")
-        layer, last = (layer, last) if last in NAMES.values() else (name, "")
-        if not name.endswith(COUNTER):
-            theirs.setdefault(layer, set()).add((last, tuple(np.shape(state[name]))))
-    ours: dict[str, set[Any]] = {}
-    for (path, last), leaf in _leaves(variables).items():
-        back = path in called and called[path].transposed
-        shape = Pair("", leaf, Layer(path, transposed=back)).torch_shape
-        ours.setdefault(path, set()).add((last, shape))
-    order = {path: i for i, path in enumerate(called)}
-    paths = sorted(ours, key=lambda path: (order.get(path, len(order)), natural(path)))
-    waiting: dict[Any, list[str]] = {}
-    for path in shortcuts_last(paths, "/"):
-        waiting.setdefault(frozenset(ours[path]), []).append(path)
-    found: dict[str, str | Layer | None] = {}
-    for layer in shortcuts_last(list(theirs), "."):
-        shapes = frozenset(theirs[layer])
-        # A bias too many is left to be told what it is.
-        weight = frozenset(each for each in shapes if each[0] == "weight")
-        for queue in (waiting.get(shapes), len(shapes) == 2 and waiting.get(weight)):
-            if queue and layer not in found:
-                path = queue.pop(0)
-                known = called.get(path, Layer(path))
-                found[layer] = path if known == Layer(path) else known
-    return {layer: found[layer] for layer in theirs if layer in found}
-
-
-SHORTCUTS = ("downsample", "shortcut", "projection", "proj", "skip")
-
-
-def shortcuts_last(paths: Sequence[str], separator: str) -> list[str]:
-    """Return paths with the shortcut of a block behind the rest of the block.
-
-    PyTorch's models define it last, where others call it first.
-
-    Example:
-        >>> shortcuts_last(["block1/skip/conv", "block1/conv1", "block2/conv1"], "/")
-        ['block1/conv1', 'block1/skip/conv', 'block2/conv1']
-    """
-    parts = [tuple(path.split(separator)) for path in paths]
-    last: dict[tuple[str, ...], int] = {}
-    for i, path in enumerate(parts):
-        last |= {path[:n]: i for n in range(1, len(path))}
-
-    def place(i: int) -> tuple[int, bool, int]:
-        for n, part in enumerate(parts[i]):
-            if n and any(word in part.lower() for word in SHORTCUTS):
-                return last[parts[i][:n]], True, i
-        return i, False, i
-
-    return [paths[i] for i in sorted(range(len(paths)), key=place)]
-
-
 def natural(name: str) -> list[tuple[int, int | str]]:
     """Return a key that sorts "layer.10" after "layer.2".
 
@@ -687,54 +515,27 @@ def natural(name: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
 
-def format_mapping(mapping: LayerMapping) -> str:
-    """Return a mapping as JSON, a line a layer, as `read_mapping` reads it.
+def classes_in(
+    state: Mapping[str, Any], mapping: LayerMapping, layer: str = "logits"
+) -> int | None:
+    """Return how many classes a layer of ours has in a state dict; None without it.
 
     Example:
-        >>> print(
-        ...     format_mapping({"fc1": Layer("dense1", channels=16), "fc2": "dense2"})
-        ... )
-        {
-          "fc1": {"path": "dense1", "channels": 16},
-          "fc2": "dense2"
-        }
+        >>> classes_in({"fc.bias": np.zeros(7)}, RESNET)
+        7
     """
-    lines = []
-    for name, given in mapping.items():
-        value = given
-        if isinstance(given, Layer):
-            value = {k: v for k, v in dataclasses.asdict(given).items() if v}
-        lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
-    return "{\n" + ",\n".join(lines) + "\n}"
+    for name in state:
+        found, last = find(name, mapping) or (None, "")
+        if found is not None and (found.path, last) == (layer, "bias"):
+            return np.shape(state[name])[0]
+    return None
 
 
-def read_mapping(path: Path | str) -> dict[str, str | Layer | None]:
-    """Read a mapping from a JSON file: paths, arguments of `Layer`, or null.
-
-    Raises:
-        TorchError: the file is not there, or holds something else.
-    """
-    mapping: dict[str, str | Layer | None] = {}
-    name = "it"
-    try:
-        for name, value in json.loads(Path(path).read_text(encoding="utf-8")).items():
-            mapping[name] = Layer(**value) if isinstance(value, dict) else value
-            layer = _as_layer(mapping[name])
-            if not isinstance(layer.path, str) or type(layer.channels or 1) is not int:
-                raise TypeError(f"{value!r}")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise TorchError(
-            f"{path} is no mapping: of {name}, {first_line(error)}. Expected JSON such "
-            'as {"fc1": {"path": "dense1", "channels": 16}, "fc2": "dense2"}.'
-        ) from error
-    return mapping
-
-
-def as_array(value: Any, name: str = "the tensor") -> np.ndarray:
+def as_array(value: Any, name: str) -> np.ndarray:
     """Return an array of what may be a tensor of PyTorch, with its dtype.
 
     Raises:
-        TorchError: the tensor is sparse, quantized or otherwise no array.
+        TorchError: the tensor, called `name`, is quantized or otherwise no array.
     """
     if not hasattr(value, "detach"):
         return np.asarray(value)
@@ -763,18 +564,12 @@ def batch_norm_options(
         eps: of the layer in PyTorch.
         affine: of the layer in PyTorch.
 
-    Returns:
-        momentum, epsilon, unbiased, use_scale and use_bias.
-
     Raises:
         TorchError: momentum is None.
 
     Example:
         >>> batch_norm_options(0.1)["momentum"], torch_batch_norm_options(0.9)
         (0.9, {'momentum': 0.1, 'eps': 1e-05})
-        >>> from bnjax.linen import BatchNorm
-        >>> BatchNorm(use_running_average=True, **batch_norm_options(0.3)).unbiased
-        True
     """
     if momentum is None:
         raise TorchError(
@@ -783,7 +578,8 @@ def batch_norm_options(
             "again after training, with bnjax.population.recompute_batch_stats."
         )
     return {
-        "momentum": _complement(momentum),
+        # Without the digits that 1 - 0.9 leaves.
+        "momentum": round(1 - momentum, 12),
         "epsilon": eps,
         "unbiased": True,
         "use_scale": affine,
@@ -801,17 +597,5 @@ def torch_batch_norm_options(
     Args:
         momentum: of the layer here, the weight of the old statistics.
         epsilon: of the layer here.
-
-    Returns:
-        momentum and eps.
-
-    Example:
-        >>> torch_batch_norm_options()
-        {'momentum': 0.01, 'eps': 1e-05}
     """
-    return {"momentum": _complement(momentum), "eps": epsilon}
-
-
-def _complement(momentum: float) -> float:
-    # Without the digits that 1 - 0.9 leaves.
-    return round(1 - momentum, 12)
+    return {"momentum": round(1 - momentum, 12), "eps": epsilon}

@@ -1,8 +1,10 @@
-"""State dicts of PyTorch in files: read without running code, written whole."""
+"""State dicts and mappings in files: read without running code, written whole."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
+import json
 import mmap
 import pickle
 import re
@@ -17,7 +19,14 @@ import numpy as np
 
 from bnjax._files import check_output, write_output
 from bnjax._validate import first_line
-from bnjax.interop.torch import TorchError, as_array, natural
+from bnjax.interop.torch import (
+    Layer,
+    LayerMapping,
+    TorchError,
+    as_array,
+    as_layer,
+    natural,
+)
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".pt", ".pth", ".bin")
@@ -102,6 +111,47 @@ def write_state_dict(
     else:
         content = _safetensors(path).save(arrays, metadata={"format": "pt"})
     write_output(path, content, overwrite=overwrite)
+
+
+def format_mapping(mapping: LayerMapping) -> str:
+    """Return a mapping as JSON, a line a layer, as `read_mapping` reads it.
+
+    Example:
+        >>> print(format_mapping({"a": Layer("dense1", channels=16), "b": "dense2"}))
+        {
+          "a": {"path": "dense1", "channels": 16},
+          "b": "dense2"
+        }
+    """
+    values = {
+        name: {key: value for key, value in dataclasses.asdict(given).items() if value}
+        if isinstance(given, Layer)
+        else given
+        for name, given in mapping.items()
+    }
+    lines = (f"  {json.dumps(n)}: {json.dumps(value)}" for n, value in values.items())
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def read_mapping(path: Path | str) -> dict[str, str | Layer | None]:
+    """Read a mapping from a JSON file: paths, arguments of `Layer`, or null.
+
+    Raises:
+        TorchError: the file is not there, or holds something else.
+    """
+    mapping: dict[str, str | Layer | None] = {}
+    try:
+        for name, value in json.loads(Path(path).read_text(encoding="utf-8")).items():
+            mapping[name] = Layer(**value) if isinstance(value, dict) else value
+            layer = as_layer(mapping[name])
+            if not isinstance(layer.path, str) or type(layer.channels or 1) is not int:
+                raise TypeError(f"{name!r} is {value!r}.")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise TorchError(
+            f"{path} could not be read as a mapping: {first_line(error)} Expected JSON "
+            'such as {"fc1": {"path": "dense1", "channels": 16}, "fc2": "dense2"}.'
+        ) from error
+    return mapping
 
 
 def _is_pickle(path: Path) -> bool:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bnjax.commands.fold import fold_state
+from bnjax.data.config import SettingError
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.interop.export import check_export, export_inference, save
 from bnjax.training.config import RunError
@@ -43,10 +44,13 @@ def export_run(
 
     Raises:
         OutputError: the file cannot be written there.
+        SettingError: the batch size is none.
         RunError: the folder is no run, or its network cannot be folded.
         ExportError: it cannot be exported.
     """
     check_export(out, overwrite=force)
+    if batch_size is not None and batch_size < 1:
+        raise SettingError(f"--batch-size {batch_size}: expected 1 or more.")
     run = open_trained(workdir, data_dir)
     program, state = run.restore()
     to_inputs = make_to_inputs(run.config.data, run.source.max_value)

@@ -123,13 +123,13 @@ def format_mapping(mapping: LayerMapping) -> str:
           "b": "dense2"
         }
     """
-    values = {
-        name: {key: value for key, value in dataclasses.asdict(given).items() if value}
-        if isinstance(given, Layer)
-        else given
-        for name, given in mapping.items()
-    }
-    lines = (f"  {json.dumps(n)}: {json.dumps(value)}" for n, value in values.items())
+    lines = []
+    for name, given in mapping.items():
+        value: Any = given
+        if isinstance(given, Layer):
+            fields = dataclasses.asdict(given).items()
+            value = {key: each for key, each in fields if each or key == "path"}
+        lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
     return "{\n" + ",\n".join(lines) + "\n}"
 
 

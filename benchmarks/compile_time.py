@@ -11,19 +11,16 @@ benchmarks/results/compile_time-<platform>.json; with --quick nothing is written
 """
 
 import itertools
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from benchmarks import timing
 from benchmarks.networks import KINDS, Stack, initial, loss_of
-from benchmarks.report import write_run
-from bnjax.cli import run_reporting
+from benchmarks.report import markdown, run_command, write_run
 
 STAGES = ("trace", "lower", "compile")
 # On a CPU the statistics of the last are summed in blocks, in a loop.
@@ -52,14 +49,17 @@ def compare(
     rows = []
     for name in networks:
         rows.append({"network": name} | measured(name, layers, rounds))
-        report(rows[-1])
+        timing.show(
+            name,
+            {kind: of["total"] for kind, of in rows[-1]["seconds_median"].items()},
+        )
     result = {
         "layers": layers,
         "rounds": rounds,
         "load_average_at_start": load,
         "rows": rows,
     }
-    write_run("compile_time", result, output, quick=quick)
+    write_run("compile_time", result, tables(result), output, quick=quick)
 
 
 def measured(name: str, layers: int, rounds: int) -> dict[str, Any]:
@@ -114,14 +114,21 @@ def stages(stack: Stack, variables: dict[str, Any], x: jax.Array) -> list[float]
     return [end - start for start, end in itertools.pairwise(times)]
 
 
-def report(row: dict[str, Any]) -> None:
-    """Print the seconds of each stage."""
-    for kind, medians in row["seconds_median"].items():
-        each = ", ".join(f"{stage} {taken:.2f}" for stage, taken in medians.items())
-        print(f"{row['network']:12} {kind:6} {each} s")
-    over = ", ".join(f"{stage} {of:.2f}" for stage, of in row["over_flax"].items())
-    print(f"{row['network']:12} bnjax / Flax: {over}")
+def tables(result: dict[str, Any]) -> list[str]:
+    """Return the seconds of each stage as Markdown."""
+    stages = list(result["rows"][0]["over_flax"])
+    rows = [
+        [row["network"], kind, *(f"{taken[stage]:.2f}" for stage in stages)]
+        for row in result["rows"]
+        for kind, taken in (
+            row["seconds_median"] | {"bnjax / flax": row["over_flax"]}
+        ).items()
+    ]
+    return [
+        f"{result['layers']} layers, seconds:",
+        markdown(["network", "kind", *stages], rows),
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(compare)))
+    run_command(compare)

@@ -15,23 +15,20 @@ import collections
 import gzip
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import tyro
 
 from benchmarks import peers, timing
 from benchmarks.layer import compile_one, installed, parse
 from benchmarks.networks import KINDS
 from benchmarks.passes import Program
 from benchmarks.peers import Case
-from benchmarks.report import write_run
+from benchmarks.report import markdown, run_command, write_run
 from benchmarks.step import sized, step_program
-from bnjax.cli import run_reporting
 from bnjax.data.config import SettingError
 
 SHAPES = ("256x28x28x64", "32x28x28x192", "32x8x8x48")
@@ -39,6 +36,7 @@ LIBRARIES = ("bnjax", "flax.linen")
 # The runtime's own events have capitals or spaces.
 _INSTRUCTION = re.compile(r"[a-z][a-z0-9_.-]*$")
 _COUNT, _RUNS = 10, 3
+_LONGEST = 7
 
 
 def compare(
@@ -76,14 +74,13 @@ def compare(
                 program = compile_one(library, case, "train", given, _COUNT)
                 row = {"shape": shape, "dtype": dtype, "variation": variation}
                 rows.append(row | {"library": library, "kernels": profiled(program)})
-                report(rows[-1])
     for name in networks:
         for kind in KINDS:
             program, _ = step_program(sized(name, None), kind)
             row = {"shape": f"step of {name}", "dtype": "float32", "library": kind}
             rows.append(row | {"kernels": alike(profiled(program))})
-            report(rows[-1])
-    write_run("kernels", {"rows": rows}, output, quick=False)
+    result = {"rows": rows}
+    write_run("kernels", result, tables(result), output, quick=False)
 
 
 def profiled(program: Program) -> list[dict[str, Any]]:
@@ -134,17 +131,26 @@ def alike(kernels: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda group: -group["us"])
 
 
-def report(row: dict[str, Any]) -> None:
-    """Print the kernels that make up 99 % of a pass."""
-    total = sum(kernel["us"] for kernel in row["kernels"])
-    print(f"\n{row['shape']} {row['dtype']} {row['library']}: {total:.0f} us")
-    shown = 0.0
-    for kernel in row["kernels"]:
-        if shown > 0.99 * total:
-            break
-        shown += kernel["us"]
-        print(f"{kernel['us']:10.1f} us {kernel['calls']:7.1f} x {kernel['name']}")
+def tables(result: dict[str, Any]) -> list[str]:
+    """Return the longest kernels of each program as Markdown."""
+    rows = [
+        [
+            *(row[name] for name in ("shape", "dtype", "library")),
+            str(len(row["kernels"])),
+            ", ".join(
+                f"{kernel['name']} {kernel['us']:.0f}"
+                + (f" ({kernel['calls']:.0f} calls)" if kernel["calls"] > 1 else "")
+                for kernel in row["kernels"][:_LONGEST]
+            ),
+        ]
+        for row in result["rows"]
+    ]
+    header = ["shape", "dtype", "library", "kernels", "the longest"]
+    return [
+        "Microseconds of a training pass, and of a step, by kernel:",
+        markdown(header, rows),
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(compare)))
+    run_command(compare)

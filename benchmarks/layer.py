@@ -23,21 +23,19 @@ import dataclasses
 import functools
 import gc
 import importlib.util
+import itertools
 import math
-import sys
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tyro
 
 from benchmarks import passes, peers, timing, torch_peer
-from benchmarks.passes import PASSES, Program
+from benchmarks.passes import ACCESSES, PASSES, Program
 from benchmarks.peers import PEERS, Case
-from benchmarks.report import write_run
-from benchmarks.summary import row_of, summarize
-from bnjax.cli import run_reporting
+from benchmarks.report import markdown, milliseconds, run_command, write_run
 from bnjax.data.config import SettingError
 
 SHAPES = (
@@ -63,6 +61,8 @@ MODULES = {"flax.linen": "flax", "flax.nnx": "flax", "torch": "torch"}
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 # What follows a PyTorch program is not slowed by OpenMP's spinning threads.
 SETTLE = 0.003
+BOUNDS = ("copy", "copy, fresh", "elementwise")
+GROUP = ("setting", "pass", "dtype", "variation")
 _MIB = 2**20
 # Of a large array so many values are compared, those of the first examples.
 _COMPARED = 2**20
@@ -114,7 +114,8 @@ def compare(
             for kind in kinds:
                 row = measured(case, kind, setting, present, rounds, seconds)
                 rows.append(row)
-                print(line(row), flush=True)
+                name = " ".join(row[of] for of in (*GROUP, "shape"))
+                timing.show(name, row["seconds_median"])
     result = {
         "absent": absent,
         "load_average_at_start": load,
@@ -123,8 +124,7 @@ def compare(
         "summary": summarize(rows),
         "rows": rows,
     }
-    print_summary(result["summary"])
-    write_run("layer", result, output, quick=quick)
+    write_run("layer", result, tables(result), output, quick=quick)
 
 
 def installed(libraries: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -262,33 +262,141 @@ def check(case: Case, kind: str, programs: dict[str, Program]) -> None:
                 )
 
 
-def line(row: dict[str, Any]) -> str:
-    """Return a row of the table that is printed."""
-    times = "  ".join(
-        f"{name} {1e3 * row['seconds_median'][name]:.3g}"
-        for name in (*row["ratios"], "elementwise")
-    )
-    return (
-        f"{row['setting']:6} {row['pass']:9} {row['dtype']:8} {row['variation']:8} "
-        f"{row['shape']:14} ms: {times}  floor {1e3 * row['floor_seconds']:.3g}"
-    )
+def floor(
+    case: Case, kind: str, copies: Sequence[float], new_copies: Sequence[float]
+) -> list[float]:
+    """Return the least time of a pass by the copies of the same rounds.
+
+    Each output costs a copy into a new buffer, the other accesses half a copy in
+    buffers that are used again.
+
+    Args:
+        case: what the layer is given.
+        kind: of `passes.PASSES`.
+        copies: seconds of a copy in buffers used again, a number a round.
+        new_copies: seconds of a copy into the kind of buffer the layer writes to.
+    """
+    accesses, outputs = ACCESSES[kind, case.variation == "residual"]
+    rest = (accesses - 2 * outputs) / 2
+    return [
+        outputs * new + rest * old for new, old in zip(new_copies, copies, strict=True)
+    ]
 
 
-def print_summary(summary: list[dict[str, Any]]) -> None:
-    """Print, for each group of rows, how many times as long as ours each took."""
-    print("\ntimes as long as the first library: mean over shapes (lowest)")
-    for group in summary:
-        each = "  ".join(
-            f"{name} {found['mean']:.2f} ({found['lowest']:.2f})"
-            for name, found in group["ratios"].items()
+def row_of(
+    case: Case, kind: str, setting: str, times: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Return what one comparison gives; the first of the libraries is compared."""
+    libraries = [name for name in times if name not in BOUNDS]
+    ours = times[libraries[0]]
+    least = floor(case, kind, times["copy"], times.get("copy, fresh", times["copy"]))
+    return {
+        "setting": setting,
+        "pass": kind,
+        "dtype": case.dtype,
+        "variation": case.variation,
+        "shape": case.name,
+        "bytes": case.bytes,
+        "seconds_median": timing.medians(times),
+        "floor_seconds": statistics.median(least),
+        "ratios": {name: timing.ratio(times[name], ours) for name in libraries},
+        "over_floor": {name: timing.ratio(times[name], least) for name in libraries},
+        "over_elementwise": timing.ratio(ours, times["elementwise"]),
+        "rounds": len(ours),
+        "seconds": {
+            name: [float(f"{second:.4g}") for second in taken]
+            for name, taken in times.items()
+        },
+    }
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return geometric means over the shapes, by setting, pass, dtype and variation."""
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(row[name] for name in GROUP)
+
+    found = []
+    ordered = sorted(rows, key=key)
+    for names, grouped in itertools.groupby(ordered, key):
+        group = list(grouped)
+        libraries = list(group[0]["ratios"])
+        first = libraries[0]
+        found.append(
+            dict(zip(GROUP, names, strict=True))
+            | {
+                "shapes": len(group),
+                "ratios": {
+                    name: _over_shapes(group, [row["ratios"][name] for row in group])
+                    for name in libraries[1:]
+                },
+                "over_floor": _over_shapes(
+                    group, [row["over_floor"][first] for row in group]
+                ),
+                "over_elementwise": _over_shapes(
+                    group, [row["over_elementwise"] for row in group]
+                ),
+            }
         )
-        over = group["over_floor"]
-        print(
-            f"{group['setting']:6} {group['pass']:9} {group['dtype']:8} "
-            f"{group['variation']:8} {each}; the first over the floor "
-            f"{over['mean']:.2f} ({over['highest']:.2f} at most)"
-        )
+    return found
+
+
+def _over_shapes(
+    group: Sequence[dict[str, Any]], ratios: Sequence[float]
+) -> dict[str, Any]:
+    return {
+        "mean": statistics.geometric_mean(ratios),
+        "lowest": min(ratios),
+        "lowest_shape": group[ratios.index(min(ratios))]["shape"],
+        "highest": max(ratios),
+        "highest_shape": group[ratios.index(max(ratios))]["shape"],
+    }
+
+
+def tables(result: dict[str, Any]) -> list[str]:
+    """Return the means over the shapes, and each shape's times, as Markdown."""
+    ours, *others = result["rows"][0]["ratios"]
+
+    def mean_and(ratio: dict[str, Any], other: str) -> str:
+        return f"{ratio['mean']:.2f} ({ratio[other]:.2f})"
+
+    means = [
+        [
+            *(group[name] for name in GROUP),
+            str(group["shapes"]),
+            *(mean_and(ratio, "lowest") for ratio in group["ratios"].values()),
+            mean_and(group["over_floor"], "highest"),
+            mean_and(group["over_elementwise"], "highest")
+            if "inference" in group.values()
+            else "",
+        ]
+        for group in result["summary"]
+    ]
+    each = [
+        [
+            row["shape"],
+            row["dtype"],
+            row["setting"],
+            *(milliseconds(row["seconds_median"][name]) for name in (ours, *others)),
+            milliseconds(row["floor_seconds"]),
+        ]
+        for row in result["rows"]
+        if (row["pass"], row["variation"]) == ("train", "plain")
+    ]
+    reading = (
+        f"Times as long as {ours}: geometric mean over the shapes, in brackets the "
+        f"lowest; {ours} over the memory floor, and in inference over a bare affine "
+        "map of the channels, in brackets the highest. "
+        f"Libraries absent: {', '.join(result['absent']) or 'none'}."
+    )
+    header = [*GROUP, "shapes", *others, "over the floor", "over an affine map"]
+    found = [reading, markdown(header, means)]
+    if each:
+        header = ["shape", "dtype", "setting", ours, *others, "floor"]
+        title = "Milliseconds of a training forward and backward:"
+        found += [title, markdown(header, each)]
+    return found
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(compare)))
+    run_command(compare)

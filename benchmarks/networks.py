@@ -139,7 +139,7 @@ def random_variables(model: Any, images: jax.Array, seed: int) -> Any:
     return jax.tree_util.tree_map_with_path(fill, dict(shapes))
 
 
-def initial(model: nn.Module, images: jax.Array, seed: int = 0) -> dict[str, Any]:
+def initial(model: nn.Module, images: Any, seed: int = 0) -> dict[str, Any]:
     """Return params and batch_stats; the latter empty without BN."""
     # Not the model's own, whose random numbers take minutes to compile.
     variables = random_variables(model, images, seed)

@@ -91,7 +91,7 @@ def arrays(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
     }
     if case.variation == "residual":
         found["residual"] = random.standard_normal(case.shape, np.float32)
-    return {name: np.float32(value) for name, value in found.items()}
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
 
 def make(peer: str, case: Case, values: dict[str, np.ndarray]) -> Layer:
@@ -100,8 +100,7 @@ def make(peer: str, case: Case, values: dict[str, np.ndarray]) -> Layer:
     Raises:
         ModuleNotFoundError: the library is not installed.
     """
-    values = {name: jnp.asarray(value) for name, value in values.items()}
-    return PEERS[peer](case, values)
+    return PEERS[peer](case, {name: jnp.asarray(x) for name, x in values.items()})
 
 
 def _then(case: Case, y: jax.Array, residual: jax.Array | None) -> jax.Array:
@@ -134,14 +133,6 @@ def _linen(case: Case, values: dict[str, Any], ours: bool) -> Layer:
         apply,
         lambda params: (params["scale"], params["bias"]),
     )
-
-
-def _bnjax(case: Case, values: dict[str, Any]) -> Layer:
-    return _linen(case, values, ours=True)
-
-
-def _flax_linen(case: Case, values: dict[str, Any]) -> Layer:
-    return _linen(case, values, ours=False)
 
 
 def _flax_nnx(case: Case, values: dict[str, Any]) -> Layer:
@@ -233,8 +224,8 @@ def _equinox(case: Case, values: dict[str, Any]) -> Layer:
 
 
 PEERS: dict[str, Callable[[Case, dict[str, Any]], Layer]] = {
-    "bnjax": _bnjax,
-    "flax.linen": _flax_linen,
+    "bnjax": functools.partial(_linen, ours=True),
+    "flax.linen": functools.partial(_linen, ours=False),
     "flax.nnx": _flax_nnx,
     "haiku": _haiku,
     "equinox": _equinox,

@@ -1,4 +1,8 @@
-"""A benchmark's result as a file: the numbers and all that is needed to repeat them."""
+"""A result as a file, with all that is needed to repeat it; tables and the command.
+
+Benchmarks and experiments share this module and `benchmarks.figures`; no benchmark
+imports an experiment.
+"""
 
 import datetime as dt
 import json
@@ -7,13 +11,16 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import tyro
 
 from bnjax import _cpu
+from bnjax.cli import run_reporting
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
@@ -40,7 +47,7 @@ def write_result(
     seeds: list[int],
     result: Any,
     compiled_for: str | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Write what was measured, with the command, commit and machine, as JSON.
 
     Args:
@@ -49,6 +56,9 @@ def write_result(
         seeds: of its random numbers.
         result: what was measured.
         compiled_for: the device, where programs were compiled for one that is not here.
+
+    Returns:
+        What the file holds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
@@ -65,6 +75,43 @@ def write_result(
     part = path.with_name(f"{path.name}.part")
     part.write_text(text, "utf-8")
     part.replace(path)
+    return record
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Return what `write_result` wrote; "result" has what was measured."""
+    return json.loads(path.read_text("utf-8"))
+
+
+def command_of(module: str) -> str:
+    """Return the command line that runs a module as this process was run."""
+    return " ".join([f"python -m {module}", *sys.argv[1:]])
+
+
+def run_command(function: Callable[..., None]) -> NoReturn:
+    """Run a function with the arguments of the command line, and exit."""
+    sys.exit(run_reporting(lambda: tyro.cli(function)))
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def percent(share: float) -> str:
+    """Return a share in percent with one digit, halves rounded up.
+
+    Example:
+        >>> percent(0.5625)
+        '56.3'
+    """
+    return f"{100 * share + 1e-9:.1f}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Return seconds as milliseconds of three digits, for a table."""
+    return f"{1e3 * seconds:.3g}"
 
 
 def versions() -> dict[str, str | None]:
@@ -82,16 +129,23 @@ def result_path(name: str) -> Path:
     return RESULTS / f"{name}-{re.sub('[^a-z0-9]+', '-', kind.lower())}.json"
 
 
-def write_run(name: str, result: Any, output: Path | None, *, quick: bool) -> None:
-    """Write what this run of benchmarks.<name> measured, and print where.
+def write_run(
+    name: str, result: Any, tables: Sequence[str], output: Path | None, *, quick: bool
+) -> dict[str, Any] | None:
+    """Print the tables of what benchmarks.<name> measured; write it and print where.
 
     To `output` where given, else to `result_path`; a quick run is then not kept.
+
+    Returns:
+        What the file holds; None where there is none.
     """
+    print("\n\n".join(tables))
     path = output or (None if quick else result_path(name))
-    if path is not None:
-        command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
-        write_result(path, command, [0], result)
-        print(path)
+    if path is None:
+        return None
+    record = write_result(path, command_of(f"benchmarks.{name}"), [0], result)
+    print(path)
+    return record
 
 
 def machine(compiled_for: str | None = None) -> dict[str, Any]:

@@ -13,14 +13,13 @@ docs/figures/scaling.png; with --quick nothing is written unless --output says w
 """
 
 import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
+import numpy as np
 from flax import linen
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -29,8 +28,7 @@ import bnjax.linen
 from benchmarks import hlo, peers, timing
 from benchmarks.layer import measured
 from benchmarks.peers import Case
-from benchmarks.report import write_run
-from bnjax.cli import run_reporting
+from benchmarks.report import markdown, milliseconds, run_command, write_run
 
 AXIS = "batch"
 LIBRARIES = {"bnjax": bnjax.linen.BatchNorm, "flax.linen": linen.BatchNorm}
@@ -79,15 +77,16 @@ def compare(
     rows["devices"] = [
         over_devices(count, device_shape, rounds, seconds) for count in present
     ]
-    report(rows)
     result = {
         "devices_absent": [count for count in devices if count not in present],
         "load_average_at_start": load,
         "rows": rows,
     }
-    write_run("scaling", result, output, quick=quick)
-    if output is None and not quick:
-        draw(rows)
+    record = write_run("scaling", result, tables(result), output, quick=quick)
+    if record is not None and output is None:
+        from benchmarks.figures import save  # noqa: PLC0415 (matplotlib)
+
+        print(save(draw(record), "scaling"))
 
 
 def over_devices(
@@ -119,24 +118,22 @@ def over_devices(
             times["all-reduce"], times["no all-reduce"], strict=True
         )
     )
-    shared, local = "{}, shared", "{}, local"
+    added = {
+        library: statistics.median(
+            shared - local
+            for shared, local in zip(
+                times[f"{library}, shared"], times[f"{library}, local"], strict=True
+            )
+        )
+        for library in LIBRARIES
+    }
     return {
         "devices": count,
         "shape_of_a_device": list(shape),
         "seconds_median": timing.medians(times),
         "collectives": collectives,
         "all_reduce_seconds": one,
-        "added_by_sharing": {
-            library: statistics.median(
-                a - b
-                for a, b in zip(
-                    times[shared.format(library)],
-                    times[local.format(library)],
-                    strict=True,
-                )
-            )
-            for library in LIBRARIES
-        },
+        "added_by_sharing": added,
         "predicted": {
             library: found["count"] * one for library, found in collectives.items()
         },
@@ -188,54 +185,92 @@ def compiled(
         jax.device_put(value, sharding)
         for value, sharding in zip(args, program.input_shardings[0], strict=True)
     ]
-    return lambda: jax.block_until_ready(program(*placed)), program.as_text()
+    return lambda: jax.block_until_ready(program(*placed)), program.as_text() or ""
 
 
-def report(rows: dict[str, Sequence[dict[str, Any]]]) -> None:
-    """Print times, and what sharing statistics adds."""
+def tables(result: dict[str, Any]) -> list[str]:
+    """Return the times, and what sharing statistics adds, as Markdown."""
+    found = []
     for name in ("batch", "channels"):
-        for row in rows[name]:
-            each = ", ".join(
-                f"{library} {1e3 * row['seconds_median'][library]:.3g}"
-                for library in LIBRARIES
-            )
-            print(f"{name:9} {row['shape']:14} {each} ms")
-    for row in rows["devices"]:
-        for library, found in row["collectives"].items():
-            added = row["added_by_sharing"][library]
-            print(
-                f"devices {row['devices']}: {library:10} "
-                f"{1e3 * row['seconds_median'][f'{library}, shared']:.3g} ms, of these "
-                f"{1e3 * added:.3g} by {found['count']} all-reduces of "
-                f"{found['bytes']} bytes; so many alone "
-                f"{1e3 * row['predicted'][library]:.3g} ms"
-            )
+        lines = [
+            [
+                row["shape"],
+                *(milliseconds(row["seconds_median"][of]) for of in LIBRARIES),
+            ]
+            for row in result["rows"][name]
+        ]
+        if lines:
+            title = f"Milliseconds against {name}, one device:"
+            found += [title, markdown(["shape", *LIBRARIES], lines)]
+    lines = [
+        [
+            str(row["devices"]),
+            library,
+            milliseconds(row["seconds_median"][f"{library}, shared"]),
+            milliseconds(row["added_by_sharing"][library]),
+            milliseconds(row["predicted"][library]),
+            str(collectives["count"]),
+            str(collectives["bytes"]),
+        ]
+        for row in result["rows"]["devices"]
+        for library, collectives in row["collectives"].items()
+    ]
+    header = ["devices", "library", "ms", "added by sharing", "predicted"]
+    return [
+        *found,
+        "Milliseconds over devices, the same input on each, and the all-reduces:",
+        markdown([*header, "count", "bytes"], lines),
+    ]
 
 
-def draw(rows: dict[str, Sequence[dict[str, Any]]]) -> None:
-    """Draw time against batch, channels and devices."""
-    from experiments.figures import new_figure, save  # noqa: PLC0415 (matplotlib)
+def draw(record: dict[str, Any]) -> Any:
+    """Draw time against batch, channels and devices, the quartiles as bands."""
+    from matplotlib.ticker import LogLocator  # noqa: PLC0415 (as below)
 
+    from benchmarks.figures import mark, new_figure  # noqa: PLC0415 (matplotlib)
+
+    rows, cores = record["result"]["rows"], record["machine"]["cores"]
+    shape = " x ".join(map(str, rows["devices"][0]["shape_of_a_device"]))
+    titles = {
+        "batch": ("one device, N x 14 x 14 x 128", "examples N"),
+        "channels": ("one device, 16 x 14 x 14 x C", "channels C"),
+        "devices": (f"shared, {shape} each", f"devices on {cores} cores"),
+    }
     figure, panels = new_figure(3)
-    for axes, name in zip(panels, rows, strict=True):
-        last = name == "devices"
+    for axes, (name, (title, label)) in zip(panels, titles.items(), strict=True):
+        devices, axis = name == "devices", 0 if name == "batch" else -1
         sizes = [
-            row["devices"] if last else int(row["shape"].split("x")[-(name != "batch")])
+            row["devices"] if devices else int(row["shape"].split("x")[axis])
             for row in rows[name]
         ]
-        endings = {", shared": "-", ", local": "--"} if last else {"": "-"}
-        for color, library in enumerate(LIBRARIES):
-            for ending, style in endings.items():
-                label = library + ending
-                times = [1e3 * row["seconds_median"][label] for row in rows[name]]
-                axes.plot(sizes, times, f"C{color}o{style}", label=label)
-        axes.set(xscale="log", yscale="log", xlabel=name, ylabel="milliseconds")
+        for color, library in zip(("C0", "C1"), LIBRARIES, strict=True):
+            run = f"{library}, shared" if devices else library
+            times = [1e3 * np.asarray(row["seconds"][run]) for row in rows[name]]
+            low, middle, high = np.transpose(
+                [np.quantile(each, (0.25, 0.5, 0.75)) for each in times]
+            )
+            axes.fill_between(sizes, low, high, color=color, alpha=0.2, lw=0)
+            axes.plot(sizes, middle, "o-", color=color, ms=4, label=library)
+            offset = (4, -5) if library == "bnjax" else (-4, 5)
+            for size, time, row in zip(sizes, middle, rows[name], strict=True):
+                figure_of_table = milliseconds(row["seconds_median"][run])
+                mark(axes, (size, time), figure_of_table, color, offset)
+        axes.set(title=title, xlabel=label, xscale="log", yscale="log")
+        axes.set_xlim(sizes[0] / 2.5, sizes[-1] * 2)
         axes.set_xticks(sizes, map(str, sizes))
-        axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
-        axes.legend()
-    save(figure, "scaling")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.margins(y=0.12)
+    panels[0].set_ylabel("milliseconds")
+    panels[0].legend(loc="upper left")
+    figure.suptitle(
+        "Batch normalization, forward and backward in float32, one seed: "
+        "median and quartiles of the rounds"
+    )
+    return figure
 
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
-    sys.exit(run_reporting(lambda: tyro.cli(compare)))
+    run_command(compare)

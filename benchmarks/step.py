@@ -9,8 +9,7 @@ donated. The kinds run in turn, round after round; what a kind adds is the time 
 step less that of the network without BN in the same round. "arrays" is the network
 without BN whose state has the arrays of one with BN beside its own, each multiplied by
 a number: what they cost to hand in and out, which no layer can change. Bytes are XLA's
-for the compiled step; on a GPU the allocator's peak is measured too, each step in a
-process of its own.
+for the compiled step.
 
 "kept" is what a stack of convolution, BN and ReLU in bfloat16 keeps between forward and
 backward: the distinct arrays that the function of `jax.vjp` holds, less the parameters.
@@ -19,12 +18,8 @@ unless --output says where.
 """
 
 import dataclasses
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +27,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from benchmarks import timing
 from benchmarks.networks import (
@@ -47,8 +41,7 @@ from benchmarks.networks import (
     make_step,
 )
 from benchmarks.passes import Program
-from benchmarks.report import ROOT, write_run
-from bnjax.cli import run_reporting
+from benchmarks.report import markdown, milliseconds, run_command, write_run
 from bnjax.data.config import SettingError
 
 ARRAYS = "arrays"
@@ -65,7 +58,6 @@ def compare(
     seconds: float = 60.0,
     quick: bool = False,
     output: Path | None = None,
-    peak: tuple[str, str] | None = None,
 ) -> None:
     """Measure, print and write.
 
@@ -78,12 +70,8 @@ def compare(
         seconds: Of each network, after three rounds.
         quick: Few rounds, without ResNet-50.
         output: Where to write the result instead.
-        peak: Print the allocator's peak of one network and kind, in this process.
     """
     chosen = {name: sized(name, batch_size) for name in networks}
-    if peak is not None:
-        print(json.dumps(allocator_peak(sized(peak[0], batch_size), peak[1])))
-        return
     if quick:
         chosen.pop("resnet50", None)
         rounds, stack_shape = min(rounds, 5), QUICK_STACK_SHAPE
@@ -91,15 +79,10 @@ def compare(
     rows = []
     for name, network in chosen.items():
         rows.append({"network": name} | measured(network, rounds, seconds))
-        if jax.devices()[0].platform == "gpu":
-            rows[-1]["allocator_peak_bytes"] = {
-                kind: peak_in_process(name, kind, batch_size) for kind in KINDS
-            }
-        report(rows[-1])
+        timing.show(name, rows[-1]["seconds_median"])
     kept = kept_bytes(stack_layers, stack_shape)
-    report_kept(kept)
     result = {"load_average_at_start": load, "rows": rows, "kept": kept}
-    write_run("step", result, output, quick=quick)
+    write_run("step", result, tables(result), output, quick=quick)
 
 
 def sized(name: str, batch_size: int | None) -> Network:
@@ -197,30 +180,6 @@ def over(ours: Sequence[float], theirs: Sequence[float]) -> float | None:
     return statistics.median(ours) / base if base > 0 else None
 
 
-def allocator_peak(network: Network, kind: str) -> int | None:
-    """Return the most bytes that the device's allocator has held, steps taken."""
-    program, _ = step_program(network, kind)
-    program.run()
-    stats = jax.devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use")
-
-
-def peak_in_process(name: str, kind: str, batch_size: int | None) -> int | None:
-    """Return `allocator_peak`, from a process of its own."""
-    words = ["-m", "benchmarks.step", "--peak", name, kind]
-    if batch_size is not None:
-        words += ["--batch-size", str(batch_size)]
-    done = subprocess.run(  # noqa: S603 (the words are those above)
-        [sys.executable, *words],
-        cwd=ROOT,
-        env={**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def kept_bytes(layers: int, shape: Sequence[int]) -> dict[str, Any]:
     """Return what a stack in bfloat16 keeps for backward, ours and Flax's."""
     found: dict[str, Any] = {"layers": layers, "shape": list(shape), "dtype": "bf16"}
@@ -228,14 +187,14 @@ def kept_bytes(layers: int, shape: Sequence[int]) -> dict[str, Any]:
     for kind in ("bnjax", "flax"):
         model = Stack(layers, shape[-1], KINDS[kind], dtype=jnp.bfloat16)
         loss = loss_of(model)
-        variables = initial(model, x)
+        params, stats = initial(model, x).values()
 
         def both(params, stats, x, loss=loss):
             return jax.grad(loss, argnums=(0, 2), has_aux=True)(params, stats, x, None)
 
-        compiled = jax.jit(both).lower(*variables.values(), x).compile()
+        compiled = jax.jit(both).lower(params, stats, x).compile()
         found[kind] = {
-            "kept": residual_bytes(loss, *variables.values(), x),
+            "kept": residual_bytes(loss, params, stats, x),
             **bytes_of(compiled),
         }
     found["kept_over_flax"] = found["bnjax"]["kept"] / found["flax"]["kept"]
@@ -258,37 +217,50 @@ def residual_bytes(loss: Any, params: Any, stats: Any, x: Any) -> int:
     )
 
 
-def report(row: dict[str, Any]) -> None:
-    """Print what was measured of a network."""
-    for kind, taken in row["seconds_median"].items():
-        added = row["added_seconds_median"].get(kind)
-        beside = "" if added is None else f", adds {1e3 * added:.3g} ms"
-        memory = row["bytes"][kind]
-        print(
-            f"{row['network']:10} {kind:6} {1e3 * taken:9.3g} ms{beside}; "
-            f"temporary {memory['temporary'] / 2**20:.1f} MiB, "
-            f"peak {memory['peak'] / 2**20:.1f} MiB"
-        )
-    told = (
-        "hidden by noise" if share is None else f"{share:.2f}"
-        for share in (row["added_over_flax"], row["beyond_arrays_over_flax"])
+def tables(result: dict[str, Any]) -> list[str]:
+    """Return times and bytes of the steps, and the bytes kept, as Markdown."""
+    rows = [
+        [
+            row["network"],
+            "x".join(map(str, row["shape"])),
+            kind,
+            milliseconds(seconds),
+            milliseconds(row["added_seconds_median"][kind]) if kind != "none" else "",
+            *(f"{row['bytes'][kind][of] / 2**20:.1f}" for of in ("temporary", "peak")),
+        ]
+        for row in result["rows"]
+        for kind, seconds in row["seconds_median"].items()
+    ]
+    shares = [
+        [
+            row["network"],
+            *(
+                "noise" if row[of] is None else f"{row[of]:.2f}"
+                for of in ("added_over_flax", "beyond_arrays_over_flax")
+            ),
+            f"{row['step_over_flax']:.3f}",
+        ]
+        for row in result["rows"]
+    ]
+    kept = result["kept"]
+    stack = (
+        f"{kept['layers']} layers of convolution, BN and ReLU on "
+        f"{'x'.join(map(str, kept['shape']))} in bfloat16, in MB:"
     )
-    print(
-        f"{row['network']:10} what bnjax adds / what Flax adds: {next(told)}; beyond "
-        f"the arrays: {next(told)}; step / Flax's step: {row['step_over_flax']:.3f}"
-    )
-
-
-def report_kept(kept: dict[str, Any]) -> None:
-    """Print what is kept between forward and backward."""
-    for kind in ("bnjax", "flax"):
-        print(
-            f"{kept['layers']} layers {tuple(kept['shape'])} {kind:6} keep "
-            f"{kept[kind]['kept'] / 1e6:.0f} MB; temporary "
-            f"{kept[kind]['temporary'] / 1e6:.0f} MB"
-        )
-    print(f"bnjax / Flax: {kept['kept_over_flax']:.2f}")
+    memory = [
+        [kind, *(f"{kept[kind][of] / 1e6:.0f}" for of in ("kept", "temporary"))]
+        for kind in ("bnjax", "flax")
+    ]
+    header = ["network", "batch", "kind", "ms", "BN adds", "temporary", "peak"]
+    return [
+        "A training step: milliseconds, what BN adds, and XLA's MiB:",
+        markdown(header, rows),
+        "bnjax over Flax: what BN adds, that beyond the kind `arrays`, and the step:",
+        markdown(["network", "added", "beyond its arrays", "step"], shares),
+        stack,
+        markdown(["kind", "kept for backward", "temporary of the step"], memory),
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(compare)))
+    run_command(compare)

@@ -7,24 +7,19 @@ Without --write those of docs/performance.md and docs/compiled.md are printed; w
 all take the place of what the pages and the README have between their two markers.
 """
 
-import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
+from benchmarks import compile_time, kernels, layer, scaling, step
 from benchmarks.aot import KINDS, TARGETS
-from benchmarks.report import RESULTS, ROOT
-from bnjax.cli import run_reporting
+from benchmarks.report import RESULTS, ROOT, markdown, read_result, run_command
 from bnjax.data.config import SettingError
 
 Figure = Callable[[dict[str, Any]], float | None]
 Tables = Callable[[dict[str, Any]], list[str]]
 
-_LONGEST = 7
 BEGIN, END = "<!-- tables: python -m benchmarks.table --write -->", "<!-- end -->"
 
 
@@ -53,11 +48,11 @@ def replaced(page: Path, text: str) -> str:
 
 def shortest(folder: Path) -> str:
     """Return the means over the shapes of training and inference, as Markdown."""
-    record = json.loads((folder / "layer-cpu.json").read_text("utf-8"))
+    record = read_result(folder / "layer-cpu.json")
     plain = [g for g in record["result"]["summary"] if "plain" in g.values()]
     others = list(plain[0]["ratios"])
     names = {"train": "forward and backward", "inference": "inference"}
-    return _table(
+    return markdown(
         ["", "buffers", *others],
         (
             [
@@ -110,7 +105,7 @@ def _on_devices(folder: Path) -> str:
                 for kind in names
                 if kind in kinds
             }
-    return _table(
+    return markdown(
         ["", *columns],
         (
             [name, *(column.get(kind, "") for column in columns.values())]
@@ -139,14 +134,14 @@ def memory(folder: Path) -> str:
         for network in ("resnet50", "inception"):
             lines += _memory(target, network, _kinds(path, network))
     header = ["device", "network", "layer", "temporary memory", "traffic", "cycles"]
-    return _table(header, lines)
+    return markdown(header, lines)
 
 
 def _kinds(path: Path, network: str) -> dict[str, dict[str, Any]]:
     """Return the programs of a network in bfloat16 on one chip, by kind."""
     return {
         row["kind"]: row
-        for row in json.loads(path.read_text("utf-8"))["result"]["rows"]
+        for row in read_result(path)["result"]["rows"]
         if (row["network"], row["dtype"], row["chips"]) == (network, "bfloat16", 1)
         and "failed" not in row
     }
@@ -176,7 +171,7 @@ def _memory(target: str, network: str, wanted: dict[str, dict[str, Any]]) -> lis
 def _found(folder: Path, name: str, make: Tables) -> list[str]:
     found = []
     for path in sorted(folder.glob(f"{name}-*.json")):
-        record = json.loads(path.read_text("utf-8"))
+        record = read_result(path)
         found += [_heading(path, record), *make(record["result"])]
     return found
 
@@ -201,200 +196,6 @@ def _heading(path: Path, record: dict[str, Any]) -> str:
         f"{libraries}; {record['date'][:10]}, "
         f"commit {(record['commit'] or 'unknown')[:10]}.{busy}"
     )
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
-
-
-def _mean_and(ratio: dict[str, Any], other: str) -> str:
-    return f"{ratio['mean']:.2f} ({ratio[other]:.2f})"
-
-
-def _layer(result: dict[str, Any]) -> list[str]:
-    groups, rows = result["summary"], result["rows"]
-    ours, *others = rows[0]["ratios"]
-    names = ("setting", "pass", "dtype", "variation")
-    means = _table(
-        [*names, "shapes", *others, "over the floor", "over an affine map"],
-        (
-            [
-                *(group[name] for name in names),
-                str(group["shapes"]),
-                *(_mean_and(ratio, "lowest") for ratio in group["ratios"].values()),
-                _mean_and(group["over_floor"], "highest"),
-                _mean_and(group["over_elementwise"], "highest")
-                if "inference" in group.values()
-                else "",
-            ]
-            for group in groups
-        ),
-    )
-    each = _table(
-        ["shape", "dtype", "setting", ours, *others, "floor"],
-        (
-            [
-                row["shape"],
-                row["dtype"],
-                row["setting"],
-                *(_ms(row["seconds_median"][name]) for name in (ours, *others)),
-                _ms(row["floor_seconds"]),
-            ]
-            for row in rows
-            if (row["pass"], row["variation"]) == ("train", "plain")
-        ),
-    )
-    absent = ", ".join(result["absent"]) or "none"
-    reading = (
-        f"Times as long as {ours}: geometric mean over the shapes, in brackets the "
-        f"lowest; {ours} over the memory floor, and in inference over a bare affine "
-        "map of the channels, in brackets the highest. "
-        f"Libraries absent: {absent}."
-    )
-    return [
-        reading,
-        means,
-        "Milliseconds of a training forward and backward:",
-        each,
-    ]
-
-
-def _step(result: dict[str, Any]) -> list[str]:
-    rows = []
-    for row in result["rows"]:
-        for kind, seconds in row["seconds_median"].items():
-            added = row["added_seconds_median"].get(kind)
-            rows.append(
-                [
-                    row["network"],
-                    "x".join(map(str, row["shape"])),
-                    kind,
-                    _ms(seconds),
-                    "" if added is None else _ms(added),
-                    f"{row['bytes'][kind]['temporary'] / 2**20:.1f}",
-                    f"{row['bytes'][kind]['peak'] / 2**20:.1f}",
-                ]
-            )
-    shares = [
-        [
-            row["network"],
-            *(
-                "noise" if row[of] is None else f"{row[of]:.2f}"
-                for of in ("added_over_flax", "beyond_arrays_over_flax")
-            ),
-            f"{row['step_over_flax']:.3f}",
-        ]
-        for row in result["rows"]
-    ]
-    kept = result["kept"]
-    stack = (
-        f"{kept['layers']} layers of convolution, BN and ReLU on "
-        f"{'x'.join(map(str, kept['shape']))} in bfloat16, in MB:"
-    )
-    return [
-        "A training step: milliseconds, what BN adds, and XLA's MiB:",
-        _table(
-            ["network", "batch", "kind", "ms", "BN adds", "temporary", "peak"], rows
-        ),
-        "bnjax over Flax: what BN adds, that beyond the kind `arrays`, and the step:",
-        _table(["network", "added", "beyond its arrays", "step"], shares),
-        stack,
-        _table(
-            ["kind", "kept for backward", "temporary of the step"],
-            (
-                [kind, *(f"{kept[kind][of] / 1e6:.0f}" for of in ("kept", "temporary"))]
-                for kind in ("bnjax", "flax")
-            ),
-        ),
-    ]
-
-
-def _compile_time(result: dict[str, Any]) -> list[str]:
-    stages = list(result["rows"][0]["over_flax"])
-    rows = []
-    for row in result["rows"]:
-        rows += [
-            [row["network"], kind, *(f"{taken[stage]:.2f}" for stage in stages)]
-            for kind, taken in row["seconds_median"].items()
-        ]
-        over = row["over_flax"]
-        rows.append(
-            [
-                row["network"],
-                "bnjax / flax",
-                *(f"{over[stage]:.2f}" for stage in stages),
-            ]
-        )
-    return [
-        f"{result['layers']} layers, seconds:",
-        _table(["network", "kind", *stages], rows),
-    ]
-
-
-def _scaling(result: dict[str, Any]) -> list[str]:
-    found = []
-    for name in ("batch", "channels"):
-        rows = result["rows"][name]
-        if not rows:
-            continue
-        libraries = list(rows[0]["ratios"])
-        found += [
-            f"Milliseconds against {name}, one device:",
-            _table(
-                ["shape", *libraries],
-                (
-                    [
-                        row["shape"],
-                        *(_ms(row["seconds_median"][name]) for name in libraries),
-                    ]
-                    for row in rows
-                ),
-            ),
-        ]
-    rows = [
-        [
-            str(row["devices"]),
-            library,
-            _ms(row["seconds_median"][f"{library}, shared"]),
-            _ms(row["added_by_sharing"][library]),
-            _ms(row["predicted"][library]),
-            str(collectives["count"]),
-            str(collectives["bytes"]),
-        ]
-        for row in result["rows"]["devices"]
-        for library, collectives in row["collectives"].items()
-    ]
-    header = ["devices", "library", "ms", "added by sharing", "predicted"]
-    return [
-        *found,
-        "Milliseconds over devices, the same input on each, and the all-reduces:",
-        _table([*header, "count", "bytes"], rows),
-    ]
-
-
-def _kernels(result: dict[str, Any]) -> list[str]:
-    rows = [
-        [
-            *(row[name] for name in ("shape", "dtype", "library")),
-            str(len(row["kernels"])),
-            ", ".join(
-                f"{kernel['name']} {kernel['us']:.0f}"
-                + (f" ({kernel['calls']:.0f} calls)" if kernel["calls"] > 1 else "")
-                for kernel in row["kernels"][:_LONGEST]
-            ),
-        ]
-        for row in result["rows"]
-    ]
-    header = ["shape", "dtype", "library", "kernels", "the longest"]
-    return [
-        "Microseconds of a training pass, and of a step, by kernel:",
-        _table(header, rows),
-    ]
 
 
 # How many ratios to Flax's stand beside a figure: its own, and that of what BN adds.
@@ -474,7 +275,7 @@ def _by_kind(
     )
     return [
         f"{name}{''.join(beside[: ratios + 1])}.",
-        _table(
+        markdown(
             ["network", "dtype", *kinds],
             (
                 [
@@ -517,7 +318,7 @@ def _collectives(rows: Sequence[dict[str, Any]]) -> list[str]:
         lines.setdefault(line, {})[row["backward"]] = cell
     return [
         "Collectives over chips that share statistics, in brackets their bytes.",
-        _table(
+        markdown(
             ["network", "shared by", "chips", "kind", "forward", "with gradients"],
             (
                 [*line, *(cells.get(backward, "") for backward in (False, True))]
@@ -534,13 +335,13 @@ PAGES = {
     ROOT / "README.md": readme,
 }
 TABLES: dict[str, Tables] = {
-    "layer": _layer,
-    "step": _step,
-    "compile_time": _compile_time,
-    "scaling": _scaling,
-    "kernels": _kernels,
+    "layer": layer.tables,
+    "step": step.tables,
+    "compile_time": compile_time.tables,
+    "scaling": scaling.tables,
+    "kernels": kernels.tables,
 }
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(main)))
+    run_command(main)

@@ -66,6 +66,12 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def show(name: str, seconds: Mapping[str, float]) -> None:
+    """Print what was timed, as soon as it was."""
+    each = ", ".join(f"{run} {1e3 * taken:.3g}" for run, taken in seconds.items())
+    print(f"{name}: {each} ms", file=sys.stderr, flush=True)
+
+
 def keep_memory() -> bool:
     """Tell glibc to keep what is freed, so that no page is faulted in again.
 

@@ -4,22 +4,21 @@
 
 All train the network of the mnist preset on MNIST with batches of 60, in turn, round
 after round, the order rotating, so that whatever else the machine does falls on all of
-them. Compiling is left out. The Flax loop calls one jitted step for each batch, taken
-from a NumPy array; so does the PyTorch loop, in a process of its own that waits while
-the others work. train.py is asked to make at least 1.2 times the steps of the Flax loop
-and 3.5 times those of the PyTorch loop. "products" takes the matrix products of such a
-step and nothing else: what no loop of the same arithmetic gets past. The result is
-benchmarks/results/training_rate.json. It needs MNIST prepared (see docs/training.md).
+them. Compiling is left out. The loops differ, not the layer alone, which is what
+benchmarks.mnist_steps_per_second compares. The Flax loop calls one jitted step for each
+batch, taken from a NumPy array; so does the PyTorch loop, in a process of its own that
+waits while the others work. train.py is asked to make at least 1.2 times the steps of
+the Flax loop and 3.5 times those of the PyTorch loop. "products" takes the matrix
+products of such a step and nothing else: what no loop of the same arithmetic gets past.
+The result is benchmarks/results/training_rate.json. It needs MNIST prepared (see
+docs/training.md).
 """
 
 import dataclasses
 import functools
 import itertools
-import statistics
 import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,21 +27,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
-from benchmarks.report import ROOT, write_result
-from bnjax.cli import run_reporting
+from benchmarks import timing
+from benchmarks.report import RESULTS, ROOT, command_of, run_command, write_result
 from bnjax.data.config import SettingError
 from bnjax.data.sources import Source, open_source
 from bnjax.training.config import Config
 from bnjax.training.loop import Run
 from bnjax.training.presets import mnist
 
-RESULT = ROOT / "benchmarks" / "results" / "training_rate.json"
-ASKED = {"flax loop": 1.2, "torch loop": 3.5, "products": None}
-TakeSteps = Callable[[int], float]
+ASKED = {"flax loop": 1.2, "torch loop": 3.5}
+TakeSteps = Callable[[int], None]
 
 
 class Network(nn.Module):
@@ -65,14 +62,18 @@ class State(TrainState):
     batch_stats: Any
 
 
-def bnjax_loop(source: Source, config: Config) -> TakeSteps:
+def preset(seed: int) -> Config:
+    """Return the configuration of the preset `mnist`."""
+    return dataclasses.replace(mnist(), seed=seed)
+
+
+def train_loop(source: Source, config: Config) -> TakeSteps:
+    """Return the loop of train.py."""
     run = Run(config, source)
 
-    def take(steps: int) -> float:
-        before = run.seconds
+    def take(steps: int) -> None:
         for _ in range(steps // config.log_every):
             run.dispatch(config.log_every)
-        return run.seconds - before
 
     return take
 
@@ -106,9 +107,8 @@ def flax_loop(images: np.ndarray, labels: np.ndarray, config: Config) -> TakeSte
     random = np.random.default_rng(config.seed)
     rows: list[np.ndarray] = []
 
-    def take(steps: int) -> float:
+    def take(steps: int) -> None:
         nonlocal state, rows
-        started = time.perf_counter()
         loss = jnp.zeros(())
         for _ in range(steps):
             if not rows:
@@ -117,7 +117,6 @@ def flax_loop(images: np.ndarray, labels: np.ndarray, config: Config) -> TakeSte
             chosen = rows.pop()
             state, loss = step(state, images[chosen], labels[chosen])
         loss.block_until_ready()
-        return time.perf_counter() - started
 
     return take
 
@@ -154,10 +153,8 @@ def products_loop(images: np.ndarray, config: Config) -> TakeSteps:
 
         return jax.lax.scan(epoch, weights, length=epochs)[0]
 
-    def take(steps: int) -> float:
-        started = time.perf_counter()
+    def take(steps: int) -> None:
         jax.block_until_ready(steps_of(weights, steps // len(batches)))
-        return time.perf_counter() - started
 
     return take
 
@@ -176,15 +173,13 @@ def torch_loop(
         text=True,
     )
 
-    def take(steps: int) -> float:
+    def take(steps: int) -> None:
         if child.stdin is None or child.stdout is None:
             raise ValueError("the pipes are there")
         child.stdin.write(f"{steps}\n")
         child.stdin.flush()
-        answer = child.stdout.readline()
-        if not answer:
+        if not child.stdout.readline():
             raise SettingError(f"{python} ended: expected a Python that has torch.")
-        return float(answer)
 
     return take, child
 
@@ -194,7 +189,6 @@ def compare(
     rounds: int = 21,
     steps: int = 1000,
     seed: int = 0,
-    data_dir: Path | None = None,
 ) -> None:
     """Measure, print and write the rates.
 
@@ -203,15 +197,14 @@ def compare(
         rounds: Of each loop.
         steps: In a round, a multiple of the preset's --log-every and of 50.
         seed: Of the weights and the order of the data.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
-    source = open_source("mnist", data_dir)
-    config = dataclasses.replace(mnist(), seed=seed)
+    source = open_source("mnist")
+    config = preset(seed)
     arrays = source.load("train", lambda *_: None)
     images = (np.asarray(arrays.images) > source.max_value / 2).astype(np.float32)
     labels = np.asarray(arrays.labels)
     loops = {
-        "train.py": bnjax_loop(source, config),
+        "train.py": train_loop(source, config),
         "flax loop": flax_loop(images, labels, config),
         "products": products_loop(images, config),
     }
@@ -222,58 +215,57 @@ def compare(
                 torch_python, Path(folder), images, labels, config
             )
         try:
-            rates = measure(loops, rounds, steps)
+            compare_loops("training_rate", loops, ASKED, rounds, steps, seed)
         finally:
             if child is not None:
                 child.kill()
                 child.wait()
-    report(rates, rounds, steps, seed)
 
 
-def measure(
-    loops: dict[str, TakeSteps], rounds: int, steps: int
-) -> dict[str, list[float]]:
-    rates: dict[str, list[float]] = {name: [] for name in loops}
-    names = list(loops)
-    for take in loops.values():
-        take(steps)
-    for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            rates[name].append(steps / loops[name](steps))
-    return rates
+def compare_loops(
+    name: str,
+    loops: dict[str, TakeSteps],
+    asked: dict[str, float],
+    rounds: int,
+    steps: int,
+    seed: int,
+) -> None:
+    """Time loops in turn; print and write their rates, and those over the first's.
 
-
-def report(rates: dict[str, list[float]], rounds: int, steps: int, seed: int) -> None:
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, median in medians.items():
-        spread = f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}"
-        print(f"{name:10} {median:8,.0f} steps/s (median of {rounds}; {spread})")
-    ratios = {}
-    for name in list(rates)[1:]:
-        each = [
-            ours / theirs
-            for ours, theirs in zip(rates["train.py"], rates[name], strict=True)
-        ]
-        ratios[f"train.py over {name}"] = {
-            "asked": ASKED[name],
-            "median_of_rounds": statistics.median(each),
-            "lowest": min(each),
-            "highest": max(each),
-        }
-        asked = f" (asked: {ASKED[name]})" if ASKED[name] else ""
-        print(f"train.py / {name}: {statistics.median(each):.2f}{asked}")
-    command = " ".join(["python -m benchmarks.training_rate", *sys.argv[1:]])
+    Args:
+        name: of the benchmark.
+        loops: what to time; the first is compared with the others.
+        asked: the least ratios to some of the others.
+        rounds: of each.
+        steps: in a round.
+        seed: of the result.
+    """
+    runs = {loop: functools.partial(take, steps) for loop, take in loops.items()}
+    seconds = timing.interleaved(runs, rounds)
+    rates = {loop: [steps / taken for taken in each] for loop, each in seconds.items()}
+    ours, *others = rates
     result = {
-        "steps_per_second_median": medians,
-        "ratios": ratios,
+        "steps_per_second_median": timing.medians(rates),
+        "ratios": {
+            f"{ours} over {other}": {
+                "asked": asked.get(other),
+                "median_of_rounds": timing.ratio(rates[ours], rates[other]),
+            }
+            for other in others
+        },
         "rounds": rounds,
         "steps_per_round": steps,
         "steps_per_second": rates,
     }
-    write_result(RESULT, command, [seed], result)
-    print(RESULT)
+    for loop, median in result["steps_per_second_median"].items():
+        spread = f"{min(rates[loop]):,.0f} to {max(rates[loop]):,.0f}"
+        print(f"{loop:10} {median:8,.0f} steps/s (median of {rounds}; {spread})")
+    for pair, ratio in result["ratios"].items():
+        print(f"{pair}: {ratio['median_of_rounds']:.3f} (asked: {ratio['asked']})")
+    path = RESULTS / f"{name}.json"
+    write_result(path, command_of(f"benchmarks.{name}"), [seed], result)
+    print(path)
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(compare)))
+    run_command(compare)

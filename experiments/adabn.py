@@ -13,28 +13,27 @@ References:
     Li et al. (2016), "Revisiting Batch Normalization For Practical Domain Adaptation".
 """
 
-import dataclasses
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from benchmarks.report import ROOT, write_result
-from bnjax.cli import run_reporting
-from bnjax.data.sources import open_data
+from benchmarks.figures import Figure, mark, new_figure
+from benchmarks.report import percent, run_command
 from bnjax.population import recompute_batch_stats
 from bnjax.training.config import Config
-from bnjax.training.presets.small import lenet_mnist
-from bnjax.training.program import build
-from experiments.figures import new_figure, save
-from experiments.runs import once, rounded, visit
+from experiments.runs import (
+    Task,
+    changed,
+    finish,
+    median,
+    once,
+    preset,
+    variables_of,
+    visit,
+)
 
-RESULT = ROOT / "experiments" / "results" / "adabn.json"
 TRAINING, FIRST, ALL = (
     "of training",
     "first layer estimated again",
@@ -68,65 +67,35 @@ DOMAINS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def reproduce(seeds: int = 3, steps: int = 1000, data_dir: Path | None = None) -> None:
+def reproduce(seeds: int = 3, steps: int = 1000) -> None:
     """Train, measure, write and draw.
 
     Args:
         seeds: How many networks.
         steps: Of training.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
-    base = dataclasses.replace(lenet_mnist(), steps=steps, data_dir=data_dir)
+    base = preset("lenet-mnist", {"steps": steps})
     runs = [
-        once("adabn", dataclasses.replace(base, seed=seed), accuracies)
+        once("adabn", changed(base, {"seed": seed}), accuracies)
         for seed in range(seeds)
     ]
-    result = {"runs": runs, "median": table(runs)}
-    command = " ".join(["python -m experiments.adabn", *sys.argv[1:]])
-    write_result(RESULT, command, list(range(seeds)), result)
-    print(f"{RESULT}\n{draw(result)}")
+    finish("adabn", {"runs": runs, "median": table(runs)}, range(seeds), draw)
 
 
 def accuracies(config: Config) -> dict[str, Any]:
     """Train one network; return its test accuracy by domain and statistics."""
     (run,) = visit(config, [config.steps])
-    source = open_data(config.data, config.data_dir)
-    program = build(config, source)
-    train, test = (
-        jax.device_put(source.load(name, lambda *_: None)) for name in ("train", "test")
-    )
-    gather = jax.jit(program.gather)
-    variables = {"params": run.state.params, "batch_stats": run.state.batch_stats}
-
-    def call(variables: Any, images: jax.Array) -> Any:
-        return program.model.apply(
-            variables, images, train=True, mutable=["batch_stats"]
-        )
-
-    @jax.jit
-    def predicted(variables: Any, images: jax.Array) -> jax.Array:
-        return jnp.argmax(program.model.apply(variables, images, train=False), axis=-1)
-
-    order = np.random.default_rng(config.seed).permutation(len(train.labels))
+    task, variables = Task(config, SIZE), variables_of(run.state)
+    order = np.random.default_rng(config.seed).permutation(len(task.train.labels))
     rows = order[: SIZE * BATCHES].reshape(BATCHES, SIZE)
-    tests = np.arange(len(test.labels)).reshape(-1, SIZE)
-    labels = np.asarray(test.labels).reshape(tests.shape)
-
-    def accuracy(change: Callable[[jax.Array], jax.Array], stats: Any) -> float:
-        adapted = {**variables, "batch_stats": stats}
-        right = [
-            predicted(adapted, change(gather(test, part)["image"])) == truth
-            for part, truth in zip(tests, labels, strict=True)
-        ]
-        return rounded(float(np.mean(right)))
-
     found: dict[str, Any] = {}
     for domain, change in DOMAINS.items():
-        target = [change(gather(train, part)["image"]) for part in rows]
-        found[domain] = {TRAINING: accuracy(change, variables["batch_stats"])}
+        target = [change(task.images(task.train, part)) for part in rows]
+        found[domain] = {TRAINING: task.accuracy(variables, change)}
         for name, layers in LAYERS.items():
-            stats = recompute_batch_stats(call, variables, target, layers=layers)
-            found[domain][name] = accuracy(change, stats)
+            stats = recompute_batch_stats(task.call, variables, target, layers=layers)
+            adapted = variables | {"batch_stats": stats}
+            found[domain][name] = task.accuracy(adapted, change)
     return {"accuracy": found}
 
 
@@ -134,32 +103,42 @@ def table(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return the median accuracy over the runs, by domain and statistics."""
     return {
         domain: {
-            name: rounded(
-                float(np.median([run["accuracy"][domain][name] for run in runs]))
-            )
+            name: median([run["accuracy"][domain][name] for run in runs])
             for name in COLORS
         }
         for domain in DOMAINS
     }
 
 
-def draw(result: dict[str, Any]) -> Path:
+def draw(record: dict[str, Any]) -> Figure:
     """Draw the medians as bars, the runs as points on them."""
+    result = record["result"]
     figure, axes = new_figure()
     width = 0.8 / len(COLORS)
-    places = np.arange(len(DOMAINS))
     for i, (name, color) in enumerate(COLORS.items()):
-        at = places + (i - 1) * width
-        bars = [100 * result["median"][domain][name] for domain in DOMAINS]
-        axes.bar(at, bars, 0.9 * width, color=color, label=name)
-        for run in result["runs"]:
-            points = [100 * run["accuracy"][domain][name] for domain in DOMAINS]
-            axes.plot(at, points, ".", color="k", ms=3)
-    axes.set_xticks(places, list(DOMAINS))
-    axes.set(title="LeNet trained on MNIST", ylabel="test accuracy (%)", ylim=(0, 100))
-    figure.legend(loc="outside lower center", ncols=3, title="statistics")
-    return save(figure, "adabn")
+        at = np.arange(len(DOMAINS)) + (i - 1) * width
+        medians = [result["median"][domain][name] for domain in DOMAINS]
+        axes.bar(at, np.multiply(100, medians), 0.9 * width, color=color, label=name)
+        points = [
+            [100 * run["accuracy"][domain][name] for domain in DOMAINS]
+            for run in result["runs"]
+        ]
+        axes.plot(at, np.transpose(points), ".", color="k", ms=3)
+        for x, top, bar in zip(at, np.max(points, axis=0), medians, strict=True):
+            mark(axes, (x, top), percent(bar), "k", (0, 3), fontsize=7)
+    axes.set_xticks(range(len(DOMAINS)), list(DOMAINS))
+    axes.set(
+        title="LeNet trained on MNIST, evaluated on changed images",
+        ylabel="test accuracy (%)",
+        ylim=(0, 109),
+    )
+    figure.legend(
+        loc="outside lower center",
+        ncols=3,
+        title=f"statistics; bars: medians, points: {len(record['seeds'])} seeds",
+    )
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(reproduce)))
+    run_command(reproduce)

@@ -11,8 +11,6 @@ experiments/results/bias_drift.json and docs/figures/bias_drift.png. A few secon
 """
 
 import functools
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import bnjax
-from benchmarks.report import ROOT, write_result
-from experiments.figures import new_figure, save, thousands
-from experiments.runs import rounded
+from benchmarks.figures import Figure, new_figure, thousands
+from benchmarks.report import run_command
+from experiments.runs import finish, rounded
 
-RESULT = ROOT / "experiments" / "results" / "bias_drift.json"
 STEPS, RATE, EXAMPLES, SEED = 5000, 0.1, 64, 0
 RECORD_EVERY = 50
 
@@ -102,32 +99,31 @@ def measure() -> dict[str, Any]:
     return result
 
 
-def draw(result: dict[str, Any]) -> Path:
+def draw(record: dict[str, Any]) -> Figure:
     """Draw bias, weight and loss against the steps."""
+    result = record["result"]
     figure, panels = new_figure(3)
     # Where two curves are one, the wide one is seen beside the thin.
     thin, wide = {"lw": 1.5, "ls": "--"}, {"lw": 5, "alpha": 0.35}
     styles = ({"color": "C3"} | thin, {"color": "C1"} | thin)
     styles += ({"color": "C2"} | wide, {"color": "C0"} | wide)
-    for axes, quantity in zip(panels, ("bias", "weight", "loss"), strict=True):
+    for axes, quantity in zip(panels, ("bias b", "weight w", "loss"), strict=True):
         for name, style in zip(NORMALIZERS, styles, strict=True):
-            axes.plot(result["steps"], result[name][quantity], label=name, **style)
+            curve = result[name][quantity.split()[0]]
+            axes.plot(result["steps"], curve, label=name, **style)
         axes.set(title=quantity, xlabel="steps of gradient descent")
         thousands(axes)
     panels[2].set_ylim(0, None)
-    panels[0].legend(fontsize="small")
-    return save(figure, "bias_drift")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2)
+    figure.suptitle(f"One unit w*u + b fitted to {EXAMPLES} examples, one seed")
+    return figure
 
 
 def main() -> None:
     """Measure, write and draw."""
-    result = measure()
-    write_result(RESULT, "python -m experiments.bias_drift", [SEED], result)
-    for name in NORMALIZERS:
-        numbers = {k: v for k, v in result[name].items() if isinstance(v, float)}
-        print(f"{name}: {numbers}")
-    print(f"{RESULT}\n{draw(result)}")
+    finish("bias_drift", measure(), [SEED], draw)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

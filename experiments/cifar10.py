@@ -11,23 +11,16 @@ on one CPU core; started again, it trains only what is not in runs/experiments.
 CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
 """
 
-import dataclasses
 import functools
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
-from benchmarks.report import ROOT, write_result
-from bnjax.cli import run_reporting
+from benchmarks.figures import Figure, mark, new_figure, plot_median, thousands
+from benchmarks.report import ROOT, percent, run_command
 from bnjax.training.config import Config
-from bnjax.training.presets import PRESETS
-from experiments.figures import mark_end, new_figure, plot_median, save, thousands
-from experiments.runs import once, rounded, run_once
+from experiments.runs import changed, finish, once, preset, rounded, run_once
 
-RESULT = ROOT / "experiments" / "results" / "cifar10.json"
 CACHE = ROOT / "runs" / "compiled"
 BASELINE, HEADLINE = "Inception", "BN-x5"
 RATES = (0.01, 0.03, 0.1)
@@ -47,25 +40,25 @@ PAPER = {
     "Inception, sigmoids": (None, 0.1),
     "Inception, 5 times the rate": (None, None),
 }
-LABEL_GAP = 3.5
-"""Points between the labels of two curves."""
+LIFTED = ("BN-x5", "Inception, 5 times the rate")
+LOWERED = ("BN-Baseline", "Inception, sigmoids")
+"""Whose labels in the figure make room for each other."""
 COLORS = dict(zip(PAPER, ("C3", "C1", "C0", "C2", "C4", "C7", "C5"), strict=True))
 
 
 def networks() -> dict[str, Config]:
     """Return the networks by the paper's names."""
-    base = PRESETS["cifar10-inception"]()
+    base = preset("cifar10-inception")
     short = shortened(base, CHANCE_STEPS)
-    sigmoids = dataclasses.replace(base.model, activation="sigmoid")
     return {
         "Inception": base,
-        "BN-Baseline": PRESETS["cifar10-bn-baseline"](),
-        "BN-x5": PRESETS["cifar10-bn-x5"](),
-        "BN-x30": PRESETS["cifar10-bn-x30"](),
-        "BN-x5-Sigmoid": PRESETS["cifar10-bn-x5-sigmoid"](),
-        "Inception, sigmoids": dataclasses.replace(short, model=sigmoids),
-        "Inception, 5 times the rate": dataclasses.replace(
-            short, learning_rate=5 * base.learning_rate
+        "BN-Baseline": preset("cifar10-bn-baseline"),
+        "BN-x5": preset("cifar10-bn-x5"),
+        "BN-x30": preset("cifar10-bn-x30"),
+        "BN-x5-Sigmoid": preset("cifar10-bn-x5-sigmoid"),
+        "Inception, sigmoids": changed(short, {"model.activation": "sigmoid"}),
+        "Inception, 5 times the rate": changed(
+            short, {"learning_rate": 5 * base.learning_rate}
         ),
     }
 
@@ -73,46 +66,38 @@ def networks() -> dict[str, Config]:
 def shortened(config: Config, steps: int) -> Config:
     """Return a shorter run whose learning rate decays as far."""
     decay_steps = round(config.optim.decay_steps * steps / config.steps)
-    optim = dataclasses.replace(config.optim, decay_steps=decay_steps)
-    return dataclasses.replace(config, steps=steps, optim=optim)
+    return changed(config, {"steps": steps, "optim.decay_steps": decay_steps})
 
 
 def trained(config: Config) -> dict[str, Any]:
     """Train one network, or take it from where it was kept."""
-    cached = dataclasses.replace(config, compilation_cache=CACHE)
+    cached = changed(config, {"compilation_cache": CACHE})
     return once("cifar10", cached, functools.partial(run_once, "cifar10"))
 
 
-def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
+def reproduce(seeds: int = 3) -> None:
     """Train all networks, then write the result and the figure.
 
     Args:
         seeds: How many runs of the two headline networks; the others have one.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
-    configs = {
-        name: dataclasses.replace(config, data_dir=data_dir)
-        for name, config in networks().items()
-    }
+    configs = networks()
+
+    def by_seed(config: Config, count: int = seeds) -> list[dict[str, Any]]:
+        return [trained(changed(config, {"seed": seed})) for seed in range(count)]
+
     base = configs[BASELINE]
     short = shortened(base, SWEEP_STEPS)
     sweep = [
-        {"learning_rate": rate}
-        | trained(dataclasses.replace(short, learning_rate=rate))
+        {"learning_rate": rate} | trained(changed(short, {"learning_rate": rate}))
         for rate in RATES
     ]
     runs = {
-        name: [
-            trained(dataclasses.replace(config, seed=seed))
-            for seed in range(seeds if name in (BASELINE, HEADLINE) else 1)
-        ]
+        name: by_seed(config, seeds if name in (BASELINE, HEADLINE) else 1)
         for name, config in configs.items()
     }
     fifth = {name: shortened(configs[name], base.steps // 5) for name in FIFTH}
-    short_runs = {
-        name: [trained(dataclasses.replace(config, seed=seed)) for seed in range(seeds)]
-        for name, config in fifth.items()
-    }
+    short_runs = {name: by_seed(config) for name, config in fifth.items()}
     result = {
         "table": table(runs),
         "in_a_fifth_of_the_steps": {
@@ -127,9 +112,7 @@ def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
         "sweep_of_inception": sweep,
         "runs": runs | {f"{name}, a fifth": each for name, each in short_runs.items()},
     }
-    command = " ".join(["python -m experiments.cifar10", *sys.argv[1:]])
-    write_result(RESULT, command, list(range(seeds)), result)
-    print(f"{RESULT}\n{draw(runs)}")
+    finish("cifar10", result, range(seeds), draw)
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -168,33 +151,36 @@ def _median(runs: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(runs[0]["steps"][:count]), np.median(accuracy, axis=0)
 
 
-def draw(runs: dict[str, list[dict[str, Any]]]) -> Path:
+def draw(record: dict[str, Any]) -> Figure:
     """Draw Figure 2: accuracy against steps, and where Inception's best is reached."""
-    figure, axes = new_figure()
-    ends = {}
+    table = record["result"]["table"]
+    runs = {name: record["result"]["runs"][name] for name in table}
+    figure, axes = new_figure(height=4.8)
+    best = 100 * table[BASELINE]["best_accuracy"]
+    last = runs[BASELINE][0]["steps"][-1]
+    axes.plot((0, last), (best, best), color=COLORS[BASELINE], ls=":", lw=1)
     for name, each in runs.items():
-        steps = each[0]["steps"]
+        steps, row = each[0]["steps"], table[name]
         if not steps:
             continue
         accuracy = [[100 * value for value in run["test_accuracy"]] for run in each]
         median = plot_median(axes, steps, accuracy, COLORS[name], name)
-        ends[name] = (steps[-1], median[-1])
-    lowest = -np.inf
-    for name in sorted(ends, key=lambda name: ends[name][1]):
-        step, accuracy = ends[name]
-        lowest = max(accuracy, lowest + LABEL_GAP)
-        mark_end(axes, step, lowest, f"{name}: {accuracy:.1f} %", COLORS[name])
-    steps, accuracy = _median(runs[BASELINE])
-    axes.axhline(100 * accuracy.max(), color=COLORS[BASELINE], ls=":", lw=1)
+        seeds = f", {row['seeds']} seeds" if row["seeds"] > 1 else ""
+        text = f"{name}: {percent(row['best_accuracy'])} %{seeds}"
+        offset = (4, (name in LIFTED) - (name in LOWERED))
+        mark(axes, (steps[-1], median[-1]), text, COLORS[name], offset)
     axes.set(
-        title="CIFAR-10 (JPEG), Inception of an eighth of the width",
-        xlabel="training steps of 32 examples",
+        title="CIFAR-10 (JPEG), Inception of an eighth of the width: median and\n"
+        "range of the seeds (one where not said), labelled with the best",
+        xlabel=f"training steps of {record['result']['examples_in_a_step']} examples",
         ylabel="test accuracy (%)",
-        xlim=(0, 1.4 * steps[-1]),
+        xlim=(0, 1.6 * last),
+        ylim=(0, 70),
     )
+    axes.set_xticks(range(0, last + 1, 2000))
     thousands(axes)
-    return save(figure, "cifar10")
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(reproduce)))
+    run_command(reproduce)

@@ -11,22 +11,14 @@ again, it trains only what is not in runs/experiments. CIFAR-10 (JPEG) has to be
 prepared: see docs/data.md.
 """
 
-import dataclasses
-import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import tyro
-
-from benchmarks.report import ROOT, write_result
-from bnjax.cli import run_reporting
+from benchmarks.figures import CLEAR, Figure, new_figure, seeds_of
+from benchmarks.report import percent, run_command
 from bnjax.training.config import Config
 from experiments.cifar10 import networks, trained
-from experiments.figures import new_figure, save
-from experiments.runs import rounded
+from experiments.runs import changed, finish, median, rounded
 
-RESULT = ROOT / "experiments" / "results" / "cifar10_changes.json"
 REFERENCE, CROPPED = "BN-x5", "BN-x5 on crops"
 
 
@@ -34,55 +26,34 @@ def variants() -> dict[str, Config]:
     """Return BN-x5, and BN-x5 without each of its changes."""
     base, ours = networks()["Inception"], networks()[REFERENCE]
 
-    def model(**changes: Any) -> Config:
-        return dataclasses.replace(
-            ours, model=dataclasses.replace(ours.model, **changes)
-        )
-
-    def optim(**changes: Any) -> Config:
-        return dataclasses.replace(
-            ours, optim=dataclasses.replace(ours.optim, **changes)
-        )
-
-    def crops(strength: float) -> Config:
-        augment = dataclasses.replace(ours.data.augment, kind="crop", strength=strength)
-        data = dataclasses.replace(ours.data, image_size=32, augment=augment)
-        return dataclasses.replace(ours, data=data)
-
-    fixed = dataclasses.replace(ours.data, shuffle=base.data.shuffle)
-    return {
-        REFERENCE: ours,
-        "the lower learning rate": dataclasses.replace(
-            ours, learning_rate=base.learning_rate
-        ),
-        "dropout": model(dropout=base.model.dropout),
-        "the larger L2 weight": optim(weight_decay=base.optim.weight_decay),
-        "the slower decay": optim(decay_steps=6 * ours.optim.decay_steps),
-        "local response normalization": model(local_response_norm=True),
-        "batches that always meet": dataclasses.replace(ours, data=fixed),
-        CROPPED: crops(ours.data.augment.strength),
-        "crops with the full distortion": crops(base.data.augment.strength),
+    crops = {"data.image_size": 32, "data.augment.kind": "crop"}
+    full = {"data.augment.strength": base.data.augment.strength}
+    changes = {
+        REFERENCE: {},
+        "the lower learning rate": {"learning_rate": base.learning_rate},
+        "dropout": {"model.dropout": base.model.dropout},
+        "the larger L2 weight": {"optim.weight_decay": base.optim.weight_decay},
+        "the slower decay": {"optim.decay_steps": 6 * ours.optim.decay_steps},
+        "local response normalization": {"model.local_response_norm": True},
+        "batches that always meet": {"data.shuffle": base.data.shuffle},
+        CROPPED: crops,
+        "crops with the full distortion": crops | full,
     }
+    return {name: changed(ours, each) for name, each in changes.items()}
 
 
-def reproduce(seeds: int = 1, data_dir: Path | None = None) -> None:
+def reproduce(seeds: int = 1) -> None:
     """Train all variants, then write the result and the figure.
 
     Args:
         seeds: How many runs of each.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
     runs = {
-        name: [
-            trained(dataclasses.replace(config, seed=seed, data_dir=data_dir))
-            for seed in range(seeds)
-        ]
+        name: [trained(changed(config, {"seed": seed})) for seed in range(seeds)]
         for name, config in variants().items()
     }
     result = {"table": table(runs), "runs": runs}
-    command = " ".join(["python -m experiments.cifar10_changes", *sys.argv[1:]])
-    write_result(RESULT, command, list(range(seeds)), result)
-    print(f"{RESULT}\n{draw(result['table'])}")
+    finish("cifar10_changes", result, range(seeds), draw)
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -93,34 +64,38 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     }
     rows = {}
     for name, accuracy in last.items():
-        cropped = "crops" in name
-        against = float(np.median(last[CROPPED if cropped else REFERENCE]))
-        median = float(np.median(accuracy))
+        against = median(last[CROPPED if "crops" in name else REFERENCE])
         rows[name] = {
-            "accuracy": rounded(median),
-            "points_from_reference": rounded(100 * (median - against)),
+            "accuracy": median(accuracy),
+            "points_from_reference": rounded(100 * (median(accuracy) - against)),
             "by_seed": accuracy,
         }
     return rows
 
 
-def draw(rows: dict[str, Any]) -> Path:
+def draw(record: dict[str, Any]) -> Figure:
     """Draw what each variant loses or gains."""
+    rows = record["result"]["table"]
     figure, axes = new_figure()
     names = [name for name in rows if name not in (REFERENCE, CROPPED)][::-1]
     points = [rows[name]["points_from_reference"] for name in names]
-    cropped = f" (of {100 * rows[CROPPED]['accuracy']:.1f} %)"
-    labels = [name + cropped if "crops" in name else name for name in names]
-    bars = axes.barh(labels, points, color=["C3" if p < 0 else "C2" for p in points])
-    axes.bar_label(bars, [f"{p:+.1f}" for p in points], padding=3)
+    ours, cropped = (percent(rows[name]["accuracy"]) for name in (REFERENCE, CROPPED))
+    labels = [
+        f"{name}\n(from {cropped} % on crops)" if "crops" in name else name
+        for name in names
+    ]
+    colors = ["C3" if change < 0 else "C2" for change in points]
+    bars = axes.barh(labels, points, color=colors)
+    axes.bar_label(bars, [f"{change:+.1f}" for change in points], padding=3, **CLEAR)
     axes.axvline(0, color="black", lw=1)
     axes.margins(x=0.15)
     axes.set(
-        title=f"BN-x5 ({100 * rows[REFERENCE]['accuracy']:.1f} %) with one change back",
+        title=f"CIFAR-10 (JPEG), BN-x5 of an eighth of the width\n({ours} %) "
+        f"with one change taken back, {seeds_of(record)}",
         xlabel="test accuracy, points from BN-x5",
     )
-    return save(figure, "cifar10_changes")
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(reproduce)))
+    run_command(reproduce)

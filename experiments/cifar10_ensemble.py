@@ -9,68 +9,51 @@ runs/experiments/cifar10-ensemble-*, and one that is there is not trained again.
 CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
 """
 
-import dataclasses
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from benchmarks.report import ROOT, write_result
-from bnjax.cli import run_reporting
+from benchmarks.report import run_command
 from bnjax.training.evaluation import evaluate_runs
 from bnjax.training.loop import train
-from bnjax.training.presets import PRESETS
 from bnjax.training.workdir import CONFIG, SUMMARY
 from experiments.cifar10 import CACHE
-from experiments.runs import RUNS
+from experiments.runs import RUNS, finish, preset
 
-RESULT = ROOT / "experiments" / "results" / "cifar10_ensemble.json"
 MEMBERS = 6
 CROPS = (1, 10, 144)
 # Top-1 error (%) on ImageNet: one network on one crop, on 144, six on 144.
 PAPER = {"one network, 1 crop": 25.2, "one network, 144": 21.99, "six, 144": 20.1}
 
 
-def reproduce(data_dir: Path | None = None) -> None:
-    """Train the members, evaluate, and write the result.
-
-    Args:
-        data_dir: Where TensorFlow Datasets are prepared.
-    """
-    workdirs = [member(number, data_dir) for number in range(1, MEMBERS + 1)]
-    scores = {str(crops): evaluated(workdirs, crops, data_dir) for crops in CROPS}
-    command = " ".join(["python -m experiments.cifar10_ensemble", *sys.argv[1:]])
-    seeds = [PRESETS[workdir.name]().seed for workdir in workdirs]
+def reproduce() -> None:
+    """Train the members, evaluate, and write the result."""
+    workdirs = [member(number) for number in range(1, MEMBERS + 1)]
+    scores = {str(crops): evaluated(workdirs, crops) for crops in CROPS}
+    seeds = [preset(workdir.name).seed for workdir in workdirs]
     result = {"by_crops": scores, "paper_top1_error_on_imagenet": PAPER}
-    write_result(RESULT, command, seeds, result)
-    print(RESULT)
+    finish("cifar10_ensemble", result, seeds)
 
 
-def member(number: int, data_dir: Path | None) -> Path:
+def member(number: int) -> Path:
     """Train one network, or go on with it; return its folder."""
-    preset = f"cifar10-ensemble-{number}"
-    workdir = RUNS / preset
+    name = f"cifar10-ensemble-{number}"
+    workdir = RUNS / name
     if not (workdir / SUMMARY).exists():
-        config = dataclasses.replace(
-            PRESETS[preset](),
-            workdir=workdir,
-            resume=(workdir / CONFIG).exists(),
-            compilation_cache=CACHE,
-            data_dir=data_dir,
-        )
-        train(preset, config)
+        changes = {
+            "workdir": workdir,
+            "resume": (workdir / CONFIG).exists(),
+            "compilation_cache": CACHE,
+        }
+        train(name, preset(name, changes))
     return workdir
 
 
-def evaluated(
-    workdirs: list[Path], crops: int, data_dir: Path | None
-) -> dict[str, Any]:
+def evaluated(workdirs: list[Path], crops: int) -> dict[str, Any]:
     """Return what eval.py says of the networks and of their mean."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "ensemble.json"
-        found = evaluate_runs(workdirs, crops=crops, output=output, data_dir=data_dir)
+        found = evaluate_runs(workdirs, crops=crops, output=output)
     members = [
         member | {"workdir": Path(member["workdir"]).name}
         for member in found["members"]
@@ -79,4 +62,4 @@ def evaluated(
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(reproduce)))
+    run_command(reproduce)

@@ -9,24 +9,17 @@ docs/figures/depth.png. Started again, it trains only what is not in runs/experi
 CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
 """
 
-import dataclasses
 import functools
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 
-from benchmarks.report import ROOT, write_result
-from bnjax.cli import run_reporting
+from benchmarks.figures import COLORS, WITH, WITHOUT, Figure, mark, new_figure, seeds_of
+from benchmarks.report import run_command
 from bnjax.training.config import Config
-from bnjax.training.presets import PRESETS
 from experiments.cifar10 import CACHE
-from experiments.figures import COLORS, WITH, WITHOUT, new_figure, save
-from experiments.runs import once, rounded, run_once
+from experiments.runs import changed, finish, once, preset, rounded, run_once
 
-RESULT = ROOT / "experiments" / "results" / "depth.json"
 DEPTHS = {20: "--", 110: "-"}
 RATES = {WITH: (0.1,), WITHOUT: (0.1, 0.01, 0.001)}
 BATCH = 32
@@ -34,35 +27,33 @@ BATCH = 32
 
 def networks(steps: int, width: float) -> dict[str, Config]:
     """Return the networks at each learning rate, by name."""
-    configs = {}
-    for depth in DEPTHS:
-        base = PRESETS[f"cifar10-resnet{depth}"]()
-        base = dataclasses.replace(
-            base,
-            steps=steps,
-            batch_size=BATCH,
-            eval_every=max(steps // 4, 1),
-            checkpoint_every=steps,
-            log_every=25,
-            compilation_cache=CACHE,
-            model=dataclasses.replace(base.model, width=width),
-            optim=dataclasses.replace(
-                base.optim, schedule="constant", boundaries=(), warmup_steps=0
-            ),
+    changes = {
+        "steps": steps,
+        "batch_size": BATCH,
+        "eval_every": max(steps // 4, 1),
+        "checkpoint_every": steps,
+        "log_every": 25,
+        "compilation_cache": CACHE,
+        "model.width": width,
+        "optim.schedule": "constant",
+        "optim.boundaries": (),
+        "optim.warmup_steps": 0,
+    }
+    return {
+        f"ResNet-{depth} {name}, {rate:g}": preset(
+            f"cifar10-resnet{depth}",
+            changes | {"batch_norm": name == WITH, "learning_rate": rate},
         )
-        for name, rates in RATES.items():
-            for rate in rates:
-                configs[f"ResNet-{depth} {name}, {rate:g}"] = dataclasses.replace(
-                    base, batch_norm=name == WITH, learning_rate=rate
-                )
-    return configs
+        for depth in DEPTHS
+        for name, rates in RATES.items()
+        for rate in rates
+    }
 
 
 def reproduce(
     steps: int = 1500,
     width: float = 0.5,
     seed: int = 0,
-    data_dir: Path | None = None,
 ) -> None:
     """Train, then write the result and the figure.
 
@@ -70,12 +61,11 @@ def reproduce(
         steps: Of each run.
         width: Factor on the channels of every layer.
         seed: Of the weights and the order of the data.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
     runs = {
         name: once(
             "depth",
-            dataclasses.replace(config, seed=seed, data_dir=data_dir),
+            changed(config, {"seed": seed}),
             functools.partial(run_once, "depth"),
         )
         for name, config in networks(steps, width).items()
@@ -86,9 +76,7 @@ def reproduce(
         "width": width,
         "runs": runs,
     }
-    command = " ".join(["python -m experiments.depth", *sys.argv[1:]])
-    write_result(RESULT, command, [seed], result)
-    print(f"{RESULT}\n{draw(runs)}")
+    finish("depth", result, [seed], draw)
 
 
 def row(run: dict[str, Any]) -> dict[str, Any]:
@@ -102,38 +90,43 @@ def row(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def draw(runs: dict[str, Any]) -> Path:
+def draw(record: dict[str, Any]) -> Figure:
     """Draw the training losses, each network's at its best learning rate."""
+    result = record["result"]
+    chance = np.log(10)
     figure, axes = new_figure()
-    lowest = []
+    axes.plot((0, result["steps"]), (chance, chance), color="gray", ls=":", lw=1)
     for depth, style in DEPTHS.items():
         for name in RATES:
-            start = f"ResNet-{depth} {name},"
-            tried = [
-                run
-                for key, run in runs.items()
-                if key.startswith(start) and run["train_loss"]
-            ]
+            tried = {
+                run: row["train_loss_of_last_tenth"]
+                for run, row in result["table"].items()
+                if run.startswith(f"ResNet-{depth} {name},")
+                and row["train_loss_of_last_tenth"] is not None
+            }
             if not tried:
                 continue
-            best = min(tried, key=lambda run: row(run)["train_loss_of_last_tenth"])
-            label = f"ResNet-{depth}, {name}"
-            if best["diverged"]:
-                label += " (not finite in the end)"
-            steps, losses = best["train_steps"], best["train_loss"]
-            lowest.append(min(losses))
-            axes.plot(steps, losses, style, color=COLORS[name], label=label)
-    axes.axhline(np.log(10), color="gray", ls=":", lw=1)
-    axes.annotate("chance", (0, np.log(10)), xytext=(2, 3), textcoords="offset points")
+            best = min(tried, key=tried.__getitem__)
+            run, color = result["runs"][best], COLORS[name]
+            label = f"{best}" + (" (not finite in the end)" if run["diverged"] else "")
+            axes.plot(
+                run["train_steps"], run["train_loss"], style, color=color, label=label
+            )
+            if name == WITH:
+                end = (run["train_steps"][-1], run["train_loss"][-1])
+                mark(axes, end, f"{tried[best]:.2f}", color)
+    mark(axes, (result["steps"], chance), f"chance\n{chance:.2f}", "gray")
     axes.set(
-        title="CIFAR-10 (JPEG): training loss by depth",
+        title=f"CIFAR-10 (JPEG), ResNets of {result['width']:g} of the width: training "
+        f"loss,\nlabelled with the mean of the last tenth, {seeds_of(record)}",
         xlabel=f"training steps of {BATCH} examples",
         ylabel="cross-entropy",
-        ylim=(0.95 * min(lowest), 2.6),
+        xlim=(0, 1.12 * result["steps"]),
+        ylim=(1.65, 2.85),
     )
-    axes.legend()
-    return save(figure, "depth")
+    axes.legend(title="network and learning rate, the best of those tried")
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(reproduce)))
+    run_command(reproduce)

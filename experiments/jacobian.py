@@ -13,26 +13,18 @@ two CPU cores; started again, it trains only what is not in runs/experiments.
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
-from benchmarks.report import ROOT, write_result
-from bnjax.cli import run_reporting
-from bnjax.data.sources import open_data
+from benchmarks.figures import COLORS, WITH, WITHOUT, Figure, new_figure
+from benchmarks.report import run_command
 from bnjax.diagnostics import layer_block, layer_input, singular_values
 from bnjax.training.config import Config
-from bnjax.training.presets import mnist
-from bnjax.training.program import build
-from experiments.figures import COLORS, WITH, WITHOUT, new_figure, save
-from experiments.runs import once, rounded, visit
+from experiments.runs import Task, changed, finish, once, preset, rounded, visit
 
-RESULT = ROOT / "experiments" / "results" / "jacobian.json"
 NETWORKS = {WITH: True, WITHOUT: False}
 STDS = (0.01, 0.1)
 STEPS = [0, 250, 500, 1000, 2000, 4000, 8000, 16_000]
@@ -45,36 +37,27 @@ BLOCKS = {
 SHOWN = "hidden layer 2 to 3"
 
 
-def reproduce(data_dir: Path | None = None) -> None:
-    """Train, measure, write and draw.
-
-    Args:
-        data_dir: Where TensorFlow Datasets are prepared.
-    """
-    base = dataclasses.replace(mnist(), steps=STEPS[-1], data_dir=data_dir)
-    result: dict[str, Any] = {}
+def reproduce() -> None:
+    """Train, measure, write and draw."""
+    base = preset("mnist", {"steps": STEPS[-1]})
+    result: dict[str, Any] = {"steps": STEPS}
     for std in STDS:
-        model = dataclasses.replace(base.model, weight_std=std)
         result[f"weight_std {std}"] = {
             name: once(
                 "jacobian",
-                dataclasses.replace(base, model=model, batch_norm=batch_norm),
+                changed(base, {"model.weight_std": std, "batch_norm": batch_norm}),
                 spectra,
             )
             for name, batch_norm in NETWORKS.items()
         }
-    command = " ".join(["python -m experiments.jacobian", *sys.argv[1:]])
-    write_result(RESULT, command, [base.seed], {"steps": STEPS} | result)
-    print(f"{RESULT}\n{draw(result)}")
+    finish("jacobian", result, [base.seed], draw)
 
 
 def spectra(config: Config) -> dict[str, Any]:
     """Train one network; return the singular values of each block on the way."""
-    source = open_data(config.data, config.data_dir)
-    program = build(config, source)
-    test = source.load("test", lambda *_: None)
-    images = program.gather(test, np.arange(EXAMPLES))["image"]
-    measure = make_measure(program.model, images)
+    task = Task(config)
+    images = task.images(task.test, np.arange(EXAMPLES))
+    measure = make_measure(task.model, images)
     found: dict[str, list[Any]] = {}
     for run in visit(config, STEPS):
         values = measure(run.state.params, run.state.batch_stats)
@@ -135,8 +118,9 @@ def summary(values: list[np.ndarray]) -> dict[str, Any]:
     }
 
 
-def draw(result: dict[str, Any]) -> Path:
+def draw(record: dict[str, Any]) -> Figure:
     """Draw the percentiles against the steps, one panel a standard deviation."""
+    result = record["result"]
     figure, panels = new_figure(2, sharey=True)
     places = range(len(STEPS))
     for axes, std in zip(panels, STDS, strict=True):
@@ -157,12 +141,16 @@ def draw(result: dict[str, Any]) -> Path:
             xlim=(0, len(STEPS) - 1),
             yscale="log",
         )
-    panels[0].set_ylabel("singular values of the layer Jacobian")
+    panels[0].set_ylabel("singular values")
+    figure.suptitle(
+        "MNIST, the Jacobian of hidden layer 3 by hidden layer 2 at "
+        f"{POINTS} examples, one seed"
+    )
     handles = panels[0].get_legend_handles_labels()
     title = "bands: 5th to 95th percentile"
     figure.legend(*handles, loc="outside lower center", ncols=4, title=title)
-    return save(figure, "jacobian")
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(reproduce)))
+    run_command(reproduce)

@@ -8,22 +8,14 @@ Deep Learning, which compares a layer written from scratch with its framework's,
 Fashion-MNIST: `--preset lenet` where that is prepared (docs/data.md).
 """
 
-import dataclasses
 import functools
-import sys
-from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import tyro
-
-from benchmarks.report import ROOT, write_result
-from bnjax.cli import run_reporting
+from benchmarks.report import run_command
 from bnjax.training.config import Config
-from bnjax.training.presets import PRESETS
-from experiments.runs import once, rounded, run_once
+from experiments.runs import changed, finish, median, once, run_once
+from experiments.runs import preset as preset_of
 
-RESULTS = ROOT / "experiments" / "results"
 # On Fashion-MNIST, as the book prints them.
 BOOK = {
     "from scratch": {"loss": 0.250, "train_accuracy": 0.907, "test_accuracy": 0.801},
@@ -31,42 +23,36 @@ BOOK = {
 }
 
 
-def networks(preset: str) -> dict[str, Config]:
-    """Return the three networks."""
-    base = PRESETS[preset]()
-    flax = dataclasses.replace(base.bn, implementation="flax", unbiased=False)
-    return {
-        "bnjax": base,
-        "flax": dataclasses.replace(base, bn=flax),
-        "without": dataclasses.replace(base, batch_norm=False),
-    }
+def networks(name: str) -> dict[str, Config]:
+    """Return the three networks of a preset."""
+    flax = {"bn.implementation": "flax", "bn.unbiased": False}
+    changes = {"bnjax": {}, "flax": flax, "without": {"batch_norm": False}}
+    return {network: preset_of(name, each) for network, each in changes.items()}
 
 
 def reproduce(
     preset: Literal["lenet", "lenet-mnist"] = "lenet-mnist",
     seeds: int = 3,
-    data_dir: Path | None = None,
 ) -> None:
     """Train, then write the result.
 
     Args:
         preset: The network's data set.
         seeds: How many runs of each network.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
     configs = networks(preset)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in configs}
     # In turn, so that a busy machine is as slow for all.
     for seed in range(seeds):
         for name, config in configs.items():
-            own = dataclasses.replace(config, seed=seed, data_dir=data_dir)
+            own = changed(config, {"seed": seed})
             measure = functools.partial(run_once, preset)
             runs[name].append(once("lenet", own, measure))
     table = {
         name: {
             "test_accuracy": [run["final_test_accuracy"] for run in each],
-            "median_test_accuracy": rounded(
-                float(np.median([run["final_test_accuracy"] for run in each]))
+            "median_test_accuracy": median(
+                [run["final_test_accuracy"] for run in each]
             ),
             "last_train_loss": [run["train_loss"][-1] for run in each],
             "examples_per_second": [
@@ -76,12 +62,9 @@ def reproduce(
         }
         for name, each in runs.items()
     }
-    command = " ".join(["python -m experiments.lenet", *sys.argv[1:]])
     result = {"table": table, "book_on_fashion_mnist": BOOK, "runs": runs}
-    path = RESULTS / f"{preset.replace('-', '_')}.json"
-    write_result(path, command, list(range(seeds)), result)
-    print(path)
+    finish(preset.replace("-", "_"), result, range(seeds), module="lenet")
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(reproduce)))
+    run_command(reproduce)

@@ -11,38 +11,40 @@ experiments/results/mnist.json and docs/figures/mnist.png. MNIST has to be prepa
 what is not in runs/experiments.
 """
 
-import dataclasses
 import functools
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
-from benchmarks.report import ROOT, write_result
-from bnjax.cli import run_reporting
-from bnjax.data.sources import open_data
-from bnjax.diagnostics import input_percentiles, movement, nonlinearity_inputs
-from bnjax.training.config import Config
-from bnjax.training.presets import mnist
-from bnjax.training.program import build
-from bnjax.training.step import state_sha256
-from experiments.figures import (
+from benchmarks.figures import (
     COLORS,
     WITH,
     WITHOUT,
-    mark_end,
+    Figure,
+    mark,
     new_figure,
     plot_median,
-    save,
+    seeds_of,
     thousands,
 )
-from experiments.runs import once, rounded, run_once, visit
+from benchmarks.report import percent, run_command
+from bnjax.diagnostics import input_percentiles, movement, nonlinearity_inputs
+from bnjax.training.config import Config
+from bnjax.training.step import state_sha256
+from experiments.runs import (
+    Task,
+    changed,
+    finish,
+    once,
+    preset,
+    rounded,
+    run_once,
+    variables_of,
+    visit,
+)
 
-RESULT = ROOT / "experiments" / "results" / "mnist.json"
 NETWORKS = {WITH: True, WITHOUT: False}
 PRESET = (0.01, 0.5)  # std and learning rate of the preset mnist
 EVERY = 500
@@ -60,17 +62,14 @@ BEFORE = {
 }
 
 
-def reproduce(
-    seeds: int = 5, steps: int = 50_000, data_dir: Path | None = None
-) -> None:
+def reproduce(seeds: int = 5, steps: int = 50_000) -> None:
     """Train all networks, then write the result and the figure.
 
     Args:
         seeds: How many runs of each network at the preset's settings.
         steps: Of each run.
-        data_dir: Where TensorFlow Datasets are prepared.
     """
-    base = dataclasses.replace(mnist(), steps=steps, data_dir=data_dir)
+    base = preset("mnist", {"steps": steps})
     runs = {
         name: [_trained(base, name, seed=seed) for seed in range(seeds)]
         for name in NETWORKS
@@ -78,7 +77,7 @@ def reproduce(
     inputs = {
         name: once(
             "mnist-inputs",
-            dataclasses.replace(base, batch_norm=batch_norm),
+            changed(base, {"batch_norm": batch_norm}),
             percentiles_of_inputs,
         )
         for name, batch_norm in NETWORKS.items()
@@ -98,9 +97,7 @@ def reproduce(
         "inputs_of_the_last_hidden_layer": inputs,
         "runs": runs,
     }
-    command = " ".join(["python -m experiments.mnist", *sys.argv[1:]])
-    write_result(RESULT, command, list(range(seeds)), result)
-    print(f"{table(settings)}\n{RESULT}\n{draw(runs, inputs)}")
+    finish("mnist", result, range(seeds), draw)
 
 
 def _trained(
@@ -112,12 +109,10 @@ def _trained(
     rate: float = PRESET[1],
 ) -> dict[str, Any]:
     """Train one network, or take it from where it was kept."""
-    config = dataclasses.replace(base, batch_norm=NETWORKS[name], seed=seed)
-    # The preset stays as it is, so that its runs are not made twice.
-    if (std, rate) != PRESET:
-        model = dataclasses.replace(config.model, weight_std=std)
-        config = dataclasses.replace(config, model=model, learning_rate=rate)
-    return once("mnist", config, functools.partial(run_once, "mnist"))
+    changes = {"batch_norm": NETWORKS[name], "seed": seed}
+    changes |= {"model.weight_std": std, "learning_rate": rate}
+    measure = functools.partial(run_once, "mnist")
+    return once("mnist", changed(base, changes), measure)
 
 
 def percentiles_of_inputs(config: Config) -> dict[str, Any]:
@@ -127,27 +122,26 @@ def percentiles_of_inputs(config: Config) -> dict[str, Any]:
     statistics, as a training step normalizes its batch. The unit shown is typical: the
     one whose median spans the median distance of the layer's.
     """
-    source = open_data(config.data, config.data_dir)
-    program = build(config, source)
-    test = source.load("test", lambda *_: None)
-    images = program.gather(test, np.arange(EXAMPLES))["image"]
-    layer = f"bn_{len(program.model.hidden) - 1}"
+    task = Task(config)
+    images = task.images(task.test, np.arange(EXAMPLES))
+    layer = f"bn_{len(task.model.hidden) - 1}"
 
     @jax.jit
     def probe(variables: Any) -> jax.Array:
-        return nonlinearity_inputs(program.model, variables, images, train=True)[layer]
+        return nonlinearity_inputs(task.model, variables, images, train=True)[layer]
 
     curves, spent = [], 0.0
+    last: Any = None
     steps = list(range(0, config.steps + 1, EVERY))
     for run in visit(config, steps):
-        state = run.state
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        variables = variables_of(run.state)
         if not curves:
             jax.block_until_ready(probe(variables))
         started = time.perf_counter()
         found = {layer: probe(variables)}
         curves.append(input_percentiles(found, PERCENTILES)[layer])
         spent += time.perf_counter() - started
+        last = run
     moved = movement(np.asarray(curves))
     path, span = moved.path[1], moved.span[1]
     width = np.mean([curve[2] - curve[0] for curve in curves], axis=0)
@@ -165,8 +159,8 @@ def percentiles_of_inputs(config: Config) -> dict[str, Any]:
         "all_units_median_path": _spread(path),
         "all_units_median_span": _spread(span),
         "all_units_span_over_mean_width": _spread(span / width),
-        "recording_share_of_training_time": rounded(spent / run.seconds),
-        "state_sha256": state_sha256(run.state),
+        "recording_share_of_training_time": rounded(spent / last.seconds),
+        "state_sha256": state_sha256(last.state),
     }
 
 
@@ -221,45 +215,37 @@ def _beside(run: dict[str, Any], before: tuple[float, float]) -> dict[str, Any]:
     }
 
 
-def table(settings: list[dict[str, Any]]) -> str:
-    """Return the accuracies at other settings as a table of Markdown."""
-    names = ["weight_std", "learning_rate", "network", "accuracy_at_10000"]
-    names += ["accuracy_at_end", "known_at_50000", "difference_at_end"]
-    rows = [names, ["---"] * len(names)]
-    rows += [[f"{found[name]}" for name in names] for found in settings]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def draw(runs: dict[str, list[dict[str, Any]]], inputs: dict[str, Any]) -> Path:
+def draw(record: dict[str, Any]) -> Figure:
     """Draw Figure 1: accuracy, and the percentiles without and with normalization."""
+    result = record["result"]
     figure, (left, *others) = new_figure(3, width_ratios=(1.5, 1, 1))
-    for name, each in runs.items():
-        steps = each[0]["steps"]
+    steps = result["runs"][WITH][0]["steps"]
+    for name, each in result["runs"].items():
         accuracy = [[100 * value for value in run["test_accuracy"]] for run in each]
         median = plot_median(left, steps, accuracy, COLORS[name], name)
-        mark_end(left, steps[-1], median[-1], f"{median[-1]:.1f} %", COLORS[name])
+        end = (steps[-1], median[-1])
+        mark(left, end, f"{percent(median[-1] / 100)} %", COLORS[name])
     left.set(
-        title="(a) test accuracy",
+        title="(a) test accuracy on MNIST",
         xlabel="training steps of 60 examples",
         ylabel="test accuracy (%)",
-        xlim=(0, steps[-1] * 1.15),
+        xlim=(0, steps[-1] * 1.18),
         ylim=(80, 100),
     )
-    left.legend(loc="lower right", title=f"median and range of {len(runs[WITH])} seeds")
+    left.legend(loc="lower right", title=seeds_of(record))
     for axes, name, letter in zip(others, (WITHOUT, WITH), "bc", strict=True):
-        found = inputs[name]
+        found = result["inputs_of_the_last_hidden_layer"][name]
         low, median, high = (found["percentiles"][f"{p}"] for p in PERCENTILES)
-        axes.fill_between(
-            found["steps"], low, high, color=COLORS[name], alpha=0.2, lw=0
-        )
-        axes.plot(found["steps"], median, color=COLORS[name])
-        axes.set(title=f"({letter}) {name}", xlabel="training steps")
+        color, steps = COLORS[name], found["steps"]
+        axes.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
+        axes.plot(steps, median, color=color)
+        axes.set(title=f"({letter}) {name}", xlabel="training steps, seed 0")
     others[0].set_ylabel("input of a sigmoid: median, 15 to 85 %")
     others[1].sharey(others[0])
     for axes in (left, *others):
         thousands(axes)
-    return save(figure, "mnist")
+    return figure
 
 
 if __name__ == "__main__":
-    sys.exit(run_reporting(lambda: tyro.cli(reproduce)))
+    run_command(reproduce)

@@ -1,4 +1,4 @@
-"""Runs of train.py for the experiments: each trained once and kept.
+"""What the experiments share: configurations, runs that are kept, and their results.
 
 A run that has ended is one line of runs/experiments/<experiment>.jsonl, by its
 configuration. An experiment that is started again trains only what is not there; delete
@@ -11,20 +11,51 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import ROOT, commit
-from bnjax.data.sources import open_data
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.figures import Figure, save
+from benchmarks.report import ROOT, command_of, commit, write_result
+from bnjax.data.sources import Arrays, open_data
 from bnjax.training.config import Config, result_config
 from bnjax.training.faults import DivergedError
 from bnjax.training.loop import Run, train
 from bnjax.training.metrics import read_metrics
+from bnjax.training.presets import PRESETS
+from bnjax.training.program import Program
 from bnjax.training.workdir import CONFIG
 
 RUNS = ROOT / "runs" / "experiments"
+RESULTS = ROOT / "experiments" / "results"
+CIFAR10 = "cifar10_jpeg"
+"""The data set of all experiments on CIFAR-10: a lossy copy, which results name."""
 DIGITS = 6
+
+
+def preset(name: str, changes: dict[str, Any] | None = None) -> Config:
+    """Return the configuration of a preset, with the changes of `changed`."""
+    config = PRESETS[name]()
+    data = {"data.name": CIFAR10} if name.startswith("cifar10-") else {}
+    return changed(config, data | (changes or {}))
+
+
+def changed(config: Any, changes: dict[str, Any]) -> Any:
+    """Return a configuration with some fields exchanged, by their dotted names.
+
+    Example:
+        >>> changed(preset("mnist"), {"seed": 3, "model.weight_std": 0.1}).seed
+        3
+    """
+    for name, value in changes.items():
+        field, _, rest = name.partition(".")
+        own = changed(getattr(config, field), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{field: own})
+    return config
 
 
 def once(
@@ -59,6 +90,31 @@ def once(
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"key": key, "record": record}) + "\n")
     return record
+
+
+def finish(
+    name: str,
+    result: Any,
+    seeds: Sequence[int],
+    draw: Callable[[dict[str, Any]], Figure] | None = None,
+    *,
+    module: str | None = None,
+) -> None:
+    """Write experiments/results/<name>.json and docs/figures/<name>.png; print where.
+
+    Args:
+        name: of the experiment.
+        result: what was measured.
+        seeds: of its runs.
+        draw: makes the figure of what the file holds.
+        module: of the experiment, where it has another name.
+    """
+    path = RESULTS / f"{name}.json"
+    command = command_of(f"experiments.{module or name}")
+    record = write_result(path, command, list(seeds), result)
+    print(path)
+    if draw is not None:
+        print(save(draw(record), name))
 
 
 def run_once(preset: str, config: Config) -> dict[str, Any]:
@@ -100,7 +156,7 @@ def run_once(preset: str, config: Config) -> dict[str, Any]:
     }
 
 
-def visit(config: Config, steps: list[int]) -> Iterator[Run]:
+def visit(config: Config, steps: Sequence[int]) -> Iterator[Run]:
     """Train in this process and stop at some steps, to look at the state.
 
     Nothing is written. The run is that of train.py, bit for bit.
@@ -115,17 +171,73 @@ def visit(config: Config, steps: list[int]) -> Iterator[Run]:
     run = Run(config, open_data(config.data, config.data_dir))
     try:
         for step in steps:
-            if step > run.step:
-                _advance(run, step)
+            # In dispatches of one length where it can be.
+            while run.step < step:
+                run.dispatch(min(run.config.log_every, step - run.step))
             yield run
     finally:
         run.close()
 
 
-def _advance(run: Run, step: int) -> None:
-    """Take the steps up to `step`, in dispatches of one length where it can be."""
-    while run.step < step:
-        run.dispatch(min(run.config.log_every, step - run.step))
+def variables_of(state: Any) -> dict[str, Any]:
+    """Return the variables of the network in a training state."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+class Task:
+    """The network and the data of a run, to measure with.
+
+    Args:
+        config: of the run.
+        size: examples in a batch of the test set; all of them go into batches.
+
+    Attributes:
+        model: the network, a linen module, as it is evaluated.
+        train: training examples.
+        test: test examples.
+    """
+
+    def __init__(self, config: Config, size: int = 250):
+        source = open_data(config.data, config.data_dir)
+        program = Program(config, source)
+        self.model: Any = program.model
+        self.train, self.test = (
+            jax.device_put(source.load(name, lambda *_: None))
+            for name in ("train", "test")
+        )
+        self._size = size
+        self._gather = jax.jit(program.gather)
+        self._predict = jax.jit(
+            lambda variables, images: jnp.argmax(
+                self.model.apply(variables, images, train=False), axis=-1
+            )
+        )
+
+    def images(self, arrays: Arrays, rows: Any) -> jax.Array:
+        """Return the network's inputs for some rows of `train` or `test`."""
+        return self._gather(arrays, rows)["image"]
+
+    def call(self, variables: Any, images: jax.Array) -> Any:
+        """Apply the network as a training step does."""
+        return self.model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    def accuracy(
+        self, variables: Any, change: Callable[[jax.Array], jax.Array] = lambda x: x
+    ) -> float:
+        """Return the accuracy on the test images, changed batch by batch."""
+        labels = np.asarray(self.test.labels)
+        parts = np.array_split(np.arange(len(labels)), -(-len(labels) // self._size))
+        correct = [
+            self._predict(variables, change(self.images(self.test, part)))
+            == labels[part]
+            for part in parts
+        ]
+        return rounded(float(np.mean(np.concatenate(correct))))
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median, as the result files hold it."""
+    return rounded(float(np.median(values)))
 
 
 def rounded(value: float) -> float:

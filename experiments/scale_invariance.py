@@ -16,8 +16,6 @@ seconds.
 """
 
 import functools
-import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,11 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import bnjax
-from benchmarks.report import ROOT, write_result
-from experiments.figures import new_figure, save
-from experiments.runs import rounded
+from benchmarks.figures import Figure, new_figure
+from benchmarks.report import run_command
+from experiments.runs import finish, rounded
 
-RESULT = ROOT / "experiments" / "results" / "scale_invariance.json"
 EPSILONS = {"1e-5": 1e-5, "1e-20": 1e-20}
 IDENTITIES = {
     "output": "BN((aW)u)",
@@ -102,48 +99,31 @@ def predicted(var: np.ndarray, a: float, epsilon: float) -> float:
     return float(np.sqrt(np.sum(size * (factor - 1) ** 2) / np.sum(size)))
 
 
-def draw(result: dict[str, Any]) -> Path:
+def draw(record: dict[str, Any]) -> Figure:
     """Draw the differences, one panel an epsilon."""
+    result = record["result"]
+    a = np.asarray(result["a"])
     figure, panels = new_figure(2, sharey=True)
     for axes, name in zip(panels, EPSILONS, strict=True):
         for (identity, label), marker in zip(IDENTITIES.items(), "ovs", strict=True):
             errors = np.asarray(result[f"epsilon {name}"][identity])
             seen = errors > 0
-            axes.plot(
-                np.asarray(result["a"])[seen],
-                errors[seen],
-                marker,
-                ms=5,
-                alpha=0.7,
-                label=label,
-            )
-        axes.set(
-            title=f"epsilon = {name}",
-            xlabel="scale a of the weights",
-            xscale="log",
-            yscale="log",
-        )
-    panels[0].plot(
-        result["a"],
-        [error or np.nan for error in result["output_predicted"]],
-        "k--",
-        lw=1,
-        label="output, by the formula",
-    )
+            axes.plot(a[seen], errors[seen], marker, ms=5, alpha=0.7, label=label)
+        axes.set(title=f"epsilon = {name}", xlabel="scale a of the weights")
+        axes.set(xscale="log", yscale="log")
+    formula = [error or np.nan for error in result["output_predicted"]]
+    panels[0].plot(a, formula, "k--", lw=1, label="output, by the formula")
     panels[0].set(ylabel="relative difference from a = 1", ylim=(2e-8, 2))
     panels[0].legend(loc="upper right")
-    return save(figure, "scale_invariance")
+    shapes = f"{EXAMPLES} examples, {INPUTS} inputs, {OUTPUTS} outputs"
+    figure.suptitle(f"BN((aW)u) against BN(Wu) in float32: {shapes}, one seed")
+    return figure
 
 
 def main() -> None:
     """Measure, write and draw."""
-    result = measure()
-    write_result(RESULT, "python -m experiments.scale_invariance", [SEED], result)
-    for name in EPSILONS:
-        worst = {k: max(v) for k, v in result[f"epsilon {name}"].items()}
-        print(f"epsilon {name}, largest difference: {worst}")
-    print(f"{RESULT}\n{draw(result)}")
+    finish("scale_invariance", measure(), [SEED], draw)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

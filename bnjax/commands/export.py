@@ -13,7 +13,7 @@ from bnjax.data.config import SettingError
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.interop.export import check_export, export_inference, save
 from bnjax.training.config import RunError
-from bnjax.training.evaluation import open_trained
+from bnjax.training.evaluation import load_run
 
 
 def export_run(
@@ -51,7 +51,7 @@ def export_run(
     check_export(out, overwrite=force)
     if batch_size is not None and batch_size < 1:
         raise SettingError(f"--batch-size {batch_size}: expected 1 or more.")
-    run = open_trained(workdir, data_dir)
+    run = load_run(workdir, data_dir)
     program, state = run.restore()
     to_inputs = make_to_inputs(run.config.data, run.source.max_value)
     if fold and state.batch_stats:

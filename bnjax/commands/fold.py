@@ -17,7 +17,7 @@ from bnjax.data.config import SettingError
 from bnjax.folding import Folded, fold_batch_norm
 from bnjax.interop.torch_files import write_state_dict
 from bnjax.training.config import RunError
-from bnjax.training.evaluation import open_trained
+from bnjax.training.evaluation import load_run
 from bnjax.training.program import Program
 from bnjax.training.step import TrainState
 
@@ -51,7 +51,7 @@ def fold_run(
     beside = out.with_suffix(".json")
     for path in (out, beside):
         check_output(path, overwrite=force)
-    run = open_trained(workdir, data_dir)
+    run = load_run(workdir, data_dir)
     program, state = run.restore()
     folded, difference = fold_state(program, state, run.source.image_shape, dtype)
     weights = {

@@ -19,7 +19,7 @@ from bnjax.interop.torch_files import format_mapping, read_mapping, read_state_d
 from bnjax.interop.torch_proposal import alike, propose_mapping, trace
 from bnjax.training.config import Config
 from bnjax.training.presets import parse
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from bnjax.training.transfer import describe_data, described_source
 
 
@@ -68,7 +68,7 @@ def import_torch(
     state = read_state_dict(file)
     given = None if mapping is None else read_mapping(mapping)
     source = _open_source(config, state, {**told, **(given or {})}, image_shape)
-    program = build(config, source)
+    program = Program(config, source)
     initial = program.initial_state()
     variables = {"params": initial.params, "batch_stats": initial.batch_stats}
     layers = given or known_mapping(config.model.name, source.image_shape)

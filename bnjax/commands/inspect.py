@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict
 from bnjax.commands.table import format_table
 from bnjax.data.config import SettingError
 from bnjax.interop.torch import natural
-from bnjax.training.evaluation import open_trained
+from bnjax.training.evaluation import load_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def inspect_run(
     for flag, value in (("scale", scale_below), ("var", var_below)):
         if value is not None and not value >= 0:
             raise SettingError(f"--{flag}-below {value}: expected 0 or more.")
-    run = open_trained(workdir, data_dir)
+    run = load_run(workdir, data_dir)
     _, state = run.restore()
     var_below = run.config.bn.epsilon if var_below is None else var_below
     layers = find_layers(

@@ -15,8 +15,8 @@ from bnjax.data.config import SettingError
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import SUFFIXES, Source, decode_image
 from bnjax.training.config import RunError
-from bnjax.training.evaluation import Predictor, open_trained, softmax
-from bnjax.training.metrics import Loading
+from bnjax.training.evaluation import Predictor, load_run, softmax
+from bnjax.training.metrics import ProgressReporter
 from bnjax.training.sharding import Spmd
 
 BATCH = 64
@@ -56,7 +56,7 @@ def predict_images(
     if output is not None:
         check_output(output, overwrite=force)
     files = list_images(images)
-    run = open_trained(workdir, data_dir)
+    run = load_run(workdir, data_dir)
     program, state = run.restore()
     predictor = Predictor(
         program.model,
@@ -147,7 +147,7 @@ def _batches(
     Files that are no image are named on standard error and in `unreadable`.
     """
     size = min(BATCH, len(files))
-    report = Loading("images", verb="classifying")
+    report = ProgressReporter("images", verb="classifying")
     for start in range(0, len(files), size):
         found = []
         pixels = np.zeros((size, *source.image_shape), np.uint8)

@@ -14,9 +14,9 @@ from bnjax.commands.table import format_table
 from bnjax.data.config import SettingError
 from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import RunError
-from bnjax.training.evaluation import Population, open_trained
-from bnjax.training.metrics import Loading
-from bnjax.training.program import build, make_run_feed
+from bnjax.training.evaluation import PopulationEstimator, load_run
+from bnjax.training.metrics import ProgressReporter
+from bnjax.training.program import Program, make_run_feed
 from bnjax.training.sharding import evaluation_parallel
 from bnjax.training.workdir import CONFIG, read_json
 
@@ -54,13 +54,13 @@ def recompute_run(
     check_new_run(output, force=force)
     if output.resolve() == workdir.resolve():
         raise SettingError(f"--output {output} is the run itself. Give another folder.")
-    run = open_trained(workdir, data_dir)
+    run = load_run(workdir, data_dir)
     if run.config.ema is not None:
         raise RunError(
             f"{workdir} was trained with --ema: eval.py takes its statistics again "
             "each time, over --batch-stats-from batches."
         )
-    program = build(run.config, run.source)
+    program = Program(run.config, run.source)
     with open_checkpoints(workdir, run.config, read_only=True) as found:
         state, notes = found.restore(program.initial_state())
     if not state.batch_stats:
@@ -68,10 +68,10 @@ def recompute_run(
             f"{workdir} was trained without batch normalization: it has no statistics."
         )
     parallel = evaluation_parallel(run.config)
-    report = Loading(run.source.name, seconds=5, verb="estimating from")
+    report = ProgressReporter(run.source.name, seconds=5, verb="estimating from")
     with contextlib.closing(make_run_feed(run.config, run.source)) as feed:
-        population = Population(run.config, program, feed, parallel)
-        new = population.estimated(
+        population = PopulationEstimator(run.config, program, feed, parallel)
+        new = population.estimate(
             state, batches, method=method, layers=layers or None, report=report
         )
     write_run(

@@ -1,4 +1,4 @@
-"""How good a state is on a split: every example scored exactly once."""
+"""How good a trained network is: every example of the test set scored exactly once."""
 
 import contextlib
 import dataclasses
@@ -28,18 +28,18 @@ from bnjax.data.sources import Arrays, Report, Source, open_data
 from bnjax.population import Layers, Method, recompute_batch_stats
 from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import Config, RunError
-from bnjax.training.metrics import Loading
+from bnjax.training.metrics import ProgressReporter
 from bnjax.training.optimizer import AveragedState, average_of
-from bnjax.training.program import Program, build, make_run_feed
+from bnjax.training.program import Program, make_run_feed
 from bnjax.training.sharding import Spmd, evaluation_parallel
 from bnjax.training.step import (
     Batch,
     Stream,
     TrainState,
-    hits,
     make_eval_step,
     make_predict_step,
     stream_key,
+    topk_correct,
 )
 from bnjax.training.workdir import (
     CHECKPOINTS,
@@ -50,17 +50,21 @@ from bnjax.training.workdir import (
     write_json,
 )
 
+Statistics = Literal["moving_averages", "population"]
+"""What a network is normalized by: the averages of training, or statistics estimated
+after it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Scores over a whole split.
 
-    Args:
-        loss: mean cross-entropy, summed in float64.
-        correct: how many examples were classified right.
-        examples: how many there are.
-        top5_correct: how many had their class among the five most probable; None where
-            there are no more than five.
+    Attributes:
+        loss: Mean cross-entropy, summed in float64.
+        correct: How many examples are classified correctly.
+        examples: How many there are.
+        top5_correct: How many have their class among the five most probable, or None
+            where there are no more than five classes.
 
     Example:
         >>> evaluation = Evaluation(loss=0.5, correct=3, examples=4, top5_correct=4)
@@ -73,17 +77,26 @@ class Evaluation:
     examples: int
     top5_correct: int | None = None
 
+    @classmethod
+    def of(cls, parts: Sequence[Mapping[str, np.ndarray]]) -> "Evaluation":
+        """Sum up the scores of examples, as `make_eval_step` gives them."""
+        scores = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        return cls(
+            loss=float(scores["loss"].astype(np.float64).mean()),
+            correct=int(scores["correct"].sum()),
+            examples=len(scores["loss"]),
+            top5_correct=int(scores["top5"].sum()) if "top5" in scores else None,
+        )
+
     @property
     def accuracy(self) -> float:
-        """Return the share classified right, between 0 and 1."""
+        """Return the share classified correctly, between 0 and 1."""
         return self.correct / self.examples
 
     @property
     def top5_accuracy(self) -> float | None:
-        """Return the share right among the first five, between 0 and 1, or None."""
-        if self.top5_correct is None:
-            return None
-        return self.top5_correct / self.examples
+        """Return the share correct among the first five, between 0 and 1, or None."""
+        return None if self.top5_correct is None else self.top5_correct / self.examples
 
     def __str__(self) -> str:
         top5 = ""
@@ -94,29 +107,29 @@ class Evaluation:
             f"{top5}test loss {self.loss!r}"
         )
 
-
-def evaluation_of(scores: Sequence[Mapping[str, np.ndarray]]) -> Evaluation:
-    """Sum up the scores of examples, as `make_eval_step` gives them, part by part."""
-    joined = {
-        name: np.concatenate([part[name] for part in scores]) for name in scores[0]
-    }
-    return Evaluation(
-        loss=float(joined["loss"].astype(np.float64).mean()),
-        correct=int(joined["correct"].sum()),
-        examples=len(joined["loss"]),
-        top5_correct=int(joined["top5"].sum()) if "top5" in joined else None,
-    )
+    def to_json(self) -> dict[str, Any]:
+        """Return what summary.json and eval.json hold."""
+        values = {
+            "test_accuracy": self.accuracy,
+            "test_loss": self.loss,
+            "test_correct": self.correct,
+            "test_examples": self.examples,
+        }
+        if self.top5_correct is not None:
+            values["test_top5_accuracy"] = self.top5_accuracy
+            values["test_top5_correct"] = self.top5_correct
+        return values
 
 
 class Evaluator:
     """Scores states on one split.
 
     Args:
-        program: the model and its inputs.
-        test: the split, whole or in blocks.
-        batch_size: examples at a time; rounded up to a multiple of the devices, and
-            the last batch is padded and masked.
-        parallel: lays the work out on devices; one device if None.
+        program: The model and its inputs.
+        test: The split, whole or in blocks.
+        batch_size: Examples at a time, rounded up to a multiple of the devices. The
+            last batch is padded and masked.
+        parallel: Lays the work out on devices; one device if None.
     """
 
     def __init__(
@@ -151,17 +164,17 @@ class Evaluator:
             placed = self._parallel.place(arrays)
             scores = self._steps(params, batch_stats, placed, self._rows)
             parts.append({n: np.asarray(scores[n])[self._mask][kept] for n in scores})
-        return evaluation_of(parts)
+        return Evaluation.of(parts)
 
 
 class Predictor:
     """One trained network on the devices.
 
     Args:
-        model: gives logits.
-        to_inputs: makes stored pixels its inputs.
-        state: of the network.
-        parallel: lays the work out on devices.
+        model: Gives logits.
+        to_inputs: Makes its inputs of stored pixels.
+        state: Of the network.
+        parallel: Lays the work out on devices.
     """
 
     def __init__(
@@ -178,14 +191,14 @@ class Predictor:
         """Return the logits, shape (batch, classes), of a batch that the devices share.
 
         Args:
-            images: uint8, shape (batch, ...), as they are stored.
+            images: As stored: uint8, shape (batch, ...).
         """
         chunk = self._parallel.place_rows(images[None])
         return self._steps(*self._variables, (), chunk)["logits"][0]
 
 
-class _Batch(NamedTuple):
-    """Crops, each with the number of its example, its label, and how many it is."""
+class _CropBatch(NamedTuple):
+    """Crops: the number and label of their examples, how many each stands for."""
 
     images: np.ndarray
     examples: np.ndarray
@@ -209,11 +222,11 @@ def evaluate_crops(
     in float64; the loss is the mean of :math:`-\log p_t`.
 
     Args:
-        predictors: the networks.
-        blocks: the crops of the test set.
-        batch_size: crops that each network is given at a time; a multiple of the
-            devices. The last batch is filled up, and what fills it not counted.
-        report: called with examples scored and their total.
+        predictors: The networks.
+        blocks: The crops of the test set.
+        batch_size: Crops that each network is given at a time; a multiple of the
+            devices. The last batch is padded, and the padding is not counted.
+        report: Called with the number of examples scored and their total.
 
     Returns:
         The scores of each network, and those of the ensemble.
@@ -222,38 +235,41 @@ def evaluate_crops(
         Szegedy et al. 2015 (GoogLeNet), section 7; Ioffe and Szegedy 2015, section
         4.2.3.
     """
-    # What the last example of a batch has so far: its crops may go on in the next.
+    # The sums of the last example of a batch: its crops may go on in the next batch.
     sums, labels, first = None, np.zeros(0, np.int32), 0
     scores = [[] for _ in range(len(predictors) + 1)]
 
-    def score(sums: np.ndarray, labels: np.ndarray) -> None:
+    def add_scores(sums: np.ndarray, labels: np.ndarray) -> None:
         members = sums / blocks.crops
-        for part, found in zip(scores, [*members, members.mean(0)], strict=True):
-            part.append(_example_scores(found, labels))
+        for part, mean in zip(scores, [*members, members.mean(0)], strict=True):
+            own = mean[np.arange(len(labels)), labels]
+            # A probability too small for float64 is not one of zero.
+            loss = -np.log(np.maximum(own, np.finfo(np.float64).tiny))
+            part.append({"loss": loss, **topk_correct(mean, labels)})
 
-    for batch in _batches(blocks, batch_size):
+    for batch in _crop_batches(blocks, batch_size):
         size = len(batch.labels)
-        filled = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
-        filled[:size] = batch.images
+        padded = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
+        padded[:size] = batch.images
         # All networks are given their work before the first is waited for.
-        logits = [predict(filled) for predict in predictors]
-        found = np.stack([softmax(np.asarray(each)[:size]) for each in logits])
+        logits = [predict(padded) for predict in predictors]
+        probabilities = np.stack([softmax(np.asarray(each)[:size]) for each in logits])
         places, starts = np.unique(batch.examples - first, return_index=True)
-        shape = (len(predictors), places[-1] + 1, found.shape[-1])
+        shape = (len(predictors), places[-1] + 1, probabilities.shape[-1])
         total = np.zeros(shape)
         if sums is not None:
             total[:, : len(labels)] = sums
-        weighted = found * batch.counts[:, None]
+        weighted = probabilities * batch.counts[:, None]
         total[:, places] += np.add.reduceat(weighted, starts, axis=1)
         labels = np.resize(labels, shape[1])
         labels[places] = batch.labels[starts]
         if shape[1] > 1:
-            score(total[:, :-1], labels[:-1])
+            add_scores(total[:, :-1], labels[:-1])
         sums, labels, first = total[:, -1:], labels[-1:], batch.examples[-1]
         report(int(first) + 1, blocks.split.source.sizes["test"])
     if sums is not None:
-        score(sums, labels)
-    *members, ensemble = map(evaluation_of, scores)
+        add_scores(sums, labels)
+    *members, ensemble = map(Evaluation.of, scores)
     return members, ensemble
 
 
@@ -261,7 +277,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     """Return probabilities in float64.
 
     Args:
-        logits: shape (batch, classes), of any floating type.
+        logits: Shape (batch, classes), of any floating type.
 
     Example:
         >>> softmax(np.log([[1.0, 3.0]])).round(12).tolist()
@@ -272,16 +288,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def _example_scores(
-    probabilities: np.ndarray, labels: np.ndarray
-) -> dict[str, np.ndarray]:
-    own = probabilities[np.arange(len(labels)), labels]
-    # A probability too small for float64 is not one of zero.
-    loss = -np.log(np.maximum(own, np.finfo(np.float64).tiny))
-    return {"loss": loss, **hits(probabilities, labels)}
-
-
-def _batches(blocks: CropBlocks, size: int) -> Iterator[_Batch]:
+def _crop_batches(blocks: CropBlocks, size: int) -> Iterator[_CropBatch]:
     """Pack the crops, in their order, into batches of one size; the last is smaller."""
     waiting = None
     seen = 0
@@ -289,29 +296,33 @@ def _batches(blocks: CropBlocks, size: int) -> Iterator[_Batch]:
         numbers = seen + np.cumsum(block.kept) - 1
         seen += int(block.kept.sum())
         places = block.places
-        new = _Batch(block.images, numbers[places], block.labels[places], block.counts)
+        new = _CropBatch(
+            block.images, numbers[places], block.labels[places], block.counts
+        )
         if waiting is not None:
-            new = _Batch(*map(np.concatenate, zip(waiting, new, strict=True)))
+            new = _CropBatch(*map(np.concatenate, zip(waiting, new, strict=True)))
         whole = len(new.labels) - len(new.labels) % size
         for start in range(0, whole, size):
-            yield _Batch(*(each[start : start + size] for each in new))
-        waiting = _Batch(*(each[whole:] for each in new))
+            yield _CropBatch(*(each[start : start + size] for each in new))
+        waiting = _CropBatch(*(each[whole:] for each in new))
     if waiting is not None and len(waiting.labels):
         yield waiting
 
 
-class Population:
-    """Estimates the statistics of a run's states over its first training batches.
+class PopulationEstimator:
+    """Estimates population statistics (Algorithm 2) over a run's training batches.
 
-    The batches are those of steps 0, 1, ..., augmented as in training and each whole:
-    every host, and whoever evaluates the run later, finds the same statistics.
+    A run evaluates the moving averages of training, which cost nothing, except where
+    its parameters are an average that no batch has gone through. The batches are those
+    of steps 0, 1, ..., augmented as in training and each whole, so that every host, and
+    whoever evaluates the run later, finds the same statistics.
 
     Args:
-        config: of the run.
-        program: the run's.
-        feed: of whole batches, whichever step they are asked of.
-        parallel: where the statistics are computed.
-        constants: the feed's, where they are on the devices already.
+        config: Of the run.
+        program: Of the run.
+        feed: Of whole batches, at any step.
+        parallel: Where the statistics are computed.
+        constants: Those of the feed, where they are on the devices already.
     """
 
     def __init__(
@@ -323,6 +334,7 @@ class Population:
         constants: Any = None,
     ) -> None:
         self._config = config
+        self._model = program.model
         self._feed = feed
         self._parallel = parallel.for_evaluation()
         if constants is None:
@@ -330,29 +342,17 @@ class Population:
         self._constants = constants
         self._to_batch = jax.jit(feed.batch)
 
-        def apply(variables: Any, batch: Batch) -> Any:
-            return program.model.apply(
-                variables,
-                batch["image"],
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": batch["noise"]},
-            )
+    def averaged(self, state: TrainState) -> TrainState:
+        """Return the state of the averaged parameters, with statistics of their own.
 
-        self._apply = apply
-
-    def evaluated(self, state: TrainState) -> TrainState:
-        """Return the state that the run is evaluated with.
-
-        With `--ema`, that of the averaged parameters, whose statistics have to be taken
-        again unless they are frozen; else the state itself.
+        Without `--ema` that is the state itself. Frozen statistics stay.
         """
-        state = averaged(self._config, state)
+        averaged = average_params(self._config, state)
         if self._config.ema is None or self._config.init_stats == "freeze":
-            return state
-        return self.estimated(state)
+            return averaged
+        return self.estimate(averaged)
 
-    def estimated(
+    def estimate(
         self,
         state: TrainState,
         batches: int | None = None,
@@ -364,21 +364,22 @@ class Population:
         """Return the state with statistics over some training batches.
 
         Args:
-            state: one copy; its parameters stay.
-            batches: how many; those of `--batch-stats-from` if None.
-            method: see `bnjax.population.recompute_batch_stats`.
-            layers: likewise.
-            report: called with the examples done and all of them.
+            state: One copy; its parameters stay.
+            batches: How many; those of `--batch-stats-from` if None.
+            method: See `bnjax.population.recompute_batch_stats`.
+            layers: Likewise.
+            report: Called with the number of examples done and their total.
 
         Raises:
-            RunError: the statistics are frozen, are none, or cannot be had.
+            SettingError: The statistics are frozen.
+            RunError: There are no such layers, or the statistics cannot be had.
         """
         if not state.batch_stats:
             return state
         if self._config.init_stats == "freeze":
             raise SettingError(
                 "--batch-stats-from: the run was trained with --init-stats freeze, and "
-                "its layers have no statistics but those they are given. Leave it out.",
+                "its layers have no statistics but those they are given. Leave it out."
             )
         count = self._config.batch_stats_from if batches is None else batches
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -398,6 +399,15 @@ class Population:
         """End what reads the data."""
         self._feed.close()
 
+    def _apply(self, variables: Any, batch: Batch) -> Any:
+        return self._model.apply(
+            variables,
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": batch["noise"]},
+        )
+
     def _batches(self, rng: jax.Array, count: int, report: Report) -> Iterator[Batch]:
         for step in range(count):
             item = jax.tree.map(lambda leaf: leaf[0], self._feed.chunk(step, 1))
@@ -408,25 +418,21 @@ class Population:
             report((step + 1) * size, count * size)
 
 
-def averaged(config: Config, state: TrainState) -> TrainState:
+def average_params(config: Config, state: TrainState) -> TrainState:
     """Return the state with `--ema`'s average in place of its parameters."""
     if config.ema is None or not isinstance(state.opt_state, AveragedState):
         return state
     return dataclasses.replace(state, params=average_of(state.opt_state, config.ema))
 
 
-Statistics = Literal["moving_averages", "population"]
-"""What a network is normalized by: those of training, or taken again after it."""
-
-
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """A run, opened.
+class LoadedRun:
+    """A run, opened from its folder.
 
-    Args:
-        workdir: its folder.
-        config: what it was told.
-        source: its data set.
+    Attributes:
+        workdir: Its folder.
+        config: Its configuration.
+        source: Its data set.
     """
 
     workdir: Path
@@ -434,14 +440,14 @@ class Trained:
     source: Source
 
     def restore(self) -> tuple[Program, TrainState]:
-        """Build the network and read its newest checkpoint.
+        """Build the network and read its newest whole checkpoint.
 
         Raises:
-            RunError: there is none, or none is whole.
+            RunError: There is none.
         """
-        program = build(self.config, self.source)
-        with open_checkpoints(self.workdir, self.config, read_only=True) as found:
-            state, _ = found.restore(program.initial_state())
+        program = Program(self.config, self.source)
+        with open_checkpoints(self.workdir, self.config, read_only=True) as checkpoints:
+            state, _ = checkpoints.restore(program.initial_state())
         return program, state
 
     def with_statistics(
@@ -452,42 +458,43 @@ class Trained:
         parallel: Spmd,
         batches: int | None,
     ) -> TrainState:
-        """Return the state to evaluate, of the averaged parameters with `--ema`.
+        """Return the state to evaluate: with `--ema`, that of the averaged parameters.
 
         Args:
-            kind: of its statistics; those that the run evaluated with if None.
-            program: of `restore`.
-            state: likewise.
-            parallel: where to compute.
-            batches: of training, for population statistics.
+            kind: Of its statistics; those that the run itself evaluated with if None.
+            program: Of `restore`.
+            state: Likewise.
+            parallel: Where to compute.
+            batches: Of training, for population statistics.
         """
         if kind == "moving_averages":
-            return averaged(self.config, state)
+            return average_params(self.config, state)
         if kind is None and self.config.ema is None:
             return state
-        report = Loading(self.source.name, verb="taking statistics of")
+        report = ProgressReporter(self.source.name, verb="taking statistics of")
         with contextlib.closing(make_run_feed(self.config, self.source)) as feed:
-            population = Population(self.config, program, feed, parallel)
+            estimator = PopulationEstimator(self.config, program, feed, parallel)
             if kind is None:
-                return population.evaluated(state)
-            state = averaged(self.config, state)
-            return population.estimated(state, batches, report=report)
+                return estimator.averaged(state)
+            state = average_params(self.config, state)
+            return estimator.estimate(state, batches, report=report)
 
-    def tested_on(self) -> str:
-        """Name the test set as decoded: its files, split and size of images."""
+    def test_set(self) -> str:
+        """Return a name of the test set as decoded: its files, split and image size."""
         key = self.source.cache_key
         return key("test") if key else self.source.name
 
 
-def open_trained(workdir: Path, data_dir: Path | None = None) -> Trained:
+def load_run(workdir: Path, data_dir: Path | None = None) -> LoadedRun:
     """Open a run from its folder alone, reading no example.
 
     Args:
-        workdir: the folder that train.py wrote.
-        data_dir: where tfds data sets are, if no longer where the run found them.
+        workdir: The folder that train.py wrote.
+        data_dir: Where the data set is, if no longer where the run found it.
 
     Raises:
-        RunError: the folder is no run, or something in it is damaged.
+        RunError: The folder is no run, or something in it is damaged.
+        DataError: The data set is not there.
     """
     config = read_config(workdir)
     if not (workdir / CHECKPOINTS).is_dir():
@@ -496,7 +503,7 @@ def open_trained(workdir: Path, data_dir: Path | None = None) -> Trained:
             "Train again in a new --workdir."
         )
     source = open_data(config.data, data_dir or config.data_dir)
-    return Trained(workdir, config, source)
+    return LoadedRun(workdir, config, source)
 
 
 def evaluate_runs(
@@ -510,27 +517,30 @@ def evaluate_runs(
     """Evaluate the newest checkpoint of a run, or of several as an ensemble.
 
     Args:
-        workdirs: one or more folders that train.py wrote.
-        crops: of each image: 1, 10 or 144, see `bnjax.data.pipeline.boxes`.
-        batch_stats_from: evaluate twice: with the moving averages of training, and with
+        workdirs: One or more folders that train.py wrote.
+        crops: Of each image: 1, 10 or 144; see `bnjax.data.pipeline.crop_blocks`.
+        batch_stats_from: Evaluate twice: with the moving averages of training, and with
             population statistics over so many training batches.
-        output: where the result is written; eval.json in the only workdir if None, and
+        output: Where the result is written. If None, eval.json in the only workdir, and
             nowhere for an ensemble.
-        data_dir: where tfds data sets are, if no longer where the runs found them.
+        data_dir: Where the data set is, if no longer where the runs found it.
 
     Returns:
         The result: scores, crops and step, or in place of the step the members. With
         `batch_stats_from`, also that of each kind of statistics, by its name.
 
     Raises:
-        RunError: a folder is no run or something in it is damaged, the runs do not
-            make an ensemble, or the crops cannot be had.
+        RunError: A folder is no run, something in it is damaged, or the runs do not
+            make an ensemble.
+        SettingError: The crops cannot be had, or `output` cannot be written.
     """
-    _check(workdirs, output, batch_stats_from)
-    runs = [open_trained(workdir, data_dir) for workdir in workdirs]
-    _check_agreement(runs)
+    _check_arguments(workdirs, output, batch_stats_from)
+    runs = [load_run(workdir, data_dir) for workdir in workdirs]
+    _check_same_test_set(runs)
     blocks = crop_blocks(runs[0].source, crops)
-    opened = [run.restore() for run in runs]
+    restored = [run.restore() for run in runs]
+    programs = [program for program, _ in restored]
+    steps = [int(state.step) for _, state in restored]
     parallel = evaluation_parallel(runs[0].config).for_evaluation()
     kinds: list[Statistics | None] = [None]
     if batch_stats_from is not None:
@@ -539,20 +549,23 @@ def evaluate_runs(
     for kind in kinds:
         states = [
             run.with_statistics(kind, program, state, parallel, batch_stats_from)
-            for run, (program, state) in zip(runs, opened, strict=True)
+            for run, (program, state) in zip(runs, restored, strict=True)
         ]
-        programs = [program for program, _ in opened]
         members, ensemble = _score(runs, programs, states, crops, blocks, parallel)
         for run, evaluation in zip(runs, members, strict=True):
-            _check_finite(run, evaluation)
-        steps = [int(state.step) for state in states]
-        results[kind] = _result(runs, steps, members, ensemble, crops)
-        lines += [] if kind is None else [f"{kind.replace('_', ' ')}:"]
-        lines += _lines(runs, steps, members, ensemble, crops)
-    for run, (_, state) in zip(runs, opened, strict=True):
-        _compare_with_summary(run.workdir, int(state.step))
-    averages = any(run.config.ema is not None for run in runs)
-    result = dict(results[kinds[-1 if averages else 0]])
+            if not math.isfinite(evaluation.loss):
+                raise RunError(
+                    f"the network of {run.workdir} has a test loss of "
+                    f"{evaluation.loss}: its outputs overflow. Train again with a "
+                    "lower --learning-rate."
+                )
+        results[kind], described = _describe(runs, steps, members, ensemble, crops)
+        lines += [f"{kind.replace('_', ' ')}:"] if kind else []
+        lines += described
+    for run, step in zip(runs, steps, strict=True):
+        _compare_with_summary(run.workdir, step)
+    uses_average = any(run.config.ema is not None for run in runs)
+    result = dict(results[kinds[-1 if uses_average else 0]])
     if batch_stats_from is not None:
         result |= {"batch_stats_from": batch_stats_from, **results}
     if len(runs) == 1 and output is None:
@@ -564,103 +577,91 @@ def evaluate_runs(
 
 
 def _score(
-    runs: Sequence[Trained],
+    runs: Sequence[LoadedRun],
     programs: Sequence[Program],
     states: Sequence[TrainState],
     crops: int,
-    blocks: Any,
+    blocks: CropBlocks,
     parallel: Spmd,
 ) -> tuple[list[Evaluation], Evaluation]:
     """Return the scores of each run and of their ensemble."""
-    first = runs[0]
+    config, source = runs[0].config, runs[0].source
     if len(runs) == 1 and crops == 1:
-        test = load_test(first.config.data, first.source, Loading(first.source.name))
-        size = first.config.eval_batch_size
-        evaluation = Evaluator(programs[0], test, size, parallel)(states[0])
+        test = load_test(config.data, source, ProgressReporter(source.name))
+        evaluator = Evaluator(programs[0], test, config.eval_batch_size, parallel)
+        evaluation = evaluator(states[0])
         return [evaluation], evaluation
     predictors = [
         Predictor(
             program.model,
-            make_to_inputs(run.config.data, first.source.max_value),
+            make_to_inputs(run.config.data, source.max_value),
             state,
             parallel,
         )
         for run, program, state in zip(runs, programs, states, strict=True)
     ]
-    report = Loading(first.source.name, seconds=10, verb="scoring")
-    size = _batch_size(runs, crops, parallel)
+    # The smallest batch size of the members, but no more than there are crops.
+    size = min(run.config.eval_batch_size for run in runs)
+    devices = len(parallel.devices)
+    size = -(-min(size, crops * source.sizes["test"]) // devices) * devices
+    report = ProgressReporter(source.name, seconds=10, verb="scoring")
     return evaluate_crops(predictors, blocks, size, report)
 
 
-def _result(
-    runs: Sequence[Trained],
+def _describe(
+    runs: Sequence[LoadedRun],
     steps: Sequence[int],
     members: Sequence[Evaluation],
     ensemble: Evaluation,
     crops: int,
-) -> dict[str, Any]:
-    """Return what eval.json holds."""
-    result = {**_scores(ensemble), "crops": crops}
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what eval.json holds, and what is printed."""
+    result = {**ensemble.to_json(), "crops": crops}
+    suffix = f", {crops} crops" if crops > 1 else ""
     if len(runs) == 1:
-        return result | {"step": steps[0]}
-    return result | {
-        "members": [
-            {"workdir": str(run.workdir), "step": step, **_scores(evaluation)}
-            for run, step, evaluation in zip(runs, steps, members, strict=True)
-        ]
-    }
-
-
-def _lines(
-    runs: Sequence[Trained],
-    steps: Sequence[int],
-    members: Sequence[Evaluation],
-    ensemble: Evaluation,
-    crops: int,
-) -> list[str]:
-    """Return what is printed of a result."""
-    taken = f", {crops} crops" if crops > 1 else ""
-    if len(runs) == 1:
-        return [f"step {steps[0]:,}{taken}: {ensemble}"]
-    lines = [
-        f"{run.workdir}, step {step:,}{taken}: {evaluation}"
-        for run, step, evaluation in zip(runs, steps, members, strict=True)
+        line = f"step {steps[0]:,}{suffix}: {ensemble}"
+        return result | {"step": steps[0]}, [line]
+    together = list(zip(runs, steps, members, strict=True))
+    result["members"] = [
+        {"workdir": str(run.workdir), "step": step, **member.to_json()}
+        for run, step, member in together
     ]
-    return [*lines, f"ensemble of {len(runs)}{taken}: {ensemble}"]
+    lines = [f"{r.workdir}, step {s:,}{suffix}: {m}" for r, s, m in together]
+    return result, [*lines, f"ensemble of {len(runs)}{suffix}: {ensemble}"]
 
 
-def _check(
+def _check_arguments(
     workdirs: Sequence[Path], output: Path | None, batch_stats_from: int | None
 ) -> None:
     """Refuse a command line before anything is read."""
     if batch_stats_from is not None and batch_stats_from < 1:
         raise SettingError(
             f"--batch-stats-from {batch_stats_from}: expected the number of training "
-            "batches to take statistics over, 1 or more.",
+            "batches to take statistics over, 1 or more."
         )
     seen = set()
     for workdir in workdirs:
         if workdir.resolve() in seen:
             raise SettingError(
                 f"{workdir} is named twice, and would count twice in the ensemble. "
-                "Name each run once.",
+                "Name each run once."
             )
         seen.add(workdir.resolve())
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         problem = "is a folder" if output.is_dir() else "is in a folder not there"
         raise SettingError(
             f"--output {output} {problem}: expected a file to write, in a folder that "
-            "exists.",
+            "exists."
         )
 
 
-def _check_agreement(runs: Sequence[Trained]) -> None:
+def _check_same_test_set(runs: Sequence[LoadedRun]) -> None:
     """Refuse an ensemble whose members are not given the same images."""
     first = runs[0]
     for other in runs[1:]:
-        if first.tested_on() != other.tested_on():
+        if first.test_set() != other.test_set():
             described = (
-                f"{run.workdir} on {run.tested_on()} ({run.source.name}, "
+                f"{run.workdir} on {run.test_set()} ({run.source.name}, "
                 f"images of {'x'.join(map(str, run.source.image_shape))}, "
                 f"{run.source.classes} classes)"
                 for run in (first, other)
@@ -670,38 +671,6 @@ def _check_agreement(runs: Sequence[Trained]) -> None:
                 "Expected runs of one data set, test split and size of images. "
                 "Evaluate them one by one."
             )
-
-
-def _batch_size(runs: Sequence[Trained], crops: int, parallel: Spmd) -> int:
-    """Return the members' smallest, but no more than there are crops."""
-    devices = len(parallel.devices)
-    total = crops * runs[0].source.sizes["test"]
-    size = min(total, *(run.config.eval_batch_size for run in runs))
-    return -(-size // devices) * devices
-
-
-def _scores(evaluation: Evaluation) -> dict[str, Any]:
-    """Return an evaluation as eval.json has it."""
-    top5 = {
-        "test_top5_accuracy": evaluation.top5_accuracy,
-        "test_top5_correct": evaluation.top5_correct,
-    }
-    return {
-        "test_accuracy": evaluation.accuracy,
-        "test_loss": evaluation.loss,
-        "test_correct": evaluation.correct,
-        "test_examples": evaluation.examples,
-        **(top5 if evaluation.top5_correct is not None else {}),
-    }
-
-
-def _check_finite(run: Trained, evaluation: Evaluation) -> None:
-    """Refuse a network whose outputs are no numbers."""
-    if not math.isfinite(evaluation.loss):
-        raise RunError(
-            f"the network of {run.workdir} has a test loss of {evaluation.loss}: its "
-            "outputs overflow. Train again with a lower --learning-rate."
-        )
 
 
 def _compare_with_summary(workdir: Path, step: int) -> None:

@@ -67,7 +67,7 @@ def forward_order(model: nn.Module, images: Any) -> tuple[str, ...]:
     return tuple(name for name in met if name in layers)
 
 
-class Guard:
+class NonFiniteGuard:
     """Looks at the steps of each dispatch: were they finite, and may the run go on.
 
     Args:

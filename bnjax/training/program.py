@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 
 from bnjax import models
@@ -18,7 +17,6 @@ from bnjax.training.network import check_network, make_network
 from bnjax.training.optimizer import make_optimizer
 from bnjax.training.sharding import Sharing, Spmd
 from bnjax.training.step import (
-    Gather,
     Stream,
     TrainState,
     TrainStep,
@@ -27,109 +25,66 @@ from bnjax.training.step import (
 )
 
 
-def slow_in_loops(function: Callable[..., Any], *args: Any) -> bool:
-    """Return whether steps of a function are better dispatched one at a time.
-
-    On a CPU, XLA takes the gradient of a convolution many times slower inside a loop
-    than outside (jax issue 12868), and a scan over training steps is a loop.
-
-    Args:
-        function: traced, not run.
-        *args: arrays or their shapes.
-
-    Example:
-        >>> from flax import linen as nn
-        >>> image = jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
-        >>> slow_in_loops(nn.Dense(4).init, jax.random.key(0), image)
-        False
-        >>> on_cpu = jax.default_backend() == "cpu"
-        >>> slow_in_loops(nn.Conv(4, (3, 3)).init, jax.random.key(0), image) == on_cpu
-        True
-    """
-    if jax.default_backend() != "cpu":
-        return False
-    return "conv_general_dilated" in str(jax.make_jaxpr(function)(*args))
-
-
-@dataclasses.dataclass(frozen=True)
 class Program:
     """What a configuration says, ready to run.
 
     Args:
-        model: gives logits; as it is initialized and evaluated.
-        optimizer: of the parameters.
-        gather: the batch of some rows of the resident arrays.
-        images: the shape of a batch of one image.
-        classes: how many labels there are.
-        initial_state: gives the state before the first step.
-        train_step: gives the step for a layout on devices.
-        scans: says whether many steps are taken in one call to the device.
-    """
+        config: Of the run.
+        source: Of its data; only the shape of its images and its classes matter here.
 
-    model: nn.Module
-    optimizer: optax.GradientTransformation
-    gather: Gather
-    images: jax.ShapeDtypeStruct
-    classes: int
-    initial_state: Callable[[], TrainState]
-    train_step: Callable[[Spmd], TrainStep]
-    scans: Callable[[], bool]
-
-
-def build(config: Config, source: Source) -> Program:
-    """Build the model, the optimizer and the input function of a run.
+    Attributes:
+        model: Gives logits; as it is initialized and evaluated.
+        optimizer: Of the parameters.
+        gather: Gives the batch of some rows of the resident arrays.
+        images: Shape and dtype of a batch of one image.
+        classes: How many labels there are.
 
     Raises:
-        RunError: the network is the user's own, and cannot be trained.
+        SettingError: The network is the user's own, and cannot be trained.
     """
-    model = _make_model(config, source, Sharing())
-    check_network(config, model, source.image_shape, source.classes)
-    optimizer = make_optimizer(config)
-    gather = make_gather(make_to_inputs(config.data, source.max_value))
 
-    images = jnp.zeros((1, *source.image_shape), jnp.float32)
-    init = functools.partial(model.init, train=False)
+    def __init__(self, config: Config, source: Source) -> None:
+        self._config = config
+        self.classes = source.classes
+        self.images = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.float32)
+        self.model = self._make_model(Sharing())
+        check_network(config, self.model, source.image_shape, source.classes)
+        self.optimizer = make_optimizer(config)
+        self.gather = make_gather(make_to_inputs(config.data, source.max_value))
 
-    @functools.cache
-    def scans() -> bool:
-        return not slow_in_loops(init, jax.random.key(0), images)
+    def initial_state(self) -> TrainState:
+        """Return the state before the first step."""
+        images = jnp.zeros(self.images.shape, self.images.dtype)
+        return create_state(self.model, self.optimizer, self._config.seed, images)
 
-    def initial_state() -> TrainState:
-        return create_state(model, optimizer, config.seed, images)
-
-    def train_step(parallel: Spmd) -> TrainStep:
-        sharing = parallel.sharing(config)
+    def train_step(self, parallel: Spmd) -> TrainStep:
+        """Return the step for a layout on devices."""
+        config, sharing = self._config, parallel.sharing(self._config)
         normalization = make_normalization(config, sharing)
         return make_train_step(
-            _make_model(config, source, sharing),
-            optimizer,
+            self._make_model(sharing),
+            self.optimizer,
             axis_name=parallel.axis_name,
             accumulate=config.accumulate,
-            unroll=not scans(),
+            unroll=not self.scans,
             updated_stats=normalization.updated_stats if sharing.deferred else None,
             skip_nonfinite=config.on_nan == "skip",
         )
 
-    return Program(
-        model,
-        optimizer,
-        gather,
-        jax.ShapeDtypeStruct(images.shape, images.dtype),
-        source.classes,
-        initial_state,
-        train_step,
-        scans,
-    )
+    @functools.cached_property
+    def scans(self) -> bool:
+        """Return whether many steps are taken in one call to the device."""
+        init = functools.partial(self.model.init, train=False)
+        return not slow_in_loops(init, jax.random.key(0), self.images)
 
-
-def _make_model(config: Config, source: Source, sharing: Sharing) -> nn.Module:
-    return make_network(
-        config,
-        classes=source.classes,
-        normalization=make_normalization(config, sharing),
-        # float32 is what inputs and parameters have.
-        dtype=jnp.bfloat16 if config.dtype == "bfloat16" else None,
-    )
+    def _make_model(self, sharing: Sharing) -> nn.Module:
+        return make_network(
+            self._config,
+            classes=self.classes,
+            normalization=make_normalization(self._config, sharing),
+            # float32 is what inputs and parameters have.
+            dtype=jnp.bfloat16 if self._config.dtype == "bfloat16" else None,
+        )
 
 
 def make_normalization(
@@ -138,8 +93,8 @@ def make_normalization(
     """Return what stands before each nonlinearity.
 
     Args:
-        config: of the run.
-        sharing: how its layers share statistics in training; not at all if None.
+        config: Of the run.
+        sharing: How its layers share statistics in training; not at all if None.
     """
     kind = "flax" if config.bn.implementation == "flax" else "batch"
     return models.Normalization(
@@ -170,3 +125,27 @@ def make_run_feed(
         shard=shard,
         report=report,
     )
+
+
+def slow_in_loops(function: Callable[..., Any], *args: Any) -> bool:
+    """Return whether steps of a function are better dispatched one at a time.
+
+    On a CPU, XLA takes the gradient of a convolution many times slower inside a loop
+    than outside (https://github.com/jax-ml/jax/issues/12868), and a scan over training
+    steps is a loop.
+
+    Args:
+        function: Traced, not run.
+        *args: Arrays or their shapes.
+
+    Example:
+        >>> image = jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
+        >>> slow_in_loops(nn.Dense(4).init, jax.random.key(0), image)
+        False
+        >>> on_cpu = jax.default_backend() == "cpu"
+        >>> slow_in_loops(nn.Conv(4, (3, 3)).init, jax.random.key(0), image) == on_cpu
+        True
+    """
+    if jax.default_backend() != "cpu":
+        return False
+    return "conv_general_dilated" in str(jax.make_jaxpr(function)(*args))

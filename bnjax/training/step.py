@@ -354,7 +354,7 @@ def _merged(moments: Any) -> Any:
     )
 
 
-def hits(scores: Any, labels: Any) -> dict[str, Any]:
+def topk_correct(scores: Any, labels: Any) -> dict[str, Any]:
     """Say which examples are classified right, and right among the first five.
 
     Of equal scores the lower class comes first, as for argmax. NaN beats all others,
@@ -370,7 +370,9 @@ def hits(scores: Any, labels: Any) -> dict[str, Any]:
 
     Example:
         >>> import numpy as np
-        >>> hits(np.array([[1.0, 3.0, 3.0]] * 3), np.arange(3))["correct"].tolist()
+        >>> topk_correct(np.array([[1.0, 3.0, 3.0]] * 3), np.arange(3))[
+        ...     "correct"
+        ... ].tolist()
         [False, True, False]
     """
     examples, classes = scores.shape
@@ -388,15 +390,15 @@ def make_eval_step(model: nn.Module) -> EvalStep:
         model: gives logits; normalizes by its running statistics here.
 
     Returns:
-        A pure function whose metrics are "loss" and those of `hits`, of shape (batch,):
-        whoever sums them leaves the padding out.
+        A pure function whose metrics are "loss" and those of `topk_correct`, of shape
+        (batch,): whoever sums them leaves the padding out.
     """
     predict = make_predict_step(model)
 
     def eval_step(params: Any, batch_stats: Any, batch: Batch) -> Metrics:
         logits = predict(params, batch_stats, batch)["logits"]
         labels = batch["label"]
-        return {"loss": _cross_entropy(logits, labels), **hits(logits, labels)}
+        return {"loss": _cross_entropy(logits, labels), **topk_correct(logits, labels)}
 
     return eval_step
 

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 
 from bnjax.interop.export import load
-from bnjax.training.evaluation import open_trained
+from bnjax.training.evaluation import load_run
 
 
 @pytest.fixture(scope="module")
 def expected(trained):
     """Return pixels of test images and the logits of the run."""
-    opened = open_trained(trained("digits"))
+    opened = load_run(trained("digits"))
     program, state = opened.restore()
     pixels = opened.source.load("test", lambda done, total: None).images[:7]
     variables = {"params": state.params, "batch_stats": state.batch_stats}

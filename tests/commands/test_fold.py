@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from bnjax.training.evaluation import open_trained
+from bnjax.training.evaluation import load_run
 
 
 def logits_by_hand(weights, x):
@@ -24,7 +24,7 @@ def test_weights(trained, run, tmp_path, suffix):
     out = tmp_path / f"folded{suffix}"
     printed = run("fold", trained("digits"), out)
     weights = dict(np.load(out)) if suffix == ".npz" else load_file(out)
-    program, state = open_trained(trained("digits")).restore()
+    program, state = load_run(trained("digits")).restore()
     x = np.random.default_rng(0).uniform(size=(9, 8, 8))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     expected = jax.jit(lambda v, x: program.model.apply(v, x, train=False))(

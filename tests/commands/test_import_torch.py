@@ -11,8 +11,8 @@ from bnjax.data.config import DataConfig
 from bnjax.interop.torch import Layer, to_torch
 from bnjax.interop.torch_files import format_mapping, write_state_dict
 from bnjax.training.checkpoint import open_checkpoints
-from bnjax.training.evaluation import open_trained
-from bnjax.training.program import build
+from bnjax.training.evaluation import load_run
+from bnjax.training.program import Program
 from bnjax.training.transfer import described_source
 from bnjax.training.workdir import read_config
 from tests.commands.conftest import FLAGS
@@ -26,7 +26,7 @@ def evaluated(workdir, tmp_path):
 
 @pytest.fixture
 def variables(trained):
-    _, state = open_trained(trained("digits")).restore()
+    _, state = load_run(trained("digits")).restore()
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
@@ -45,7 +45,7 @@ def test_weights_from_pytorch(trained, variables, importing, run, fails, tmp_pat
         f"{file}: 14 tensors of mlp",
         f"{new} holds the network as of step 0: python eval.py {new}",
     ]
-    _, imported = open_trained(new).restore()
+    _, imported = load_run(new).restore()
     for name in ("mean", "var"):
         np.testing.assert_array_equal(
             imported.batch_stats["bn_1"][name], variables["batch_stats"]["bn_1"][name]
@@ -89,13 +89,13 @@ def test_names_of_another_kind(variables, importing, run, fails, tmp_path):
     assert "no place for aux.weight" in fails(*argv, "--names", *names, "--", *FLAGS)
     for flags in (["--names", *names], ["--mapping", mapping, "--force"]):
         run(*argv, *flags, "--ignore", "aux", "--", *FLAGS)
-        _, imported = open_trained(new).restore()
+        _, imported = load_run(new).restore()
         jax.tree.map(
             np.testing.assert_array_equal, imported.params, variables["params"]
         )
     flags = ["--names", *names[:2], "--ignore", "head", "aux", "--keep", "logits"]
     run(*argv, "--force", *flags, "--", *FLAGS)
-    _, imported = open_trained(new).restore()
+    _, imported = load_run(new).restore()
     assert np.any(
         imported.params["logits"]["kernel"] != variables["params"]["logits"]["kernel"]
     )
@@ -133,7 +133,7 @@ def test_a_proposal_is_confirmed(importing, run, fails, tmp_path, monkeypatch):
     assert "By order alone, since others have the same shapes: none" in message
     assert not new.exists()
     run(*argv, "--confirm")
-    _, state = open_trained(new).restore()
+    _, state = load_run(new).restore()
     rows = np.arange(256).reshape(4, 64).T.ravel()
     expected = tensors["1.weight"].T[rows].astype(np.float32)
     np.testing.assert_array_equal(state.params["b"]["kernel"], expected)
@@ -147,7 +147,7 @@ def test_without_the_data_set(run, fails, tmp_path, monkeypatch):
     flags = ["--model.width", "0.25"]
 
     def program_of(config):
-        return build(config, described_source(config.data, described))
+        return Program(config, described_source(config.data, described))
 
     from bnjax.training.presets import parse
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from bnjax.commands.inspect import find_layers
-from bnjax.training.evaluation import open_trained
+from bnjax.training.evaluation import load_run
 
 
 def test_figures_are_those_of_the_checkpoint(trained, run):
     workdir = trained("digits")
-    _, state = open_trained(workdir).restore()
+    _, state = load_run(workdir).restore()
     below = {}
     for name, tree in (("scale", state.params), ("var", state.batch_stats)):
         values = [tree[layer][name] for layer in ("bn_0", "bn_1")]

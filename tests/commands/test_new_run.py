@@ -9,7 +9,7 @@ import pytest
 import eval as eval_program
 from bnjax.commands.new_run import check_new_run, write_run
 from bnjax.data.pipeline import make_feed
-from bnjax.training.evaluation import open_trained
+from bnjax.training.evaluation import load_run
 from bnjax.training.step import Stream
 
 
@@ -21,7 +21,7 @@ def evaluated(workdir, tmp_path):
 
 @pytest.mark.parametrize("method", ["paper", "pooled"])
 def test_statistics_of_the_first_layer(trained, run, tmp_path, method):
-    opened = open_trained(trained("digits"))
+    opened = load_run(trained("digits"))
     _, before = opened.restore()
     new = tmp_path / "new"
     flags = ["--output", new, "--batches", 7, "--method", method]
@@ -30,7 +30,7 @@ def test_statistics_of_the_first_layer(trained, run, tmp_path, method):
         f"{new} holds step 60 with statistics over 7 batches of 30: "
         f"python eval.py {new}"
     )
-    _, after = open_trained(new).restore()
+    _, after = load_run(new).restore()
     # What the steps of the training were given, in float64.
     feed = make_feed(
         opened.config.data,
@@ -61,7 +61,7 @@ def test_some_layers(trained, run, fails, tmp_path):
     flags = ["--output", new, "--batches", 2, "--layers"]
     run("recompute-stats", trained("digits"), *flags, "bn_1")
     (_, before), (_, after) = (
-        open_trained(each).restore() for each in (trained("digits"), new)
+        load_run(each).restore() for each in (trained("digits"), new)
     )
     for name, changed in (("bn_0", False), ("bn_1", True)):
         pair = [state.batch_stats[name]["mean"] for state in (before, after)]
@@ -83,7 +83,7 @@ def test_faults(trained, fails, tmp_path):
 
 
 def test_replaced_or_left_as_it_was(trained, tmp_path, monkeypatch):
-    opened = open_trained(trained("digits"))
+    opened = load_run(trained("digits"))
     _, state = opened.restore()
     new = tmp_path / "new"
 

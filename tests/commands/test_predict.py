@@ -11,7 +11,7 @@ from bnjax.__main__ import main
 from bnjax.commands.predict import list_images
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import open_source
-from bnjax.training.evaluation import open_trained
+from bnjax.training.evaluation import load_run
 from tests.data import image_folder, prepared_set
 
 
@@ -53,7 +53,7 @@ def test_agrees_with_the_evaluation(trained, images, run, tmp_path):
 def test_probabilities_of_files(trained, digits, run):
     folder, pixels = digits
     found = run("predict", trained("digits"), folder, "--json", "--top", 99)
-    opened = open_trained(trained("digits"))
+    opened = load_run(trained("digits"))
     program, state = opened.restore()
     x = make_to_inputs(opened.config.data, 255)(pixels)
     variables = {"params": state.params, "batch_stats": state.batch_stats}

@@ -8,12 +8,12 @@ from bnjax.data.pipeline import SplitBlocks, load_test
 from bnjax.data.sources import Arrays, Example, open_source
 from bnjax.training.evaluation import Evaluator
 from bnjax.training.presets import digits
-from bnjax.training.program import build
+from bnjax.training.program import Program
 
 
 @pytest.fixture(scope="module")
 def program():
-    return build(digits(), open_source("digits"))
+    return Program(digits(), open_source("digits"))
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,11 @@
-"""The tables of the experiments on CIFAR-10, from runs made up by hand."""
+"""The experiments on CIFAR-10: their configurations, and tables of made-up runs."""
 
 import dataclasses
 
 import pytest
 
 from bnjax.training.config import validate
-from experiments import cifar10, cifar10_changes, depth, lenet
+from experiments import cifar10, cifar10_changes, depth, lenet, runs
 
 
 def made_up(accuracy, diverged=None):
@@ -22,33 +22,29 @@ def flat(config, prefix=""):
     fields = {}
     for field in dataclasses.fields(config):
         value, name = getattr(config, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            fields |= flat(value, name + ".")
-        else:
-            fields[name] = value
+        nested = dataclasses.is_dataclass(value)
+        fields |= flat(value, name + ".") if nested else {name: value}
     return fields
 
 
 def test_steps_are_counted_to_the_best_of_the_median_baseline():
-    runs = {
-        "Inception": [
-            made_up([0.2, 0.5, 0.4, 0.6]),
-            made_up([0.1, 0.4, 0.5, 0.5]),
-            made_up([0.3, 0.3, 0.3, 0.9]),
-        ],
-        "BN-x5": [made_up([0.55, 0.7, 0.65, 0.65])],
-        "BN-x30": [made_up([0.6, 0.6])],
-        "BN-x5-Sigmoid": [made_up([0.1, 0.2])],
-        "Inception, 5 times the rate": [made_up([], diverged="the loss became nan")],
+    curves = {
+        "Inception": ([0.2, 0.5, 0.4, 0.6], [0.1, 0.4, 0.5, 0.5], [0.3, 0.3, 0.3, 0.9]),
+        "BN-x5": ([0.55, 0.7, 0.65, 0.65],),
+        "BN-x30": ([0.6, 0.6],),
+        "BN-x5-Sigmoid": ([0.1, 0.2],),
     }
-    rows = cifar10.table(runs)
+    found = {
+        name: [made_up(each) for each in several] for name, several in curves.items()
+    }
+    too_fast = "Inception, 5 times the rate"
+    rows = cifar10.table(found | {too_fast: [made_up([], diverged="the loss is nan")]})
+    counted = {n: row["steps_to_best_of_inception"] for n, row in rows.items()}
+    assert list(counted.values()) == [2000, 1000, 500, None, None]
+    shares = [row["over_steps_of_inception"] for row in rows.values()]
+    assert shares == [1.0, 0.5, 0.25, None, None]
     assert rows["Inception"]["best_accuracy"] == 0.6
-    assert rows["Inception"]["steps_to_best_of_inception"] == 2000
-    assert rows["BN-x5"]["steps_to_best_of_inception"] == 1000
-    assert rows["BN-x5"]["over_steps_of_inception"] == 0.5
-    assert rows["BN-x30"]["over_steps_of_inception"] == 0.25
-    assert rows["BN-x5-Sigmoid"]["steps_to_best_of_inception"] is None
-    assert rows["Inception, 5 times the rate"]["best_accuracy"] is None
+    assert rows[too_fast]["best_accuracy"] is None
     assert rows["BN-x5"]["paper_over_steps_of_inception"] == pytest.approx(0.0677, 1e-2)
 
 
@@ -73,23 +69,28 @@ def test_one_change_at_a_time():
 
 
 def test_each_is_compared_with_its_own_reference():
-    accuracy = {
-        "BN-x5": 0.7,
-        "dropout": 0.65,
-        "BN-x5 on crops": 0.5,
-        "crops with the full distortion": 0.52,
-    }
+    names = ("BN-x5", "dropout", "BN-x5 on crops", "crops with the full distortion")
+    accuracy = dict(zip(names, (0.7, 0.65, 0.5, 0.52), strict=True))
     rows = cifar10_changes.table({k: [made_up([v])] for k, v in accuracy.items()})
-    points = {name: row["points_from_reference"] for name, row in rows.items()}
-    assert points["dropout"] == pytest.approx(-5)
-    assert points["crops with the full distortion"] == pytest.approx(2)
+    points = [rows[name]["points_from_reference"] for name in names]
+    assert points == pytest.approx([0, -5, 0, 2])
 
 
 def test_every_run_is_one_that_train_py_takes():
-    for config in [
+    on_cifar10 = [
         *cifar10.networks().values(),
         *cifar10_changes.variants().values(),
         *depth.networks(100, 0.5).values(),
-        *lenet.networks("lenet-mnist").values(),
-    ]:
+    ]
+    for config in [*on_cifar10, *lenet.networks("lenet-mnist").values()]:
         validate(config)
+    assert {config.data.name for config in on_cifar10} == {"cifar10_jpeg"}
+
+
+def test_the_data_are_named_here_whatever_the_preset_has(monkeypatch):
+    name = "cifar10-bn-x5"
+    other = runs.changed(runs.preset(name), {"data.name": "cifar10", "steps": 7})
+    monkeypatch.setitem(runs.PRESETS, name, lambda: other)
+    config = runs.preset(name, {"model.width": 0.5, "model.dropout": 0.1})
+    assert (config.data.name, config.steps) == ("cifar10_jpeg", 7)
+    assert (config.model.width, config.model.dropout) == (0.5, 0.1)

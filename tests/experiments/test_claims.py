@@ -1,9 +1,11 @@
-"""The experiments that take seconds, against what the mathematics says."""
+"""The experiments that take seconds, whole or in miniature, against what must hold."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bias_drift, scale_invariance
+from experiments import adabn, bias_drift, population, scale_invariance
+from experiments.runs import preset
 
 
 def test_a_bias_outside_the_gradient_grows_by_a_line():
@@ -31,3 +33,26 @@ def test_scale_of_the_weights():
         np.asarray(found["output_predicted"])[small],
         rtol=1e-2,
     )
+
+
+def test_population_statistics_after_few_steps_and_for_averaged_parameters():
+    changes = {"steps": 20, "parallel": "single", "bn.momentum": 0.99}
+    changes |= {"model.hidden": (30,), "model.weight_std": 0.1}
+    config = preset("digits", changes)
+    found = population.steps(config)
+    assert [len(values) for values in found.values()] == [2, 2, 2]
+    moving, paper, pooled = (values[-1] for values in found.values())
+    assert min(paper, pooled) > moving + 0.1
+    found = population.averaged(config)
+    assert [len(values) for values in found.values()] == [1, 1, 1, 1]
+    assert found[population.OWN][0] > found[population.STALE][0]
+
+
+def test_images_of_other_kinds():
+    x = jnp.zeros((2, 9, 9, 1)).at[:, 4, 4].set(1.0)
+    blurred = adabn.blurred(x)
+    np.testing.assert_allclose(blurred[0, 1:8, 1:8, 0], np.full((7, 7), 1 / 49), 1e-6)
+    assert float(blurred.sum()) == pytest.approx(2)
+    noise = adabn.noisy(x) - x
+    assert float(noise.std()) == pytest.approx(0.5, rel=0.2)
+    assert float(abs(noise[0] - noise[1]).max()) > 0

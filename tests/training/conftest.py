@@ -7,7 +7,7 @@ from bnjax.data.sources import open_source
 from bnjax.training.config import ModelConfig
 from bnjax.training.loop import keep_compiled, train
 from bnjax.training.presets import digits
-from bnjax.training.program import build
+from bnjax.training.program import Program
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,7 +35,7 @@ def small_config():
 
 @pytest.fixture(scope="session")
 def program(small_config):
-    return build(small_config, open_source("digits"))
+    return Program(small_config, open_source("digits"))
 
 
 @pytest.fixture(scope="session")

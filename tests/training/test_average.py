@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from bnjax.data.sources import open_source
-from bnjax.training.evaluation import Evaluator, averaged, evaluate_runs
+from bnjax.training.evaluation import Evaluator, average_params, evaluate_runs
 from bnjax.training.loop import Run, train
 from bnjax.training.optimizer import average_of, keep_average
 from bnjax.training.step import Stream, stream_key, tree_sha256
@@ -76,7 +76,7 @@ def test_the_average_is_evaluated_with_its_own_statistics(small_config):
     source = open_source("digits")
     run = Run(config, source)
     run.dispatch(20)
-    state = averaged(config, run.state)
+    state = average_params(config, run.state)
     assert tree_sha256(state.params) != tree_sha256(run.state.params)
     batch_stats = oracle_statistics(run, state.params, 5)
     expected = jax.tree.map(jnp.float32, batch_stats)

@@ -234,7 +234,7 @@ def test_values_at_the_edge(flags):
     parse(flags.split())
 
 
-class TestRecord:
+class EvalRecord:
     @pytest.mark.parametrize("preset", PRESETS)
     def test_it_comes_back_as_it_was(self, preset):
         _, config = parse([preset, "--workdir", "a/b", "--learning-rate", "2"])

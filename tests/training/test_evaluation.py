@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from bnjax.data.sources import open_source
-from bnjax.training.evaluation import Evaluation, Evaluator, evaluation_of
+from bnjax.training.evaluation import Evaluation, Evaluator
 from bnjax.training.sharding import Pmap, Spmd
 from tests.training import numpy_network
 
@@ -71,7 +71,7 @@ def test_five_classes_have_no_top_5():
         {"loss": np.array([0.5, 1.5]), "correct": np.array([True, False])},
         {"loss": np.array([4.0]), "correct": np.array([True])},
     ]
-    found = evaluation_of(parts)
+    found = Evaluation.of(parts)
     assert found == Evaluation(loss=2.0, correct=2, examples=3)
     assert found.top5_accuracy is None
     assert str(found) == f"test accuracy {2 / 3!r} (2 of 3), test loss 2.0"

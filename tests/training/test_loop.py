@@ -16,7 +16,7 @@ from bnjax.training.faults import Stopped
 from bnjax.training.loop import Run, train
 from bnjax.training.metrics import read_metrics
 from bnjax.training.optimizer import make_schedule
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from bnjax.training.step import Stream, make_train_step, stream_key
 
 
@@ -38,7 +38,7 @@ def test_a_run_is_a_function_of_its_configuration(run_small):
 def test_it_equals_one_step_after_the_other(small_config):
     config = dataclasses.replace(small_config, steps=32, batch_size=300)
     source = open_source("digits")
-    program = build(config, source)
+    program = Program(config, source)
     run = Run(config, source)
     losses = np.concatenate([run.dispatch(n)[0]["loss"] for n in (5, 20, 7)])
 
@@ -113,7 +113,7 @@ def test_flaxs_layer_trains_to_the_same_place(run_small, small_config):
 
 
 def test_a_loss_that_is_not_finite(run_small, tmp_path, small_config):
-    with pytest.raises(SettingError) as caught:
+    with pytest.raises(RunError) as caught:
         run_small(learning_rate=1e30)
     message = str(caught.value)
     assert "the loss became nan in step 2." in message
@@ -266,7 +266,7 @@ def test_a_run_of_another_configuration_is_not_resumed(run_small, small_config):
         seed=7,
         bn=dataclasses.replace(small_config.bn, momentum=0.5),
     )
-    with pytest.raises(RunError) as caught:
+    with pytest.raises(SettingError) as caught:
         train("digits", config)
     assert "--seed: the run has 0, 7 was given" in str(caught.value)
     assert "--bn.momentum: the run has 0.9, 0.5 was given" in str(caught.value)
@@ -293,7 +293,7 @@ def test_a_workdir_that_holds_a_run_is_refused(run_small, small_config):
         }
 
     before = digest()
-    with pytest.raises(SettingError, match=r"overwritten: add --resume to continue"):
+    with pytest.raises(RunError, match=r"overwritten: add --resume to continue"):
         train("digits", dataclasses.replace(small_config, workdir=workdir))
     assert digest() == before
 
@@ -302,7 +302,7 @@ def test_a_batch_larger_than_the_data(small_config, tmp_path):
     config = dataclasses.replace(
         small_config, batch_size=1443, workdir=tmp_path / "run"
     )
-    with pytest.raises(ValueError, match="1443: digits has 1442 training"):
+    with pytest.raises(SettingError, match="1443: digits has 1442 training"):
         train("digits", config)
     assert not (tmp_path / "run").exists()
 

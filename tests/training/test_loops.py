@@ -10,7 +10,7 @@ from bnjax.data.sources import open_data
 from bnjax.training.config import ModelConfig
 from bnjax.training.loop import Run
 from bnjax.training.presets import digits
-from bnjax.training.program import build
+from bnjax.training.program import Program
 
 needs_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="loops are slow on a CPU alone"
@@ -39,4 +39,4 @@ def test_the_steps_of_a_convolutional_network_are_single_calls():
 
 
 def test_the_steps_of_a_fully_connected_one_are_scanned():
-    assert build(digits(), open_data(digits().data)).scans()
+    assert Program(digits(), open_data(digits().data)).scans

@@ -16,7 +16,7 @@ from bnjax.models import MLP, Normalization
 from bnjax.training import loop
 from bnjax.training.config import RunError
 from bnjax.training.evaluation import Evaluation
-from bnjax.training.faults import Guard, forward_order, layer_names
+from bnjax.training.faults import NonFiniteGuard, forward_order, layer_names
 from bnjax.training.loop import train
 from bnjax.training.metrics import read_metrics
 from bnjax.training.optimizer import make_schedule
@@ -138,7 +138,7 @@ def taken(losses, dropped=None, layers=2, bad=()):
 
 
 def test_the_first_layer_is_named_in_the_order_of_the_forward_pass():
-    guard = Guard(skip=False, layers=lambda: ("bn_2", "bn_10"))
+    guard = NonFiniteGuard(skip=False, layers=lambda: ("bn_2", "bn_10"))
     assert guard.check(2, taken([1.0, 2.0])) is None
     # In the order of names, bn_10 comes first.
     both = taken([1.0, np.nan, np.inf], bad=[(1, 0), (1, 1), (2, 0)])
@@ -150,14 +150,14 @@ def test_the_first_layer_is_named_in_the_order_of_the_forward_pass():
     assert "finite is bn_10. " in str(guard.check(5, last))
     none = guard.check(5, taken([np.nan]))
     assert "finite: it began in the logits or the loss. " in str(none)
-    plain = Guard(skip=False, layers=lambda: ())
+    plain = NonFiniteGuard(skip=False, layers=lambda: ())
     assert plain.check(5, taken([np.nan], layers=0)) == (
         "the loss became nan in step 5. --on-nan skip drops such steps."
     )
 
 
 def test_drops_are_counted_and_end_the_run_where_nothing_is_kept(capsys):
-    guard = Guard(skip=True, layers=lambda: ("bn_0", "bn_1"))
+    guard = NonFiniteGuard(skip=True, layers=lambda: ("bn_0", "bn_1"))
     nan = np.nan
     assert (
         guard.check(4, taken([1.0, nan, 1.0, nan], [False, True, False, True])) is None

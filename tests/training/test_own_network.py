@@ -12,7 +12,7 @@ from bnjax.data.config import SettingError
 from bnjax.data.sources import open_source
 from bnjax.training.loop import train
 from bnjax.training.presets import parse
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from bnjax.training.sharding import Pmap, Spmd, make_parallel
 
 NETS = "tests.training.own_nets"
@@ -88,7 +88,7 @@ class TestItTrains:
         assert evaluated["test_loss"] == written["test_loss"]
 
     def test_a_layer_that_stays_is_named(self, capsys):
-        build(configured(f"{NETS}:HalfFrozen"), open_source("digits"))
+        Program(configured(f"{NETS}:HalfFrozen"), open_source("digits"))
         assert (
             "note: of tests.training.own_nets:HalfFrozen, batch_stats frozen.mean, "
             "frozen.var never change in training" in capsys.readouterr().err
@@ -120,7 +120,7 @@ class TestItTrains:
 )
 def test_what_cannot_be_trained_is_refused(name, message):
     with pytest.raises(SettingError, match=message) as error:
-        build(configured(name), open_source("digits"))
+        Program(configured(name), open_source("digits"))
     assert str(error.value).startswith(f"--model {name}: ")
 
 
@@ -137,7 +137,7 @@ def test_a_module_that_cannot_be_imported(text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     with pytest.raises(SettingError, match=message):
-        build(configured("broken:make"), open_source("digits"))
+        Program(configured("broken:make"), open_source("digits"))
 
 
 @pytest.mark.parametrize(
@@ -160,4 +160,4 @@ def test_a_module_that_cannot_be_imported(text, message, tmp_path, monkeypatch):
 )
 def test_flags_that_it_cannot_follow(name, flags, message):
     with pytest.raises(ValueError, match=message):
-        build(configured(f"{NETS}:{name}", *flags), open_source("digits"))
+        Program(configured(f"{NETS}:{name}", *flags), open_source("digits"))

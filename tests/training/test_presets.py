@@ -12,7 +12,7 @@ from bnjax.training.config import to_json
 from bnjax.training.loop import train
 from bnjax.training.metrics import read_metrics
 from bnjax.training.presets import PRESETS, parse
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from bnjax.training.step import count_parameters
 
 FIVE = ("inception", "bn-baseline", "bn-x5", "bn-x30", "bn-x5-sigmoid")
@@ -181,7 +181,7 @@ SOURCES = {
 
 def check_parameters(name, expected):
     config = PRESETS[name]()
-    program = build(config, open_source(SOURCES[config.data.name]))
+    program = Program(config, open_source(SOURCES[config.data.name]))
     state = jax.eval_shape(program.initial_state)
     assert count_parameters(state.params) == expected
     assert bool(state.batch_stats) == config.batch_norm

@@ -8,7 +8,7 @@ import pytest
 
 from bnjax.data.sources import open_source
 from bnjax.models import MLP
-from bnjax.training.program import build
+from bnjax.training.program import Program
 from bnjax.training.sharding import make_parallel
 from bnjax.training.step import (
     Stream,
@@ -92,7 +92,7 @@ def test_half_precision_leaves_parameters_statistics_and_losses_in_float32(
     small_config,
 ):
     config = dataclasses.replace(small_config, dtype="bfloat16")
-    program = build(config, open_source("digits"))
+    program = Program(config, open_source("digits"))
     state = program.initial_state()
     rng = np.random.default_rng(0)
     batch = {
@@ -113,7 +113,7 @@ def test_half_precision_leaves_parameters_statistics_and_losses_in_float32(
     del metrics["bad_layers"]
     floating = (after.params, after.batch_stats, metrics)
     assert {leaf.dtype for leaf in jax.tree.leaves(floating)} == {jnp.dtype("float32")}
-    full = build(small_config, open_source("digits")).train_step(
+    full = Program(small_config, open_source("digits")).train_step(
         make_parallel(small_config)
     )
     expected, _ = jax.jit(full)(state, batch)

@@ -5,7 +5,12 @@ import optax
 import pytest
 
 from bnjax.models import MLP, Normalization
-from bnjax.training.step import create_state, hits, make_eval_step, make_train_step
+from bnjax.training.step import (
+    create_state,
+    make_eval_step,
+    make_train_step,
+    topk_correct,
+)
 from tests.training import numpy_network
 
 RATE = 0.3
@@ -117,7 +122,7 @@ def test_hits_are_those_of_a_stable_sort(array, classes):
     # Whole numbers, so that there are many ties.
     scores = rng.integers(0, 6, (200, classes)).astype(np.float32)
     labels = rng.integers(0, classes, 200)
-    found = hits(array(scores), array(labels))
+    found = topk_correct(array(scores), array(labels))
     order = np.argsort(-scores, axis=-1, kind="stable")
     np.testing.assert_array_equal(found["correct"], scores.argmax(-1) == labels)
     assert ("top5" in found) == (classes > 5)
@@ -129,5 +134,8 @@ def test_hits_are_those_of_a_stable_sort(array, classes):
 def test_nan_is_never_right():
     scores = np.array([[np.nan, 1.0], [np.nan, 1.0], [np.nan, np.nan]])
     labels = np.array([0, 1, 0])
-    for found in (hits(scores, labels), hits(jnp.asarray(scores), jnp.asarray(labels))):
+    for found in (
+        topk_correct(scores, labels),
+        topk_correct(jnp.asarray(scores), jnp.asarray(labels)),
+    ):
         assert found["correct"].tolist() == [False, False, False]

@@ -133,8 +133,8 @@ def test_other_faults(train, fails, tmp_path):
 
 def test_a_network_without_a_finite_loss(train, fails, monkeypatch):
     nan = {"loss": np.full(355, np.nan), "correct": np.zeros(355, bool)}
-    found = evaluation.evaluation_of([nan])
-    monkeypatch.setattr(evaluation, "evaluation_of", lambda parts: found)
+    found = evaluation.Evaluation.of([nan])
+    monkeypatch.setattr(evaluation.Evaluation, "of", lambda parts: found)
     run = train("one")
     message = fails(run)
     assert f"the network of {run} has a test loss of nan" in message

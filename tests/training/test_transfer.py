@@ -12,7 +12,7 @@ from bnjax.data.sources import open_data, open_source
 from bnjax.interop.torch import TorchError, to_torch
 from bnjax.interop.torch_files import write_state_dict
 from bnjax.training.config import ModelConfig
-from bnjax.training.evaluation import open_trained
+from bnjax.training.evaluation import load_run
 from bnjax.training.loop import Run, train
 from bnjax.training.step import tree_sha256
 
@@ -37,7 +37,7 @@ def start(small_config, trained):
 
 
 def state_of(workdir):
-    return open_trained(workdir).restore()[1]
+    return load_run(workdir).restore()[1]
 
 
 def test_everything_is_taken_but_the_step_and_the_optimizer(start, trained):
@@ -110,14 +110,14 @@ def test_frozen_statistics_normalize_in_training(start, trained, layout):
 def test_frozen_statistics_are_not_taken_again(start, trained):
     run = start(init_stats="freeze", ema=0.5)
     run.dispatch(2)
-    evaluated = run._population.evaluated(run.state)
+    evaluated = run._population.averaged(run.state)
     assert tree_sha256(evaluated.batch_stats) == tree_sha256(
         state_of(trained).batch_stats
     )
     with pytest.raises(
         ValueError, match="--batch-stats-from: the run was trained with"
     ):
-        run._population.estimated(run.state, 3)
+        run._population.estimate(run.state, 3)
 
 
 def test_it_learns_faster_than_from_nothing(start, small_config):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bnjax.training.metrics import EvalRecord as Scored
 from bnjax.training.metrics import MetricsWriter, read_metrics
-from bnjax.training.metrics import TestRecord as Scored
 from bnjax.training.workdir import (
     CHECKPOINTS,
     CONFIG,

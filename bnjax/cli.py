@@ -58,7 +58,7 @@ def _status(error: Exception) -> int | None:
     from bnjax._files import OutputError
     from bnjax.data.config import DataError, SettingError
     from bnjax.interop.export import ExportError
-    from bnjax.interop.torch_files import TorchError
+    from bnjax.interop.torch import TorchError
     from bnjax.training.config import RunError
     from bnjax.training.faults import Stopped
 

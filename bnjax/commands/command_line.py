@@ -236,16 +236,20 @@ def _import_torch(
     output: Path,
     preset: str,
     model: str | None = None,
+    mapping: Path | None = None,
     names: tuple[str, ...] = (),
     ignore: tuple[str, ...] = (),
     keep: tuple[str, ...] = (),
+    confirm: Flag = False,
+    image_shape: tuple[int, ...] | None = None,
     force: Flag = False,
     data_dir: Path | None = None,
     flags: Flags = (),
 ) -> Command:
     """Make a run of weights and statistics from PyTorch, which eval.py reads.
 
-    Which tensor became which array is printed as a table: look at the rows "by order".
+    Residual networks of torchvision and timm are known by their names; of a network of
+    your own a mapping is proposed, which --confirm takes.
     After -- may follow flags of train.py that the preset needs, such as --data.name.
 
     Args:
@@ -253,9 +257,12 @@ def _import_torch(
         output: The folder to write.
         preset: Of train.py: says which network, and on which data.
         model: Another network than the preset's.
-        names: Layers or blocks that belong together, such as layer1=stage1.
+        mapping: Which layer is which, a JSON file. None: as the network has it.
+        names: More of the mapping, such as linear=logits.
         ignore: Layers or blocks of PyTorch that go nowhere.
         keep: Layers or arrays of ours that keep their first values.
+        confirm: Take the mapping that was proposed.
+        image_shape: Height, width, channels, where the data set is not there.
         force: Replace a run that is in --output.
         data_dir: Where tfds sets are. None: $TFDS_DATA_DIR, else
             ~/tensorflow_datasets.
@@ -273,9 +280,12 @@ def _import_torch(
         output,
         preset=preset,
         flags=flags,
+        mapping=mapping,
         names=names,
         ignore=ignore,
         keep=keep,
+        confirm=confirm,
+        image_shape=image_shape,
         force=force,
     )
 

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from bnjax._files import check_output
 from bnjax.commands.fold import fold_state
+from bnjax.data.config import SettingError
 from bnjax.data.pipeline import make_to_inputs
-from bnjax.interop.export import export_inference, save
+from bnjax.interop.export import check_export, export_inference, save
 from bnjax.training.config import RunError
 from bnjax.training.evaluation import load_run
 
@@ -32,7 +32,7 @@ def export_run(
 
     Args:
         workdir: the folder that train.py wrote.
-        out: the file to write.
+        out: the file to write, which ends in .stablehlo.
         fold: fold BN into the layer before it.
         platforms: see `bnjax.interop.export.export_inference`.
         inputs: "pixels": uint8, as the data set stores them; "floats": float32, as
@@ -43,10 +43,14 @@ def export_run(
         data_dir: where tfds data sets are, if no longer where the run found them.
 
     Raises:
-        RunError: the folder is no run, the network cannot be exported, or the file
-            not written.
+        OutputError: the file cannot be written there.
+        SettingError: the batch size is none.
+        RunError: the folder is no run, or its network cannot be folded.
+        ExportError: it cannot be exported.
     """
-    check_output(out, overwrite=force)
+    check_export(out, overwrite=force)
+    if batch_size is not None and batch_size < 1:
+        raise SettingError(f"--batch-size {batch_size}: expected 1 or more.")
     run = load_run(workdir, data_dir)
     program, state = run.restore()
     to_inputs = make_to_inputs(run.config.data, run.source.max_value)

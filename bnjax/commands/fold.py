@@ -15,7 +15,7 @@ from bnjax._files import check_output, write_output
 from bnjax._validate import did_you_mean
 from bnjax.data.config import SettingError
 from bnjax.folding import Folded, fold_batch_norm
-from bnjax.interop.torch import write_state_dict
+from bnjax.interop.torch_files import write_state_dict
 from bnjax.training.config import RunError
 from bnjax.training.evaluation import load_run
 from bnjax.training.program import Program

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from bnjax.commands.table import format_table
 from bnjax.data.config import SettingError
-from bnjax.interop.torch_files import natural
+from bnjax.interop.torch import natural
 from bnjax.training.evaluation import load_run
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax._files import check_output, write_output
+from bnjax._files import OutputError, check_output, write_output
 from bnjax._validate import did_you_mean, first_line
-from bnjax.interop.trailer import check_trailer, trailer
 
 
 class ExportError(ValueError):
@@ -21,6 +22,9 @@ class ExportError(ValueError):
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
+SUFFIX = ".stablehlo"
+TRAILER = b"\nbnjax-export "
+"""What the last line of a file begins with; flatbuffers reads past none of its own."""
 
 
 def export_inference(
@@ -103,14 +107,15 @@ def save(
 
     Args:
         exported: as `export_inference` gives it.
-        path: of the file, in a folder that is there.
+        path: of the file, ending in .stablehlo, in a folder that is there.
         overwrite: a file that is there may be replaced.
 
     Raises:
-        ExportError: it cannot be written there, or it cannot be serialized.
+        OutputError: it cannot be written there.
+        ExportError: it cannot be serialized.
     """
     path = Path(path)
-    check_output(path, overwrite=overwrite)
+    check_export(path, overwrite=overwrite)
     if len(exported.in_avals) != 1:
         raise ExportError(
             f"{exported.fun_name} takes {len(exported.in_avals)} arrays; expected one, "
@@ -126,6 +131,22 @@ def save(
             "function that gives arrays, in tuples, lists or dictionaries."
         ) from error
     write_output(path, content + trailer(content), overwrite=overwrite)
+
+
+def check_export(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse a place that `save` cannot write to, before any work is done.
+
+    Raises:
+        OutputError: its name has another ending, it is there already, is a folder, or
+            its folder is missing.
+    """
+    check_output(path, overwrite=overwrite)
+    if path.suffix != SUFFIX:
+        raise OutputError(
+            f"{path} ends in {path.suffix!r}; expected {SUFFIX}: the file is a program "
+            "in StableHLO. For ONNX, give the function itself to jax2onnx.to_onnx "
+            "(pip install jax2onnx)."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +237,7 @@ def load(path: str | Path) -> Loaded:
             f"{path} could not be read: {error.strerror or error}. Expected a file "
             "that bnjax.interop.export.save wrote."
         ) from error
-    content, version = check_trailer(path, content)
+    content, version = _check_trailer(path, content)
     try:
         exported = jax.export.deserialize(bytearray(content))
         if version != jax.__version__:
@@ -237,6 +258,33 @@ def load(path: str | Path) -> Loaded:
             "JAX_PLATFORMS to one of them."
         )
     return Loaded(exported)
+
+
+def trailer(content: bytes) -> bytes:
+    """Return the last line of a file: the version of JAX, and a digest."""
+    digest = hashlib.sha256(content).hexdigest()
+    described = json.dumps({"jax": jax.__version__, "sha256": digest})
+    return TRAILER + described.encode() + b"\n"
+
+
+def _check_trailer(path: Path, content: bytes) -> tuple[bytes, str]:
+    """Return what precedes the last line, and the version of JAX that wrote it."""
+    body, _, line = content.rpartition(TRAILER)
+    try:
+        described = json.loads(line)
+        version, digest = described["jax"], described["sha256"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExportError(
+            f"{path} is no exported function, or is cut short: it does not end as "
+            "bnjax.interop.export.save ends a file. Copy it again, or export again. "
+            "What another program exported is read by jax.export.deserialize."
+        ) from error
+    if hashlib.sha256(body).hexdigest() != digest:
+        raise ExportError(
+            f"{path} is damaged: its bytes are not those that were written. Copy it "
+            "again, or export again."
+        )
+    return body, version
 
 
 def _check_readable(exported: jax.export.Exported) -> None:

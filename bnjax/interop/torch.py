@@ -1,96 +1,223 @@
-"""Weights and statistics from PyTorch to Flax models, and back.
+"""Weights and running statistics from PyTorch to Flax models, and back.
 
-The layers of a state dict and those of a model are matched by the shapes of their
-arrays and, among equal ones, by their order; the table says which is which.
+A mapping says which layer of PyTorch is which of ours; nothing is guessed. A kernel is
+laid out (height, width, in, out) here and (out, in, height, width) there; a feature map
+that is flattened comes in the order (height, width, channels) here and (channels,
+height, width) there.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import dataclasses
+import functools
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from flax.core import unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.interop.torch_files import (
-    TorchError,
-    as_array,
-    read_state_dict,
-    write_state_dict,
-)
-from bnjax.interop.torch_layers import Leaf, layers_of
-from bnjax.interop.torch_mapping import COUNTER, NameMapping, Pair
-from bnjax.interop.torch_matching import match
-from bnjax.interop.torch_trace import Call, trace
+from bnjax._validate import did_you_mean, first_line
 
-__all__ = (
-    "Call",
-    "NameMapping",
-    "batch_norm_options",
-    "from_torch",
-    "match",
-    "read_state_dict",
-    "to_torch",
-    "torch_batch_norm_options",
-    "torch_names",
-    "trace",
-    "write_state_dict",
-)
+
+class TorchError(ValueError):
+    """Weights of PyTorch that cannot be read, or that do not fit a network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A layer of ours, and how its arrays differ from PyTorch's.
+
+    Args:
+        path: in the variables, without the collection: "stage1_block1/conv1/conv".
+        channels: of the feature map that reaches the layer flattened; 1 where none
+            does; None where that is plain.
+        transposed: it is `flax.linen.ConvTranspose`, whose kernel runs backward;
+            False with transpose_kernel=True.
+        subtract: the tensor is the bias of the layer before this normalization, which
+            has none here: it is subtracted from the running mean, and written as 0.
+    """
+
+    path: str
+    channels: int | None = None
+    transposed: bool = False
+    subtract: bool = False
+
+
+LayerMapping = Mapping[str, str | Layer | None]
+"""Names of PyTorch to paths of ours; of several patterns that fit, the first counts.
+
+A name is that of a layer or of one tensor, a value a path, a `Layer`, or None for what
+goes nowhere. "{i}" stands for a number, "{i+1}" for the next, and "*" for any path.
+"""
+
+SAME_NAMES: LayerMapping = {"*": "*"}
+"""The mapping of a PyTorch model whose layers are called as ours."""
+
+RESNET: LayerMapping = {
+    "conv1": "conv1/conv",
+    "bn1": "conv1/bn",
+    "layer{i}.{j}.conv{k}": "stage{i}_block{j+1}/conv{k}/conv",
+    "layer{i}.{j}.bn{k}": "stage{i}_block{j+1}/conv{k}/bn",
+    "layer{i}.{j}.downsample.0": "stage{i}_block{j+1}/projection/conv",
+    "layer{i}.{j}.downsample.1": "stage{i}_block{j+1}/projection/bn",
+    "fc": "logits",
+    **SAME_NAMES,
+}
+"""The mapping of torchvision's and timm's residual networks."""
+
+
+def known_mapping(model: str, image_shape: tuple[int, ...] = ()) -> LayerMapping | None:
+    """Return the mapping of a network of `bnjax.models`, None for any other.
+
+    Residual networks are called as in torchvision and timm, or as here; the others as
+    here.
+
+    Args:
+        model: a name of `bnjax.models.MODELS`.
+        image_shape: (height, width) or (height, width, channels), which "mlp" flattens.
+
+    Example:
+        >>> known_mapping("resnet50")["layer{i}.{j}.bn{k}"]
+        'stage{i}_block{j+1}/conv{k}/bn'
+        >>> known_mapping("lenet")["dense1"].channels
+        16
+    """
+    if model == "mlp":
+        channels = image_shape[2] if len(image_shape) == 3 else 1
+        return {"dense_0": Layer("dense_0", channels=channels), **SAME_NAMES}
+    if model == "lenet":
+        return {"dense1": Layer("dense1", channels=16), **SAME_NAMES}
+    if model == "inception":
+        return {"logits": Layer("logits", channels=1), **SAME_NAMES}
+    return RESNET if re.fullmatch(r"resnet\d+", model) else None
+
+
+COUNTER = "num_batches_tracked"
+COLLECTIONS = ("params", "batch_stats")
+NAMES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+"""What an array of Flax is called in PyTorch."""
+TENSORS = frozenset(NAMES.values())
+
+
+class Leaf(NamedTuple):
+    """An array of ours: its path, shape, layer, and whether the layer has a kernel."""
+
+    path: tuple[Any, ...]
+    shape: tuple[int, ...]
+    layer: str
+    has_kernel: bool
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self.path))
+
+
+class Pair:
+    """A tensor, and the array of ours that it becomes or is subtracted from."""
+
+    def __init__(self, name: str, leaf: Leaf, layer: Layer) -> None:
+        self.name, self.leaf, self.layer = name, leaf, layer
+        rank, last = len(leaf.shape), leaf.path[-1]
+        # The axes of the tensor in the order of ours, the first of them backward.
+        self._axes, self._backward = tuple(range(rank)), ()
+        if last == "kernel" and layer.transposed and rank > 2:
+            self._axes = (*range(2, rank), 0, 1)
+            self._backward = tuple(range(rank - 2))
+        elif last == "kernel":
+            self._axes = (*range(2, rank), 1, 0)
+        # Of a matrix its rows; of a normalization of flattened features all it has.
+        flat = (last == "kernel" and rank == 2) if leaf.has_kernel else rank == 1
+        self._channels = (layer.channels if flat else None) or 1
+        if flat and leaf.shape[0] % self._channels:
+            raise TorchError(
+                f"channels: {leaf} has {leaf.shape[0]} rows, which is no multiple of "
+                f"{self._channels}; expected the channels of the feature map that "
+                "reaches it flattened, 1 where none does."
+            )
+        self.torch_shape = tuple(leaf.shape[i] for i in np.argsort(self._axes))
+
+    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
+        """Return PyTorch's array in Flax's layout."""
+        array = np.flip(tensor.transpose(self._axes), self._backward)
+        return _swap_rows(array, self._channels)
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """Return Flax's array in PyTorch's layout."""
+        if self._channels > 1:
+            array = _swap_rows(array, array.shape[0] // self._channels)
+        return np.flip(array, self._backward).transpose(np.argsort(self._axes))
+
+
+def _swap_rows(array: np.ndarray, rows: int) -> np.ndarray:
+    """Transpose the matrix of so many rows that the first axis stands for."""
+    if rows == 1:
+        return array
+    matrix = array.reshape(rows, -1, *array.shape[1:])
+    return matrix.swapaxes(0, 1).reshape(array.shape)
 
 
 def from_torch(
     state: Mapping[str, Any],
     variables: Mapping[str, Any],
+    mapping: LayerMapping = SAME_NAMES,
     *,
-    mapping: NameMapping | None = None,
+    keep: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return a model's variables with the values of a state dict of PyTorch.
 
-    The layouts are changed: see `match`. `num_batches_tracked` has no counterpart and
-    is left out.
+    `num_batches_tracked` has no counterpart and is left out.
 
     Args:
         state: arrays or tensors by name: of `read_state_dict`, or a `state_dict()`.
         variables: of the model, the collections "params" and "batch_stats" of linen or
             the tree of `nnx.to_pure_dict`; `jax.ShapeDtypeStruct` will do for arrays.
-        mapping: from `match`; by default `match(state, variables)`.
+        mapping: which layer is which; `known_mapping` has those of `bnjax.models`.
+        keep: layers, blocks, arrays or collections of ours that keep their values.
 
     Returns:
         Variables of the same structure and dtypes. What was given stays as it was.
 
     Raises:
-        TorchError: a tensor is missing, too many or of another shape; all are named.
+        TorchError: a tensor is missing, has no place or is of another shape, and all
+            are named; or what is flattened before a layer cannot be told.
 
     Example:
-        >>> from flax import linen as nn
         >>> import jax
+        >>> from flax import linen as nn
         >>> variables = nn.Dense(1).init(jax.random.key(0), jnp.ones((1, 2)))
         >>> state = {"fc.weight": np.array([[1.0, 2.0]]), "fc.bias": np.array([3.0])}
-        >>> from_torch(state, variables)["params"]["kernel"].tolist()
+        >>> from_torch(state, variables, {"fc": ""})["params"]["kernel"].tolist()
         [[1.0], [2.0]]
     """
-    mapping = match(state, variables) if mapping is None else mapping
-    result = unfreeze(dict(variables))
-    problems, found = [], []
-    for pair in mapping.pairs:
-        place = _place(result, pair.leaf)
-        if place is None:
-            problems.append(f"the variables have no {pair.path} {pair.leaf.shape}")
-        for name in (pair.name, pair.bias) if pair.bias else (pair.name,):
-            problems += _misfit(state, name, pair)
-        found.append((pair, place))
-    if problems:
-        raise _unlike("state dict", problems)
-    for pair, place in found:
-        key, tensor = pair.leaf.path[-1], as_array(state[pair.name])
-        if pair.bias:
-            tensor = np.subtract(tensor, as_array(state[pair.bias]), dtype=np.float64)
-        place[key] = jnp.asarray(pair.leaf.layout.from_torch(tensor), place[key].dtype)
-    return result
+    pairs = pair_arrays(state, variables, mapping, keep=keep)
+    arrays: dict[Any, Any] = dict(
+        flatten_dict(unfreeze(dict(variables)), keep_empty_nodes=True)
+    )
+    values: dict[Any, np.ndarray] = {}
+    for pair in sorted(pairs, key=lambda pair: pair.layer.subtract):
+        tensor = as_array(state[pair.name], pair.name)
+        if not jnp.issubdtype(tensor.dtype, np.floating):
+            raise TorchError(f"{pair.name} is {tensor.dtype}, not floating.")
+        path, value = pair.leaf.path, pair.from_torch(tensor)
+        if pair.layer.subtract:
+            value = np.subtract(values[path], value, dtype=np.float64)
+        values[path] = value
+    new = {path: jnp.asarray(v, arrays[path].dtype) for path, v in values.items()}
+    return unflatten_dict(arrays | new)
 
 
 def to_torch(
     variables: Mapping[str, Any],
-    mapping: NameMapping | None = None,
+    mapping: LayerMapping = SAME_NAMES,
     *,
     num_batches_tracked: int = 0,
 ) -> dict[str, np.ndarray]:
@@ -98,8 +225,7 @@ def to_torch(
 
     Args:
         variables: of the model, as `from_torch` gives them.
-        mapping: from `match`; by default the names are the model's own, see
-            `torch_names`.
+        mapping: as of `from_torch`; by default the names are the model's own.
         num_batches_tracked: what every BN layer is told of the past; PyTorch reads it
             only where momentum=None.
 
@@ -107,64 +233,323 @@ def to_torch(
         Arrays by name, for `write_state_dict`.
 
     Raises:
-        TorchError: the mapping is of other variables.
+        TorchError: the mapping has no name for an array, or what is flattened before a
+            layer cannot be told.
 
     Example:
-        >>> from bnjax.linen import BatchNorm
         >>> import jax
+        >>> from bnjax.linen import BatchNorm
         >>> layer = BatchNorm(use_running_average=True)
         >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 3)))
         >>> sorted(to_torch(variables))
         ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
     """
-    mapping = torch_names(variables) if mapping is None else mapping
-    trees = unfreeze(dict(variables))
-    state, problems = {}, []
-    for pair in mapping.pairs:
-        place = _place(trees, pair.leaf)
-        if place is None:
-            problems.append(f"{pair.path} {pair.leaf.shape} is not there")
-            continue
-        array = pair.leaf.layout.to_torch(np.asarray(place[pair.leaf.path[-1]]))
-        state[pair.name] = np.asarray(array, order="C")
-        if pair.bias:
-            state[pair.bias] = np.zeros_like(state[pair.name])
+    ours = leaves_of(variables)
+    named = {leaf: list(_named(key, leaf, mapping)) for key, leaf in ours.items()}
+    problems = [f"{leaf} has no name" for leaf, pairs in named.items() if not pairs]
     if problems:
-        raise _unlike("model", problems)
-    counters = dict.fromkeys(mapping.counters, np.int64(num_batches_tracked))
-    return state | {name: np.asarray(value) for name, value in counters.items()}
+        raise _misfit(problems)
+    pairs = [pair for each in named.values() for pair in each]
+    _check_flattened(pairs, ours)
+    arrays = flatten_dict(unfreeze(dict(variables)))
+    state = {}
+    for pair in pairs:
+        value = pair.to_torch(np.asarray(arrays[pair.leaf.path]))
+        value = np.zeros_like(value) if pair.layer.subtract else value
+        state[pair.name] = np.asarray(value, order="C")
+        layer, dot, last = pair.name.rpartition(".")
+        if last == "running_mean":
+            state[layer + dot + COUNTER] = np.asarray(num_batches_tracked, np.int64)
+    return state
 
 
-def torch_names(
+def pair_arrays(
+    state: Mapping[str, Any],
     variables: Mapping[str, Any],
+    mapping: LayerMapping = SAME_NAMES,
     *,
-    calls: Sequence[Call] | None = None,
-    channels: Mapping[str, int | None] | None = None,
-) -> NameMapping:
-    """Return a mapping to PyTorch's names, for a network that is not there yet.
-
-    Args:
-        variables: of the model.
-        calls: see `match`.
-        channels: see `match`.
-
-    Returns:
-        A mapping in which "conv1/bn" is "conv1.bn".
+    keep: Sequence[str] = (),
+) -> list[Pair]:
+    """Return which tensor is which array, as `from_torch` takes them; of shapes too.
 
     Example:
-        >>> print(torch_names({"params": {"conv": {"kernel": np.ones((3, 3, 1, 8))}}}))
-        PyTorch      shape         bnjax               shape         layout        by
-        conv.weight  (8, 1, 3, 3)  params/conv/kernel  (3, 3, 1, 8)  OIHW -> HWIO  name
+        >>> variables = {"params": {"logits": {"kernel": np.ones((2, 3))}}}
+        >>> [pair] = pair_arrays({"fc.weight": np.ones((3, 2))}, variables, RESNET)
+        >>> pair.name, str(pair.leaf)
+        ('fc.weight', 'params/logits/kernel')
     """
-    pairs, counters = [], []
-    for layer in layers_of(variables, calls, channels):
-        prefix = layer.path.replace("/", ".")
-        for leaf in layer.leaves:
-            name = ".".join(part for part in (prefix, leaf.name) if part)
-            pairs.append(Pair(leaf, name, "name"))
-            if leaf.name == "running_mean":
-                counters.append(".".join(p for p in (prefix, COUNTER) if p))
-    return NameMapping(tuple(pairs), tuple(counters))
+    if not state:
+        raise TorchError("the state dict is empty; expected tensors by name.")
+    ours = leaves_of(variables)
+    kept = _kept(ours, keep)
+    known = {*state, *(name.rpartition(".")[0] for name in state)}
+    for pattern, given in mapping.items():
+        if given is None and not any(map(_regex(pattern).fullmatch, known)):
+            raise TorchError(
+                f"mapping: no tensor or layer is {pattern!r}, which is to go nowhere."
+                f"{did_you_mean(pattern, known)}"
+            )
+    pairs: list[Pair] = []
+    problems: list[str] = []
+    sources: dict[Any, str] = {}
+    for name in state:
+        layer, last = find(name, mapping) or (Layer(name.replace(".", "/")), "")
+        if layer is None or name.rpartition(".")[2] == COUNTER:
+            continue
+        leaf, shape = ours.get((layer.path, last)), tuple(np.shape(state[name]))
+        if leaf is None or leaf in kept:
+            why = (
+                f"{leaf} keeps its value" if leaf else _missing(layer, last, name, ours)
+            )
+            problems.append(f"no place for {name} {shape}: {why}")
+            continue
+        pair = Pair(name, leaf, layer)
+        if shape != pair.torch_shape:
+            problems.append(
+                f"{name} {shape} for {leaf}, which needs {pair.torch_shape}"
+            )
+        other = sources.setdefault((leaf, layer.subtract), name)
+        if other != name:
+            problems.append(f"{other} and {name} are both for {leaf}")
+        pairs.append(pair)
+    for leaf in ours.values():
+        if leaf not in kept and (leaf, False) not in sources:
+            shape = Pair("", leaf, Layer("")).torch_shape
+            problems.append(f"nothing for {leaf}, which needs {shape}")
+    if problems:
+        raise _misfit(problems)
+    _check_flattened(pairs, ours)
+    return pairs
+
+
+def leaves_of(variables: Mapping[str, Any]) -> dict[tuple[str, str], Leaf]:
+    """Return the arrays by the path of their layer and PyTorch's name; "" for none."""
+    variables = unfreeze(dict(variables))
+    trees = {each: variables[each] for each in COLLECTIONS if each in variables}
+    arrays: dict[Any, Any] = dict(flatten_dict(trees or variables))
+    first = 1 if trees else 0
+    kernels = {path[first:-1] for path in arrays if path[-1] == "kernel"}
+    found: dict[tuple[str, str], Leaf] = {}
+    for path, value in arrays.items():
+        if value is None:
+            continue
+        *layer, last = map(str, path[first:])
+        key = "/".join(layer), NAMES.get(last, "")
+        if not key[1] or key in found:
+            key = "/".join((*layer, last)), ""
+        has_kernel = path[first:-1] in kernels
+        found[key] = Leaf(path, tuple(np.shape(value)), key[0], has_kernel)
+    return found
+
+
+_FIELD = re.compile(r"\{([a-z]+)([+-]\d+)?\}|\*")
+
+
+@functools.lru_cache(maxsize=1024)
+def _regex(pattern: str) -> re.Pattern[str]:
+    parts, end = [], 0
+    for field in _FIELD.finditer(pattern):
+        parts.append(re.escape(pattern[end : field.start()]))
+        parts.append(f"(?P<{field[1]}>\\d+)" if field[1] else "(?P<REST>.*)")
+        end = field.end()
+    try:
+        return re.compile("".join(parts) + re.escape(pattern[end:]))
+    except re.error as error:
+        raise TorchError(
+            f"mapping: {pattern!r} has a field twice; expected each of {{i}}, {{j}} "
+            "... and * once."
+        ) from error
+
+
+def _translate(path: str, source: str, target: str, old: str, new: str) -> str | None:
+    """Return a path of the pattern `source` as `target` has it; None if it is none.
+
+    Example:
+        >>> _translate("a1.2", "a{i}.{j}", "a{i}/b{j+1}", ".", "/")
+        'a1/b3'
+    """
+    found = _regex(source).fullmatch(path)
+    if found is None:
+        return None
+    fields = {
+        field[1]: int(found[field[1]]) - int(field[2] or 0)
+        for field in _FIELD.finditer(source)
+        if field[1]
+    }
+
+    def fill(field: re.Match[str]) -> str:
+        if field[1] is None and "*" in source:
+            return found["REST"].replace(old, new)
+        if field[1] in fields:
+            return str(fields[field[1]] + int(field[2] or 0))
+        raise TorchError(
+            f"mapping: {source!r} and {target!r} have not the same fields; expected "
+            f"{field[0]} in both."
+        )
+
+    return _FIELD.sub(fill, target)
+
+
+def as_layer(given: str | Layer | None) -> Layer:
+    """Return a value of a mapping as a layer."""
+    return given if isinstance(given, Layer) else Layer(given or "")
+
+
+def find(name: str, mapping: LayerMapping) -> tuple[Layer | None, str] | None:
+    """Return our layer for a tensor, and the tensor's name in it.
+
+    The layer is None where the tensor goes nowhere; None alone says no pattern fits.
+    """
+    layer, _, last = name.rpartition(".")
+    for pattern, given in mapping.items():
+        target = as_layer(given)
+        for path, inner in ((layer, last), (name, "")):
+            if inner and inner not in TENSORS:
+                continue
+            ours = _translate(path, pattern, target.path, ".", "/")
+            if ours is not None and given is None:
+                return None, ""
+            if ours is not None:
+                found = dataclasses.replace(target, path=ours)
+                return found, "running_mean" if target.subtract else inner
+    return None
+
+
+def _named(key: tuple[str, str], leaf: Leaf, mapping: LayerMapping) -> Iterator[Pair]:
+    """Yield the tensors of PyTorch that an array of ours is written as."""
+    path, last = key
+    done = False
+    for pattern, given in mapping.items():
+        target = as_layer(given)
+        if given is None or (last != "running_mean" if target.subtract else done):
+            continue
+        name = _translate(path, target.path, pattern, "/", ".")
+        if name is not None and not target.subtract:
+            name, done = ".".join(filter(None, (name, last))), True
+        if name is not None:
+            yield Pair(name, leaf, target)
+
+
+def _kept(ours: Mapping[Any, Leaf], keep: Sequence[str]) -> set[Leaf]:
+    kept: set[Leaf] = set()
+    for prefix in keep:
+        found = {
+            leaf
+            for leaf in ours.values()
+            for path in (str(leaf), f"{leaf.layer}/{leaf.path[-1]}")
+            if f"{path}/".startswith(f"{prefix}/")
+        }
+        if not found:
+            raise TorchError(
+                f"keep: there is no {prefix!r}.{_hint(prefix, ours)} Expected a layer "
+                "or an array of ours, or the start of its path."
+            )
+        kept |= found
+    return kept
+
+
+def _check_flattened(pairs: Sequence[Pair], ours: Mapping[Any, Leaf]) -> None:
+    """Refuse a matrix of which it is not told whether a flattened map reaches it.
+
+    No shape shows which. A matrix is plain if a layer gives as many features as it has
+    rows.
+    """
+    kernels = [leaf.shape for leaf in ours.values() if leaf.path[-1] == "kernel"]
+    if all(len(shape) < 3 for shape in kernels):
+        return
+    widths = {shape[-1] for shape in kernels}
+    widths |= {shape[-2] for shape in kernels if len(shape) > 2}
+    for pair in pairs:
+        leaf, rows = pair.leaf, pair.leaf.shape[:1]
+        matrix = leaf.path[-1] == "kernel" and len(leaf.shape) == 2
+        if matrix and pair.layer.channels is None and widths.isdisjoint(rows):
+            name = pair.name.rpartition(".")[0]
+            raise TorchError(
+                f"{leaf} has {rows[0]} rows, and no layer gives as many: it is not "
+                "told which feature map reaches it flattened, and PyTorch and Flax "
+                "flatten in different orders. Expected the channels of that map in the "
+                f"mapping, {name!r}: Layer({leaf.layer!r}, channels=...); 1 where none "
+                "is flattened."
+            )
+
+
+SHOWN = 40
+"""How many problems a message names."""
+
+
+def _misfit(problems: Sequence[str]) -> TorchError:
+    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return TorchError(
+        "the state dict does not fit the network:\n  "
+        + "\n  ".join(problems[:SHOWN])
+        + more
+        + "\nBuild the same network; or say in the mapping where a layer of PyTorch "
+        "goes (None: nowhere), and with keep which arrays of ours keep their values."
+    )
+
+
+def _missing(layer: Layer, last: str, name: str, ours: Mapping[Any, Leaf]) -> str:
+    """Say why a tensor has no place."""
+    if not any(leaf.layer == layer.path for leaf in ours.values()):
+        return f"there is no {layer.path!r} here.{_hint(layer.path, ours)}"
+    advice = (
+        f". If a normalization alone follows it, {name!r}: Layer(<its path>, "
+        "subtract=True) in the mapping takes it into the mean"
+    )
+    return f"our {layer.path} has no {last}{advice if last == 'bias' else ''}"
+
+
+def _hint(given: str, ours: Mapping[Any, Leaf]) -> str:
+    starts = {leaf.layer.rsplit("/", n)[0] for leaf in ours.values() for n in range(3)}
+    return did_you_mean(given, starts)
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Return a key that sorts "layer.10" after "layer.2".
+
+    Example:
+        >>> sorted(["layer.10", "layer.2", "fc"], key=natural)
+        ['fc', 'layer.2', 'layer.10']
+    """
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+
+
+def classes_in(
+    state: Mapping[str, Any], mapping: LayerMapping, layer: str = "logits"
+) -> int | None:
+    """Return how many classes a layer of ours has in a state dict; None without it.
+
+    Example:
+        >>> classes_in({"fc.bias": np.zeros(7)}, RESNET)
+        7
+    """
+    for name in state:
+        found, last = find(name, mapping) or (None, "")
+        if found is not None and (found.path, last) == (layer, "bias"):
+            return np.shape(state[name])[0]
+    return None
+
+
+def as_array(value: Any, name: str) -> np.ndarray:
+    """Return an array of what may be a tensor of PyTorch, with its dtype.
+
+    Raises:
+        TorchError: the tensor, called `name`, is quantized or otherwise no array.
+    """
+    if not hasattr(value, "detach"):
+        return np.asarray(value)
+    try:
+        tensor = value.detach().cpu()
+        if str(tensor.dtype) != "torch.bfloat16":
+            return tensor.numpy()
+        torch = sys.modules["torch"]
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    except (RuntimeError, TypeError) as error:
+        raise TorchError(
+            f"{name} is no plain tensor: {first_line(error)} Expected a dense one of "
+            "numbers: save it as such in PyTorch."
+        ) from error
 
 
 def batch_norm_options(
@@ -179,18 +564,12 @@ def batch_norm_options(
         eps: of the layer in PyTorch.
         affine: of the layer in PyTorch.
 
-    Returns:
-        momentum, epsilon, unbiased, use_scale and use_bias.
-
     Raises:
         TorchError: momentum is None.
 
     Example:
         >>> batch_norm_options(0.1)["momentum"], torch_batch_norm_options(0.9)
         (0.9, {'momentum': 0.1, 'eps': 1e-05})
-        >>> from bnjax.linen import BatchNorm
-        >>> BatchNorm(use_running_average=True, **batch_norm_options(0.3)).unbiased
-        True
     """
     if momentum is None:
         raise TorchError(
@@ -199,7 +578,8 @@ def batch_norm_options(
             "again after training, with bnjax.population.recompute_batch_stats."
         )
     return {
-        "momentum": _complement(momentum),
+        # Without the digits that 1 - 0.9 leaves.
+        "momentum": round(1 - momentum, 12),
         "epsilon": eps,
         "unbiased": True,
         "use_scale": affine,
@@ -217,45 +597,5 @@ def torch_batch_norm_options(
     Args:
         momentum: of the layer here, the weight of the old statistics.
         epsilon: of the layer here.
-
-    Returns:
-        momentum and eps.
-
-    Example:
-        >>> torch_batch_norm_options()
-        {'momentum': 0.01, 'eps': 1e-05}
     """
-    return {"momentum": _complement(momentum), "eps": epsilon}
-
-
-def _complement(momentum: float) -> float:
-    # Without the digits that 1 - 0.9 leaves.
-    return round(1 - momentum, 12)
-
-
-def _place(tree: Any, leaf: Leaf) -> dict[Any, Any] | None:
-    """Return the dict that holds an array of that path and shape, if one does."""
-    for key in leaf.path[:-1]:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    there = isinstance(tree, dict) and leaf.path[-1] in tree
-    return tree if there and tree[leaf.path[-1]].shape == leaf.shape else None
-
-
-def _misfit(state: Mapping[str, Any], name: str, pair: Pair) -> list[str]:
-    """Say what keeps a tensor from being the array that it was mapped to."""
-    if name not in state:
-        return [f"{name} is missing, for {pair.path}"]
-    tensor, shape = as_array(state[name]), pair.leaf.torch_shape
-    if tensor.shape != shape:
-        return [f"{name} is {tensor.shape}; {pair.path} needs {shape}"]
-    if not jnp.issubdtype(tensor.dtype, np.floating):
-        return [f"{name} is {tensor.dtype}, not floating"]
-    return []
-
-
-def _unlike(what: str, problems: Sequence[str]) -> TorchError:
-    return TorchError(
-        f"the mapping was made for another {what}:\n  "
-        + "\n  ".join(problems)
-        + "\nExpected the one it was made for; call match again."
-    )
+    return {"momentum": round(1 - momentum, 12), "eps": epsilon}

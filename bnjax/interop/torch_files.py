@@ -1,10 +1,15 @@
-"""State dicts of PyTorch in files: read without running code, written whole."""
+"""State dicts and mappings in files: read without running code, written whole."""
 
+import contextlib
+import dataclasses
 import importlib
 import io
+import json
+import mmap
 import pickle
 import re
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +19,14 @@ import numpy as np
 
 from bnjax._files import check_output, write_output
 from bnjax._validate import first_line
-
-
-class TorchError(ValueError):
-    """Weights of PyTorch that cannot be read, or that do not fit a network."""
-
+from bnjax.interop.torch import (
+    Layer,
+    LayerMapping,
+    TorchError,
+    as_array,
+    as_layer,
+    natural,
+)
 
 SAFETENSORS = (".safetensors",)
 PICKLES = (".pt", ".pth", ".bin")
@@ -87,7 +95,7 @@ def write_state_dict(
         >>> path = Path(tempfile.mkdtemp()) / "bn.npz"
         >>> write_state_dict(path, {"bn.weight": np.ones(2)})
         Traceback (most recent call last):
-        bnjax.interop.torch_files.TorchError: .../bn.npz ends in '.npz'; expected a file
+        bnjax.interop.torch.TorchError: .../bn.npz ends in '.npz'; expected a file
         of PyTorch weights: .safetensors, .pt, .pth, .bin.
     """
     path = Path(path)
@@ -105,26 +113,45 @@ def write_state_dict(
     write_output(path, content, overwrite=overwrite)
 
 
-def as_array(value: Any) -> np.ndarray:
-    """Return an array of what may be a tensor of PyTorch, with its dtype."""
-    if not hasattr(value, "detach"):
-        return np.asarray(value)
-    tensor = value.detach().cpu()
-    if str(tensor.dtype) != "torch.bfloat16":
-        return tensor.numpy()
-    torch = sys.modules["torch"]
-    return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-
-
-def natural(name: str) -> list[tuple[int, int | str]]:
-    """Return a key that sorts "layer.10" after "layer.2".
+def format_mapping(mapping: LayerMapping) -> str:
+    """Return a mapping as JSON, a line a layer, as `read_mapping` reads it.
 
     Example:
-        >>> sorted(["layer.10", "layer.2", "fc"], key=natural)
-        ['fc', 'layer.2', 'layer.10']
+        >>> print(format_mapping({"a": Layer("dense1", channels=16), "b": "dense2"}))
+        {
+          "a": {"path": "dense1", "channels": 16},
+          "b": "dense2"
+        }
     """
-    parts = re.split(r"(\d+)", name)
-    return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
+    lines = []
+    for name, given in mapping.items():
+        value: Any = given
+        if isinstance(given, Layer):
+            fields = dataclasses.asdict(given).items()
+            value = {key: each for key, each in fields if each or key == "path"}
+        lines.append(f"  {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def read_mapping(path: Path | str) -> dict[str, str | Layer | None]:
+    """Read a mapping from a JSON file: paths, arguments of `Layer`, or null.
+
+    Raises:
+        TorchError: the file is not there, or holds something else.
+    """
+    mapping: dict[str, str | Layer | None] = {}
+    try:
+        for name, value in json.loads(Path(path).read_text(encoding="utf-8")).items():
+            mapping[name] = Layer(**value) if isinstance(value, dict) else value
+            layer = as_layer(mapping[name])
+            if not isinstance(layer.path, str) or type(layer.channels or 1) is not int:
+                raise TypeError(f"{name!r} is {value!r}.")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise TorchError(
+            f"{path} could not be read as a mapping: {first_line(error)} Expected JSON "
+            'such as {"fc1": {"path": "dense1", "channels": 16}, "fc2": "dense2"}.'
+        ) from error
+    return mapping
 
 
 def _is_pickle(path: Path) -> bool:
@@ -150,6 +177,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     torch = _torch(path)
+    _check_memory(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -165,7 +193,37 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
             f"{path} is damaged, or was not written by torch.save: "
             f"{first_line(error)}. Copy or download it again."
         ) from error
-    return {name: as_array(value) for name, value in _unwrapped(path, content).items()}
+    tensors = _unwrapped(path, content).items()
+    return {name: as_array(value, f"{path}: {name}") for name, value in tensors}
+
+
+def _check_memory(path: Path) -> None:
+    """Refuse a file that would fill far more memory than the disk it takes.
+
+    torch.save compresses nothing. weights_only=True lets a file call bytearray(n).
+    """
+    size = path.stat().st_size
+    if not size:
+        return
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
+    ):
+        allocates = whole.find(b"bytearray\n") >= 0
+    unpacked = 0
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        unpacked = sum(each.file_size for each in archive.infolist())
+    if allocates or unpacked > size:
+        what = (
+            f"{size:,} bytes unpack to {unpacked:,}"
+            if unpacked > size
+            else ("it asks for memory that holds no tensor")
+        )
+        raise TorchError(
+            f"{path} was refused: {what}, which torch.save writes for no state dict, "
+            "and to read it could fill the memory. Where you trust it, open it in "
+            "PyTorch and save model.state_dict() alone."
+        )
 
 
 def _unwrapped(path: Path, content: Any) -> dict[str, Any]:
@@ -201,8 +259,8 @@ def _safetensors(path: Path) -> Any:
         return importlib.import_module("safetensors.numpy")
     except ModuleNotFoundError as error:
         raise TorchError(
-            f"{path} needs the package safetensors: pip install 'bnjax[torch]', or "
-            "pip install safetensors."
+            f"{path} needs the package safetensors: pip install safetensors, or "
+            "'bnjax[train]'."
         ) from error
 
 

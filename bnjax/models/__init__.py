@@ -17,16 +17,14 @@ from bnjax.models.inception import Inception as Inception
 from bnjax.models.lenet import LeNet as LeNet
 from bnjax.models.mlp import MLP as MLP
 from bnjax.models.normalization import Normalization as Normalization
+from bnjax.models.resnet import SIZES
 from bnjax.models.resnet import ResNet as ResNet
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "lenet": LeNet,
     "inception": Inception,
-    "resnet20": functools.partial(ResNet, depth=20),
-    "resnet56": functools.partial(ResNet, depth=56),
-    "resnet110": functools.partial(ResNet, depth=110),
-    "resnet50": functools.partial(ResNet, depth=50),
+    **{f"resnet{depth}": functools.partial(ResNet, depth=depth) for depth in SIZES},
 }
 
 

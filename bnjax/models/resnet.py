@@ -25,21 +25,33 @@ class ResNetSize:
 
     Args:
         blocks: in each stage; every stage but the first halves height and width.
-        features: of the 3x3 convolutions of each stage.
-        bottleneck: blocks of 1x1, 3x3 and 1x1 with four times the features, after a
-            stem for images of 224x224; else of two 3x3, after a stem for 32x32.
+        bottleneck: blocks of 1x1, 3x3 and 1x1 with four times the features; else of
+            two 3x3.
     """
 
     blocks: tuple[int, ...]
-    features: tuple[int, ...]
     bottleneck: bool = False
+
+    @property
+    def large_images(self) -> bool:
+        """Whether it is for images of 224x224, with projections; else for 32x32."""
+        return len(self.blocks) == 4
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """Of the 3x3 convolutions of each stage."""
+        return (64, 128, 256, 512) if self.large_images else (16, 32, 64)
 
 
 SIZES = {
-    20: ResNetSize((3, 3, 3), (16, 32, 64)),
-    56: ResNetSize((9, 9, 9), (16, 32, 64)),
-    110: ResNetSize((18, 18, 18), (16, 32, 64)),
-    50: ResNetSize((3, 4, 6, 3), (64, 128, 256, 512), bottleneck=True),
+    20: ResNetSize((3, 3, 3)),
+    56: ResNetSize((9, 9, 9)),
+    110: ResNetSize((18, 18, 18)),
+    18: ResNetSize((2, 2, 2, 2)),
+    34: ResNetSize((3, 4, 6, 3)),
+    50: ResNetSize((3, 4, 6, 3), bottleneck=True),
+    101: ResNetSize((3, 4, 23, 3), bottleneck=True),
+    152: ResNetSize((3, 8, 36, 3), bottleneck=True),
 }
 """The residual networks by their depth."""
 
@@ -47,30 +59,36 @@ SIZES = {
 class Block(nn.Module):
     """Two 3x3 convolutions, whose input is added before the last nonlinearity.
 
-    Where the shape changes, the input takes every second pixel and new channels of 0:
-    a shortcut without parameters.
+    Where the shape changes, the input takes every second pixel and new channels of 0, a
+    shortcut without parameters; or it goes through a 1x1 convolution and BN.
 
     Args:
         features: of the output.
         stride: of the first convolution.
         zero_scale: start the scale of the last BN at 0, the block as the identity.
         conv: makes a `ConvNorm`.
+        project: through a convolution.
 
     References:
-        He et al. 2016, "Deep residual learning", section 4.2, option A.
+        He et al. 2016, "Deep residual learning", section 4.2, option A; with
+        projections section 4.1, option B.
     """
 
     features: int
     stride: int
     zero_scale: bool
     conv: Any
+    project: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Return shape (batch, height / stride, width / stride, features)."""
-        shortcut = x[:, :: self.stride, :: self.stride]
-        new = self.features - x.shape[-1]
-        shortcut = jnp.pad(shortcut, [(0, 0)] * 3 + [(new // 2, new - new // 2)])
+        if self.project:
+            shortcut = _project(self.conv, x, self.features, self.stride, train)
+        else:
+            shortcut = x[:, :: self.stride, :: self.stride]
+            new = self.features - x.shape[-1]
+            shortcut = jnp.pad(shortcut, [(0, 0)] * 3 + [(new // 2, new - new // 2)])
         x = self.conv(self.features, 3, self.stride, padding=1, name="conv1")(
             x, train=train
         )
@@ -104,12 +122,8 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Return shape (batch, height / stride, width / stride, 4 * features)."""
-        wide, shortcut = 4 * self.features, x
-        if x.shape[-1] != wide or self.stride != 1:
-            project = self.conv(
-                wide, 1, self.stride, activation="identity", name="projection"
-            )
-            shortcut = project(x, train=train)
+        wide = 4 * self.features
+        shortcut = _project(self.conv, x, wide, self.stride, train)
         x = self.conv(self.features, 1, name="conv1")(x, train=train)
         x = self.conv(self.features, 3, self.stride, padding=1, name="conv2")(
             x, train=train
@@ -118,8 +132,20 @@ class Bottleneck(nn.Module):
         return last(x, residual=shortcut.astype(x.dtype), train=train)
 
 
+def _project(
+    conv: Any, x: jax.Array, features: int, stride: int, train: bool
+) -> jax.Array:
+    """Return a block's input, through a 1x1 convolution where the shape changes."""
+    if x.shape[-1] == features and stride == 1:
+        return x
+    project = conv(features, 1, stride, activation="identity", name="projection")
+    return project(x, train=train)
+
+
 class ResNet(nn.Module):
-    r"""A residual network of 20, 56 or 110 layers, or of 50 for 224x224.
+    r"""A residual network for images of 32x32, or of 224x224 as in torchvision.
+
+    With 20, 56 or 110 layers it is for 32x32; with 18, 34, 50, 101 or 152 for 224x224.
 
     .. math:: z' = g(\mathrm{BN}(F(z)) + z)
 
@@ -189,13 +215,14 @@ class ResNet(nn.Module):
             param_dtype=self.param_dtype,
         )
         first = scaled(size.features[0], self.width)
-        if size.bottleneck:
+        if size.large_images:
             x = conv(first, 7, 2, padding=3, name="conv1")(images, train=train)
             padding: Any = ((1, 1), (1, 1))
             x = nn.max_pool(x, (3, 3), (2, 2), padding)
         else:
             x = conv(first, 3, padding=1, name="conv1")(images, train=train)
-        block = Bottleneck if size.bottleneck else Block
+        block: Any = functools.partial(Block, project=size.large_images)
+        block = Bottleneck if size.bottleneck else block
         for stage, (blocks, features) in enumerate(
             zip(size.blocks, size.features, strict=True), start=1
         ):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.data.config import SettingError
-from bnjax.interop.torch import from_torch, match, read_state_dict, trace
+from bnjax.data.augment import CentralCrop
+from bnjax.data.config import DataConfig, SettingError
+from bnjax.data.sources import Source
+from bnjax.interop.torch import (
+    SAME_NAMES,
+    TorchError,
+    classes_in,
+    from_torch,
+    known_mapping,
+)
+from bnjax.interop.torch_files import read_state_dict
+from bnjax.interop.torch_proposal import trace
 from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import Config
 from bnjax.training.program import Program
@@ -36,7 +47,7 @@ def first_state(config: Config, program: Program) -> TrainState:
     if config.init_from is None:
         return state
     if config.init_from.is_file():
-        params, batch_stats = read_weights(config.init_from, program, state)
+        params, batch_stats = read_weights(config.init_from, config, program, state)
     else:
         params, batch_stats = read_network(config.init_from)
     source = f"--init-from {config.init_from}"
@@ -76,43 +87,75 @@ def read_network(path: Path) -> tuple[Tree, Tree]:
     return tree["params"], tree["batch_stats"] or {}
 
 
-def read_weights(path: Path, program: Program, state: TrainState) -> tuple[Tree, Tree]:
+def read_weights(
+    path: Path, config: Config, program: Program, state: TrainState
+) -> tuple[Tree, Tree]:
     """Read parameters and running statistics from a file of PyTorch's.
 
-    Its arrays are matched with the network's by shape and order, and the table of the
-    matches is printed. A last layer of other classes is left where `state` has it.
+    Its layers are called as `known_mapping` says, or as the network's own. A last layer
+    of other classes is as in the file.
 
     Raises:
-        RunError: the file cannot be read, or holds another network.
+        TorchError: the file cannot be read, or holds another network.
     """
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
     tensors = read_state_dict(path)
-    calls = trace(program.model, program.images, train=False)
-    kernels: dict[str, Any] = dict(flatten_dict(state.params, sep="/"))
-    last = next(c.path for c in reversed(calls) if f"{c.path}/kernel" in kernels)
-    replaced = _with_other_classes(tensors, kernels[f"{last}/kernel"].shape)
-    mapping = match(
-        tensors,
-        variables,
-        calls=calls,
-        ignore=replaced[-1:],
-        keep=[f"params/{last}"] if replaced else [],
-    )
-    print(mapping, file=sys.stderr)
-    found = from_torch(tensors, variables, mapping=mapping)
+    mapping = known_mapping(config.model.name, program.images.shape[1:]) or SAME_NAMES
+    params: dict[str, Any] = dict(flatten_dict(state.params, sep="/"))
+    called = trace(program.model, program.images, train=False)
+    last = next(e.path for e in reversed(called) if f"{e.path}/kernel" in params)
+    classes = classes_in(tensors, mapping, last)
+    for name in (f"{last}/kernel", f"{last}/bias"):
+        if name in params and classes is not None:
+            shape = (*params[name].shape[:-1], classes)
+            params[name] = jax.ShapeDtypeStruct(shape, params[name].dtype)
+    variables = {
+        "params": unflatten_dict(params, sep="/"),
+        "batch_stats": state.batch_stats,
+    }
+    try:
+        found = from_torch(tensors, variables, mapping)
+    except TorchError as error:
+        raise TorchError(
+            f"--init-from {path}: {error} Where its layers have other names: python -m "
+            "bnjax import-torch with --mapping, then --init-from the run it writes."
+        ) from error
     return found["params"], found["batch_stats"]
 
 
-def _with_other_classes(tensors: Tree, own: tuple[int, ...]) -> list[str]:
-    """Name the layers that tell other classes apart from the same features."""
-    matrices = {
-        name.removesuffix(".weight"): tensor.shape
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and tensor.ndim == 2
+def describe_data(source: Source) -> dict[str, Any]:
+    """Return what a network is to be told of its data set, as JSON holds it."""
+    return {
+        "name": source.name,
+        "image_shape": source.image_shape,
+        "classes": source.classes,
+        "max_value": source.max_value,
+        "class_names": source.class_names,
     }
-    if own[::-1] in matrices.values():
-        return []
-    return sorted(name for name, shape in matrices.items() if shape[1] == own[0])
+
+
+def described_source(data: DataConfig, described: Mapping[str, Any]) -> Source:
+    """Return a data set without examples, for a run whose own is not there.
+
+    Args:
+        data: of the run.
+        described: as `describe_data` gave it.
+
+    Example:
+        >>> described = {"image_shape": [32, 32, 3], "classes": 10}
+        >>> source = described_source(DataConfig(name="cifar10"), described)
+        >>> source.image_shape, source.sizes
+        ((32, 32, 3), {})
+    """
+    names, size = described.get("class_names"), data.image_size
+    return Source(
+        name=described.get("name", data.name),
+        splits={},
+        classes=described["classes"],
+        image_shape=tuple(described["image_shape"]),
+        max_value=described.get("max_value", 255),
+        resize=CentralCrop(size, data.central_crop) if size else None,
+        class_names=tuple(names) if names else None,
+    )
 
 
 def adopt(

@@ -39,8 +39,9 @@ def test_logits_of_pixels(trained, run, expected, tmp_path, fold):
 def test_folding_takes_normalization_out(trained, run, tmp_path):
     programs = {}
     for flag in ("--fold", "--no-fold"):
-        run("export", trained("digits"), tmp_path / flag, flag)
-        programs[flag] = load(tmp_path / flag).exported.mlir_module()
+        out = tmp_path / f"{flag}.stablehlo"
+        run("export", trained("digits"), out, flag)
+        programs[flag] = load(out).exported.mlir_module()
     assert "rsqrt" in programs["--no-fold"]
     assert "rsqrt" not in programs["--fold"]
 
@@ -73,13 +74,17 @@ def test_faults(trained, fails, tmp_path, monkeypatch):
     assert "is a folder" in fails("export", trained("digits"), tmp_path, status=2)
     missing = tmp_path / "no" / "file"
     assert "not there" in fails("export", trained("digits"), missing, status=2)
-    assert "is no run" in fails("export", tmp_path, tmp_path / "new")
+    onnx = fails("export", trained("digits"), tmp_path / "new.onnx", status=2)
+    assert "jax2onnx" in onnx
+    assert "is no run" in fails("export", tmp_path, tmp_path / "new.stablehlo")
     with monkeypatch.context() as patched:
         patched.setattr("bnjax.commands.fold.fold_batch_norm", refuse)
-        message = fails("export", trained("digits"), tmp_path / "new")
+        message = fails("export", trained("digits"), tmp_path / "new.stablehlo")
     assert "the network cannot be folded: no layer. Or export" in message
     flags = ["--no-fold", "--batch-size", 0]
-    message = fails("export", trained("digits"), tmp_path / "new", *flags, status=2)
+    message = fails(
+        "export", trained("digits"), tmp_path / "new.stablehlo", *flags, status=2
+    )
     assert "expected 1 or more" in message
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
     assert taken.read_text() == "old"

@@ -9,10 +9,8 @@ import pytest
 import eval as eval_program
 from bnjax.commands.new_run import check_new_run, write_run
 from bnjax.data.pipeline import make_feed
-from bnjax.interop.torch import to_torch, write_state_dict
 from bnjax.training.evaluation import load_run
 from bnjax.training.step import Stream
-from tests.commands.conftest import FLAGS
 
 
 def evaluated(workdir, tmp_path):
@@ -70,38 +68,6 @@ def test_some_layers(trained, run, fails, tmp_path):
         assert np.any(pair[0] != pair[1]) == changed
     argv = ["recompute-stats", trained("digits"), *flags, "bn_9", "--force"]
     assert "bn_9" in fails(*argv)
-
-
-def test_weights_from_pytorch(trained, run, fails, tmp_path):
-    _, state = load_run(trained("digits")).restore()
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    file, new = tmp_path / "weights.safetensors", tmp_path / "new"
-    write_state_dict(file, to_torch(variables))
-    argv = ["import-torch", file, "--preset", "digits", "--output", new]
-    flags = ["--", *FLAGS]
-    printed = run(*argv, *flags).splitlines()
-    assert printed[0].split()[:2] == ["PyTorch", "shape"]
-    assert any(
-        line.split()[0] == "dense_0.weight" and "params/dense_0/kernel" in line
-        for line in printed
-    )
-    assert printed[-1].endswith(f"python eval.py {new}")
-    _, imported = load_run(new).restore()
-    for name in ("mean", "var"):
-        found, expected = (each.batch_stats["bn_1"][name] for each in (imported, state))
-        np.testing.assert_array_equal(found, expected)
-    expected = evaluated(trained("digits"), tmp_path)
-    assert evaluated(new, tmp_path) == {**expected, "step": 0}
-
-    assert "holds a run already" in fails(*argv, *flags, status=2)
-    argv[-1] = tmp_path / "other"
-    # Another width than the weights have.
-    assert "(12, 64)" in fails(*argv)
-    message = fails(*argv, "--names", "dense_0", *flags, status=2)
-    assert "expected THEIRS=OURS" in message
-    argv[3] = "digts"
-    assert "Did you mean 'digits'?" in fails(*argv, *flags, status=2)
-    assert not (tmp_path / "other").exists()
 
 
 def test_faults(trained, fails, tmp_path):

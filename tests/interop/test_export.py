@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from bnjax import models
+from bnjax._files import OutputError
 from bnjax.folding import fold_batch_norm
-from bnjax.interop.export import ExportError, export_inference, load, save
-from bnjax.interop.trailer import trailer
+from bnjax.interop.export import ExportError, export_inference, load, save, trailer
 
 READER = """
 import sys
@@ -72,8 +72,8 @@ def written(exported, tmp_path_factory):
 
 @pytest.fixture
 def refused():
-    def call(function, *args, **kwargs):
-        with pytest.raises(ExportError) as caught:
+    def call(function, *args, error=ExportError, **kwargs):
+        with pytest.raises(error) as caught:
             function(*args, **kwargs)
         return str(caught.value)
 
@@ -89,9 +89,9 @@ def test_runs_where_jax_alone_is(network, written, tmp_path):
     }
     np.savez(tmp_path / "inputs.npz", **inputs)
     folded = fold_batch_norm(apply, variables, inputs["1"])
-    save(export_inference(folded, None, inputs["1"]), tmp_path / "folded")
+    save(export_inference(folded, None, inputs["1"]), tmp_path / "folded.stablehlo")
     argv = [tmp_path / "inputs.npz", tmp_path / "outputs.npz"]
-    argv += [written, tmp_path / "folded"]
+    argv += [written, tmp_path / "folded.stablehlo"]
     subprocess.run([sys.executable, "-c", READER, *map(str, argv)], check=True)
     outputs = np.load(tmp_path / "outputs.npz")
     run = jax.jit(apply)
@@ -193,14 +193,21 @@ def test_what_does_not_fit(written, refused):
     assert "x has dtype uint8; expected float32" in message
 
 
-def test_nothing_is_overwritten(exported, written, refused, tmp_path):
+def test_where_a_file_can_go(exported, written, refused, tmp_path):
     before = written.read_bytes()
-    assert "is there already" in refused(save, exported, written)
-    assert "is a folder" in refused(save, exported, tmp_path)
-    missing = tmp_path / "no" / "file"
-    assert "is in a folder that is not there" in refused(save, exported, missing)
+
+    def refusal(path):
+        return refused(save, exported, path, error=OutputError)
+
+    assert "is there already" in refusal(written)
+    assert "is a folder" in refusal(tmp_path)
+    assert "is in a folder that is not there" in refusal(tmp_path / "no" / "file")
+    for name in ("net.onnx", "net.pb", "net"):
+        message = refusal(tmp_path / name)
+        assert "expected .stablehlo" in message
+        assert "jax2onnx.to_onnx" in message
     assert written.read_bytes() == before
-    path = tmp_path / "file"
+    path = tmp_path / "file.stablehlo"
     path.write_text("old")
     save(exported, path, overwrite=True)
     assert path.read_bytes() == before
@@ -209,7 +216,7 @@ def test_nothing_is_overwritten(exported, written, refused, tmp_path):
 
 def test_damaged_files(written, refused, tmp_path):
     content = bytearray(written.read_bytes())
-    path = tmp_path / "file"
+    path = tmp_path / "file.stablehlo"
     assert "could not be read" in refused(load, path)
     for text in (b"", b"hello", content[:1000], content[:-1000], content[:-90]):
         path.write_bytes(text)
@@ -220,7 +227,7 @@ def test_damaged_files(written, refused, tmp_path):
 
 
 def test_another_platform(refused, tmp_path):
-    path = tmp_path / "file"
+    path = tmp_path / "file.stablehlo"
     here = jax.export.default_export_platform()
     other = "tpu" if here != "tpu" else "cuda"
     save(export_inference(jnp.sin, None, jnp.ones(2), platforms=[other]), path)
@@ -231,7 +238,7 @@ def test_another_platform(refused, tmp_path):
 def test_another_version(network, exported, refused, tmp_path, monkeypatch):
     x = np.ones((3, 28, 28, 1), np.float32)
     expected = exported.call(x)
-    path = tmp_path / "file"
+    path = tmp_path / "file.stablehlo"
     program = bytearray(exported.mlir_module_serialized)
     # As one of a later version: MLIR refuses the bytecode's number.
     program[4] = 99
@@ -239,10 +246,10 @@ def test_another_version(network, exported, refused, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(jax, "__version__", "9.9")
         save(exported, path)
-        save(later, tmp_path / "later")
+        save(later, tmp_path / "later.stablehlo")
         (tmp_path / "other").write_bytes(bytes(100) + trailer(bytes(100)))
     np.testing.assert_array_equal(load(path)(x), expected)
-    for name in ("later", "other"):
+    for name in ("later.stablehlo", "other"):
         message = refused(load, tmp_path / name)
         assert "was written by JAX 9.9, and JAX " in message
         assert f"JAX {jax.__version__} cannot read it" in message
@@ -250,7 +257,9 @@ def test_another_version(network, exported, refused, tmp_path, monkeypatch):
 
 def test_more_than_one_input(refused, tmp_path):
     pair = jax.export.export(jax.jit(jnp.add))(jnp.ones(2), jnp.ones(2))
-    assert "takes 2 arrays; expected one" in refused(save, pair, tmp_path / "file")
+    assert "takes 2 arrays; expected one" in refused(
+        save, pair, tmp_path / "file.stablehlo"
+    )
 
 
 def test_without_flatbuffers(exported, written, refused, tmp_path, monkeypatch):
@@ -259,6 +268,6 @@ def test_without_flatbuffers(exported, written, refused, tmp_path, monkeypatch):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     advice = "pip install flatbuffers"
-    assert advice in refused(save, exported, tmp_path / "file")
+    assert advice in refused(save, exported, tmp_path / "file.stablehlo")
     assert advice in refused(load, written)
     assert list(tmp_path.iterdir()) == []

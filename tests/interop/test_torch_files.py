@@ -5,12 +5,19 @@ import os
 import pickle
 import sys
 import types
+import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from bnjax.interop.torch import read_state_dict, write_state_dict
+from bnjax.interop.torch import Layer
+from bnjax.interop.torch_files import (
+    format_mapping,
+    read_mapping,
+    read_state_dict,
+    write_state_dict,
+)
 
 STATE = {
     "layer.10.weight": np.arange(6, dtype=np.float32).reshape(2, 3).T,
@@ -174,27 +181,57 @@ def test_a_file_without_weights(stub, content):
         read_state_dict(path)
 
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
+class Reduced:
+    """Calls a function where it is unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return self.call
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
 def test_live_a_pickle_with_code_is_refused_and_not_run(tmp_path, how):
     torch = pytest.importorskip("torch")
-    path, trace = tmp_path / "weights.pt", tmp_path / "ran"
-    content = {"a": torch.ones(2), "b": Malicious(trace)}
+    path, ran = tmp_path / "weights.pt", tmp_path / "ran"
+    code = Reduced(os.mkdir, str(ran))
     if how == "pickle":
-        path.write_bytes(pickle.dumps({"b": Malicious(trace)}, protocol=2))
+        path.write_bytes(pickle.dumps({"b": code}, protocol=2))
     else:
-        new = how == "zip"
-        torch.save(content, path, _use_new_zipfile_serialization=new)
+        content = {"a": torch.ones(2), "b": code}
+        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
     with pytest.raises(ValueError, match=r"was refused.*could run code"):
         read_state_dict(path)
-    assert not trace.exists()
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("how", ["compressed", "zip", "legacy"])
+def test_live_a_file_that_fills_the_memory_is_refused(tmp_path, how):
+    torch = pytest.importorskip("torch")
+    path, plain = tmp_path / "weights.pt", tmp_path / "plain.pt"
+    if how == "compressed":
+        torch.save({"a": torch.zeros(2**20)}, plain)
+        with (
+            zipfile.ZipFile(plain) as given,
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file,
+        ):
+            for name in given.namelist():
+                file.writestr(name, given.read(name))
+        assert path.stat().st_size < 2**14
+    else:
+        content = {"a": torch.ones(2), "b": Reduced(bytearray, 2**30)}
+        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(ValueError, match=r"was refused.*could fill the memory"):
+        read_state_dict(path)
+
+
+def test_live_a_tensor_that_is_no_array(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "weights.pt"
+    torch.save({"a": torch.ones(2).to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(ValueError, match=r"weights\.pt: a is no plain tensor"):
+        read_state_dict(path)
 
 
 def test_live_files_of_torch(tmp_path, capsys):
@@ -217,3 +254,34 @@ def test_live_files_of_torch(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"weights\.pt"):
         read_state_dict(path)
+
+
+def test_mappings(tmp_path):
+    path = tmp_path / "mapping.json"
+    mapping = {
+        "layer{i}.conv": "stage{i}/conv",
+        "fc1": Layer("dense1", channels=16),
+        "up": Layer("", transposed=True),
+        "conv.bias": Layer("bn", subtract=True),
+        "aux": None,
+    }
+    path.write_text(format_mapping(mapping))
+    assert read_mapping(path) == mapping
+    assert format_mapping(mapping).splitlines()[2:5] == [
+        '  "fc1": {"path": "dense1", "channels": 16},',
+        '  "up": {"path": "", "transposed": true},',
+        '  "conv.bias": {"path": "bn", "subtract": true},',
+    ]
+    for text in (
+        "{",
+        "[1]",
+        '{"a": 1}',
+        '{"a": {"channels": 2}}',
+        '{"a": {"path": "b", "channels": "2"}}',
+        '{"a": {"path": "b", "chanels": 2}}',
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"json could not be read as a mapping"):
+            read_mapping(path)
+    with pytest.raises(ValueError, match="could not be read"):
+        read_mapping(tmp_path / "gone.json")

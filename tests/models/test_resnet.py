@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from bnjax import models
+from bnjax.interop.torch import RESNET, from_torch
 from bnjax.models import Normalization, ResNet
 from bnjax.models.layers import ConvNorm
-from bnjax.models.resnet import Block, Bottleneck
+from bnjax.models.resnet import SIZES, Block, Bottleneck
 from tests.models import numpy_layers as layers
 from tests.models.helpers import (
     as_numpy,
@@ -47,10 +48,103 @@ def test_how_many_parameters_for_small_images(name, n, parameters):
     assert found == plain(n) == parameters
 
 
-def test_how_many_parameters_for_large_images():
-    # torchvision's count.
-    found = count(models.create("resnet50"), jnp.zeros((1, 224, 224, 3)))
-    assert found == 25_557_032
+@pytest.mark.parametrize(
+    ("depth", "parameters"),
+    [
+        (18, 11_689_512),
+        pytest.param(34, 21_797_672, marks=pytest.mark.slow),
+        (50, 25_557_032),
+        pytest.param(101, 44_549_160, marks=pytest.mark.slow),
+        pytest.param(152, 60_192_808, marks=pytest.mark.slow),
+    ],
+)
+def test_how_many_parameters_for_large_images(depth, parameters):
+    # torchvision's counts.
+    model = models.create(f"resnet{depth}")
+    assert count(model, jnp.zeros((1, 224, 224, 3))) == parameters
+
+
+def torch_resnet(torch, blocks, bottleneck, first, classes):
+    """A residual network as torchvision has it, with names of its modules."""
+    nn = torch.nn
+
+    class TorchBlock(nn.Module):
+        def __init__(self, channels, width, stride):
+            super().__init__()
+            wide = 4 * width if bottleneck else width
+            sizes = [(channels, width, 3, stride), (width, width, 3, 1)]
+            if bottleneck:
+                sizes = [(channels, width, 1, 1), (width, width, 3, stride)]
+                sizes.append((width, wide, 1, 1))
+            self.depth = len(sizes)
+            for i, (ins, out, kernel, step) in enumerate(sizes, start=1):
+                conv = nn.Conv2d(ins, out, kernel, step, kernel // 2, bias=False)
+                self.add_module(f"conv{i}", conv)
+                self.add_module(f"bn{i}", nn.BatchNorm2d(out))
+            self.downsample = nn.Sequential()
+            if stride != 1 or channels != wide:
+                conv = nn.Conv2d(channels, wide, 1, stride, bias=False)
+                self.downsample = nn.Sequential(conv, nn.BatchNorm2d(wide))
+
+        def forward(self, x):
+            y = x
+            for i in range(1, self.depth + 1):
+                y = self.get_submodule(f"bn{i}")(self.get_submodule(f"conv{i}")(y))
+                y = y.relu() if i < self.depth else y
+            return (y + self.downsample(x)).relu()
+
+    model = nn.Sequential()
+    model.add_module("conv1", nn.Conv2d(3, first, 7, 2, 3, bias=False))
+    model.add_module("bn1", nn.BatchNorm2d(first))
+    model.add_module("relu", nn.ReLU())
+    model.add_module("maxpool", nn.MaxPool2d(3, 2, 1))
+    channels = first
+    for stage, repeats in enumerate(blocks):
+        width, made = first * 2**stage, []
+        for i in range(repeats):
+            made.append(TorchBlock(channels, width, 2 if stage and not i else 1))
+            channels = 4 * width if bottleneck else width
+        model.add_module(f"layer{stage + 1}", nn.Sequential(*made))
+    model.add_module("avgpool", nn.AdaptiveAvgPool2d(1))
+    model.add_module("flatten", nn.Flatten())
+    model.add_module("fc", nn.Linear(channels, classes))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("depth", "width"),
+    [
+        (18, 0.125),
+        (50, 0.125),
+        *(pytest.param(d, 0.125, marks=pytest.mark.slow) for d in (34, 101, 152)),
+        pytest.param(50, 1.0, marks=pytest.mark.slow),
+    ],
+)
+def test_live_torch_gives_our_outputs(depth, width):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    size, first = SIZES[depth], int(64 * width)
+    theirs = torch_resnet(torch, size.blocks, size.bottleneck, first, 7).eval()
+    rng = np.random.default_rng(0)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor, low in (
+                (module.weight.data, 0.5),
+                (module.bias.data, -0.5),
+                (module.running_mean, -0.5),
+                (module.running_var, 0.5),
+            ):
+                values = rng.uniform(low, low + 1, tensor.shape)
+                tensor.copy_(torch.from_numpy(values))
+    ours = ResNet(depth, classes=7, width=width)
+    x = rng.normal(size=(2, 64, 64, 3)).astype(np.float32)
+    variables = from_torch(theirs.state_dict(), shapes_of(ours, x), RESNET)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+    logits = jit(lambda v, x: ours.apply(v, x, train=False))(variables, x)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits / scale, expected / scale, rtol=0, atol=1e-4)
+    assert np.ptp(expected, axis=0).max() > 1e-3 * scale
 
 
 def make_conv(kind):
@@ -68,15 +162,23 @@ def make_conv(kind):
 
 
 @pytest.mark.parametrize("kind", ["batch", "none"])
-@pytest.mark.parametrize(("features", "stride"), [(4, 1), (7, 2)])
-def test_a_block(features, stride, kind, x64):
+@pytest.mark.parametrize(
+    ("features", "stride", "project"),
+    [(4, 1, False), (7, 2, False), (4, 1, True), (7, 2, True)],
+)
+def test_a_block(features, stride, project, kind, x64):
     x = np.random.default_rng(0).normal(1, 2, (3, 6, 5, 4))
-    block = Block(features, stride, False, make_conv(kind))
+    block = Block(features, stride, False, make_conv(kind), project)
     variables = random_variables(block, x)
     params = as_numpy(variables["params"])
     shortcut = np.zeros((3, -(-6 // stride), -(-5 // stride), features))
     first = (features - 4) // 2
     shortcut[..., first : first + 4] = x[:, ::stride, ::stride]
+    assert ("projection" in params) == (project and features != 4)
+    if "projection" in params:
+        shortcut = layers.conv_norm(
+            x, params["projection"], stride, activate=lambda x: x
+        )
     y = layers.conv_norm(x, params["conv1"], stride, 1)
     expected = layers.conv_norm(y, params["conv2"], 1, 1, shortcut)
     np.testing.assert_allclose(train(block, variables, x), expected, rtol=1e-9)
@@ -144,7 +246,7 @@ def test_with_a_zero_scale_a_block_starts_as_the_identity(block, features, last,
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (ResNet(21), "depth=21; expected one of 20, 50, 56, 110"),
+        (ResNet(21), "depth=21; expected one of 18, 20, 34, 50, 56, "),
         (
             ResNet(20, zero_scale=True, normalization=Normalization("none")),
             "which has no scale",

@@ -9,7 +9,8 @@ import pytest
 
 from bnjax.data.config import DataConfig, SettingError
 from bnjax.data.sources import open_data, open_source
-from bnjax.interop.torch import write_state_dict
+from bnjax.interop.torch import TorchError, to_torch
+from bnjax.interop.torch_files import write_state_dict
 from bnjax.training.config import ModelConfig
 from bnjax.training.evaluation import load_run
 from bnjax.training.loop import Run, train
@@ -178,48 +179,37 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(start, trained, tmp_path):
         start(init_from=copy)
 
 
-def as_torch(trained, small_config):
-    """The network's weights under PyTorch's names and in its layouts."""
+@pytest.fixture
+def weights(trained, tmp_path):
+    """The network's weights as PyTorch has them, and the file they are written to."""
     old = state_of(trained)
-    state = {}
-    for layer, name in [("dense_0", "a"), ("dense_1", "c"), ("logits", "e")]:
-        values = old.params[layer]
-        state[f"{name}.weight"] = np.asarray(values["kernel"]).T.copy()
-        if "bias" in values:
-            state[f"{name}.bias"] = np.asarray(values["bias"])
-    for layer, name in [("bn_0", "b"), ("bn_1", "d")]:
-        params, stats = old.params[layer], old.batch_stats[layer]
-        state |= {
-            f"{name}.weight": np.asarray(params["scale"]),
-            f"{name}.bias": np.asarray(params["bias"]),
-            f"{name}.running_mean": np.asarray(stats["mean"]),
-            f"{name}.running_var": np.asarray(stats["var"]),
-            f"{name}.num_batches_tracked": np.asarray(60),
-        }
-    return state
+    variables = {"params": old.params, "batch_stats": old.batch_stats}
+    return to_torch(variables), tmp_path / "weights.safetensors"
 
 
-def test_weights_of_pytorch(start, trained, small_config, tmp_path, capsys):
-    path, old = tmp_path / "weights.safetensors", state_of(trained)
-    write_state_dict(path, as_torch(trained, small_config))
+def test_weights_of_pytorch(start, trained, weights, capsys):
+    (tensors, path), old = weights, state_of(trained)
+    write_state_dict(path, tensors)
     state = start(init_from=path).state
     assert tree_sha256(state.params) == tree_sha256(old.params)
     assert tree_sha256(state.batch_stats) == tree_sha256(old.batch_stats)
-    assert "d.running_var" in capsys.readouterr().err
+    assert "starting from 8 of 8 arrays" in capsys.readouterr().err
     new = start(init_from=path, data=SEVEN).state.params
     assert tree_sha256(new["bn_1"]) == tree_sha256(old.params["bn_1"])
     assert new["logits"]["kernel"].shape == (9, 7)
     assert new["logits"]["kernel"].std() > 0
+    assert "new: logits/bias, logits/kernel" in capsys.readouterr().err
 
 
-def test_weights_of_another_network(start, trained, small_config, tmp_path):
-    path = tmp_path / "weights.safetensors"
-    weights = as_torch(trained, small_config)
-    write_state_dict(path, weights | {"f.weight": np.ones((3, 3), np.float32)})
-    with pytest.raises(ValueError, match=r"f\.weight"):
+def test_weights_of_another_network(start, weights):
+    tensors, path = weights
+    write_state_dict(path, tensors | {"f.weight": np.ones((3, 3), np.float32)})
+    with pytest.raises(TorchError, match=r"no place for f\.weight") as caught:
         start(init_from=path)
+    assert "--init-from" in str(caught.value)
+    assert "import-torch with --mapping" in str(caught.value)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(TorchError, match="damaged"):
         start(init_from=path)
 
 

@@ -1,0 +1,179 @@
+"""A proposal of which layer of PyTorch is which of ours, for a person to confirm."""
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from bnjax.interop.torch import (
+    COUNTER,
+    TENSORS,
+    Layer,
+    LayerMapping,
+    Pair,
+    as_layer,
+    find,
+    leaves_of,
+    natural,
+)
+
+
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ...]:
+    """Return the layers of a linen model in the order of their first calls.
+
+    The model is called on shapes alone.
+
+    Args:
+        model: of any kind.
+        *args: what it is called with: arrays or `jax.ShapeDtypeStruct`; the first are
+            the images.
+        **kwargs: likewise, such as train=False.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bnjax.models import LeNet
+        >>> layers = trace(LeNet(), jnp.zeros((1, 28, 28, 1)), train=False)
+        >>> [layer.path for layer in layers if layer.channels]
+        ['dense1']
+    """
+    layers: dict[str, Layer] = {}
+    channels: int | None = args[0].shape[-1] if args[0].ndim > 3 else None
+    convolved = channels is not None
+
+    def record(call: Any, inputs: Any, options: Any, context: Any) -> Any:
+        nonlocal channels, convolved
+        module = context.module
+        shape = tuple(getattr(inputs[0], "shape", ())) if inputs else ()
+        if context.method_name == "__call__":
+            known = None
+            if channels is not None and len(shape) == 2:
+                a_map = shape[1] > channels and shape[1] % channels == 0
+                known = channels if a_map else 1
+            back = isinstance(module, nn.ConvTranspose) and not module.transpose_kernel
+            path = "/".join(module.path)
+            layers.setdefault(path, Layer(path, channels=known, transposed=back))
+        output = call(*inputs, **options)
+        convolved |= isinstance(module, nn.Conv | nn.ConvTranspose)
+        if isinstance(module, nn.Dense) and len(shape) == 2:
+            channels = None
+        elif convolved and len(getattr(output, "shape", ())) > 2:
+            channels = output.shape[-1]
+        return output
+
+    with nn.intercept_methods(record):
+        keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+        jax.eval_shape(lambda *a: model.init(keys, *a, **kwargs), *args)
+    return tuple(layers.values())
+
+
+def propose_mapping(
+    state: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    layers: Sequence[Layer] = (),
+    known: LayerMapping | None = None,
+) -> dict[str, str | Layer | None]:
+    """Propose which layer is which, for a person to look at and confirm.
+
+    Layers whose arrays have the same shapes in PyTorch's layout are paired; where
+    several have, the first of one is the first of the other, a block's shortcut being
+    taken for its last layer. What has no counterpart is left out.
+
+    Args:
+        state: arrays or tensors by name; shapes are enough.
+        variables: of the model; see `from_torch`.
+        layers: of the model, as `trace` gives them. Without them the order is that of
+            the names, and what is flattened before a layer is not known.
+        known: what is known of the mapping.
+
+    Returns:
+        A mapping; `alike` says what to look at in it.
+
+    Example:
+        >>> variables = {"params": {"conv": {"kernel": np.ones((3, 3, 1, 8))}}}
+        >>> propose_mapping({"0.weight": np.ones((8, 1, 3, 3))}, variables)
+        {'0': 'conv'}
+    """
+    known = known or {}
+    called = {layer.path: layer for layer in layers}
+    theirs: dict[str, set[Any]] = {}
+    taken = set()
+    for name in sorted(state, key=natural) if list(state) == sorted(state) else state:
+        layer, _, last = name.rpartition(".")
+        layer, inner = (layer, last) if last in TENSORS else (name, "")
+        if (told := find(name, known)) is not None:
+            taken.add(told[0] and told[0].path)
+        elif last != COUNTER:
+            theirs.setdefault(layer, set()).add((inner, tuple(np.shape(state[name]))))
+    waiting: dict[Any, list[str]] = {}
+    for path, shapes in _torch_shapes(variables, called).items():
+        if path not in taken:
+            waiting.setdefault(shapes, []).append(path)
+    found: dict[str, str | Layer | None] = {}
+    for layer in _shortcuts_last(list(theirs), "."):
+        shapes = frozenset(theirs[layer])
+        # A bias too many is left out: what it is has to be said.
+        weight = frozenset(each for each in shapes if each[0] == "weight")
+        queue = waiting.get(shapes) or (len(shapes) == 2 and waiting.get(weight))
+        if queue:
+            path = queue.pop(0)
+            ours = called.get(path, Layer(path))
+            found[layer] = path if ours == Layer(path) else ours
+    return {**known, **{layer: found[layer] for layer in theirs if layer in found}}
+
+
+def alike(mapping: LayerMapping, variables: Mapping[str, Any]) -> list[str]:
+    """Return the names in a proposal that rest on the order of layers alone.
+
+    Other layers of ours have arrays of the same shapes.
+    """
+    shapes = _torch_shapes(variables, {})
+    counts = collections.Counter(shapes.values())
+    paths = {name: as_layer(given).path for name, given in mapping.items()}
+    return [
+        n for n, path in paths.items() if path in shapes and counts[shapes[path]] > 1
+    ]
+
+
+def _torch_shapes(
+    variables: Mapping[str, Any], called: Mapping[str, Layer]
+) -> dict[str, frozenset[Any]]:
+    """Return the shapes of each layer's tensors, layers in the order of PyTorch."""
+    shapes: dict[str, set[Any]] = {}
+    for (path, last), leaf in leaves_of(variables).items():
+        back = path in called and called[path].transposed
+        shape = Pair("", leaf, Layer(path, transposed=back)).torch_shape
+        shapes.setdefault(path, set()).add((last, shape))
+    order = {path: i for i, path in enumerate(called)}
+    paths = sorted(
+        shapes, key=lambda path: (order.get(path, len(order)), natural(path))
+    )
+    return {path: frozenset(shapes[path]) for path in _shortcuts_last(paths, "/")}
+
+
+SHORTCUTS = ("downsample", "shortcut", "projection", "proj", "skip")
+
+
+def _shortcuts_last(paths: Sequence[str], separator: str) -> list[str]:
+    """Return paths with the shortcut of a block behind the rest of the block.
+
+    PyTorch's models define it last, where others call it first.
+
+    Example:
+        >>> _shortcuts_last(["block1/skip/conv", "block1/conv1", "block2/conv1"], "/")
+        ['block1/conv1', 'block1/skip/conv', 'block2/conv1']
+    """
+    parts = [tuple(path.split(separator)) for path in paths]
+    last: dict[tuple[str, ...], int] = {}
+    for i, path in enumerate(parts):
+        last |= {path[:n]: i for n in range(1, len(path))}
+
+    def place(i: int) -> tuple[int, bool, int]:
+        for n, part in enumerate(parts[i]):
+            if n and any(word in part.lower() for word in SHORTCUTS):
+                return last[parts[i][:n]], True, i
+        return i, False, i
+
+    return [paths[i] for i in sorted(range(len(paths)), key=place)]

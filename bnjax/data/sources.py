@@ -4,10 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import io
 import os
 import re
-import stat
 import sys
 import tempfile
 import zipfile
@@ -20,11 +18,18 @@ import numpy as np
 
 from bnjax._files import cache_dir
 from bnjax._validate import did_you_mean, first_line
-from bnjax.data.augment import CentralCrop
 from bnjax.data.config import DataConfig, DataError, SettingError
+from bnjax.data.images import (
+    SUFFIXES,
+    CentralCrop,
+    ImageError,
+    decode_image,
+    printable,
+    read_file,
+)
 
 Report = Callable[[int, int], None]
-Decode = Callable[[bytes], np.ndarray]
+Decode = functools.partial[np.ndarray]
 S = TypeVar("S")
 
 CHANNELS = 3
@@ -56,9 +61,7 @@ class Example(NamedTuple):
 class Records(Protocol):
     """The examples of one split, by row."""
 
-    def __len__(self) -> int:
-        """Return how many there are."""
-        ...
+    def __len__(self) -> int: ...
 
     def read(self, rows: Sequence[int]) -> list[Example]:
         """Read and decode some rows."""
@@ -77,7 +80,6 @@ class ArrayRecords:
     arrays: Arrays
 
     def __len__(self) -> int:
-        """Return how many there are."""
         return len(self.arrays.labels)
 
     def read(self, rows: Sequence[int]) -> list[Example]:
@@ -88,142 +90,6 @@ class ArrayRecords:
     def where(self, row: int) -> str:
         """Return the row's name."""
         return f"example {row} of {self.name}"
-
-
-# --- Images -------------------------------------------------------------------------
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-
-
-class ImageError(DataError):
-    """An image that cannot be had; the message is a predicate, "is truncated"."""
-
-
-def decode_image(
-    encoded: bytes, channels: int, *, max_pixels: int = 2**27, apply_exif: bool = False
-) -> np.ndarray:
-    """Decode a JPEG, PNG, BMP, GIF, TIFF or WebP, whatever its file is called.
-
-    Bytes after the end of an image are ignored: phones append films.
-
-    Args:
-        encoded: the file's content.
-        channels: 1 for grey, 3 for RGB.
-        max_pixels: height times width of the largest image that is decoded.
-        apply_exif: turn the image upright, as its EXIF orientation says.
-
-    Returns:
-        uint8 of shape (height, width, channels).
-
-    Raises:
-        ImageError: it is truncated, too large, or no image.
-
-    Example:
-        >>> decode_image(b"no image", 3)
-        Traceback (most recent call last):
-        bnjax.data.sources.ImageError: cannot be decoded
-    """
-    import cv2
-
-    height, width = _image_size(encoded)
-    if height * width > max_pixels:
-        raise ImageError(
-            f"has {height:,} x {width:,} pixels, more than --data.max-pixels "
-            f"{max_pixels}, and is not decoded"
-        )
-    kind = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    if not apply_exif:
-        kind |= cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), kind)
-    except cv2.error as error:
-        raise ImageError("cannot be decoded") from error
-    if image is None:
-        raise ImageError("cannot be decoded")
-    return image.reshape(*image.shape[:2], channels)
-
-
-def _image_size(encoded: bytes) -> tuple[int, int]:
-    """Return height and width from the header, having looked for the image's end.
-
-    A decoder may fill a truncated JPEG or PNG up with grey; those of the other formats
-    refuse a truncated file. Looking at the markers takes a fraction of decoding.
-    """
-    if encoded.startswith(b"\xff\xd8"):
-        return _jpeg_size(encoded)
-    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _png_size(encoded)
-    from PIL import Image
-
-    try:
-        # Formats of Pillow's that OpenCV does not read are none of ours.
-        formats = ("BMP", "GIF", "TIFF", "WEBP")
-        with Image.open(io.BytesIO(encoded), formats=formats) as image:
-            return image.height, image.width
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            "has more pixels than Pillow opens, whatever --data.max-pixels is"
-        ) from error
-    except Exception as error:
-        raise ImageError("cannot be decoded") from error
-
-
-def _jpeg_size(encoded: bytes) -> tuple[int, int]:
-    """Follow the markers to the end of the image; thumbnails lie inside segments."""
-    size, place = None, 2
-    while found := _JPEG_MARKER.search(encoded, place):
-        place = found.end()
-        marker = encoded[place - 1]
-        if marker == 0xD9 and size:
-            return size
-        if marker in (0x01, 0xD8, 0xD9):
-            continue
-        if marker in _JPEG_FRAMES and not size:
-            height, width = encoded[place + 3 : place + 5], encoded[place + 5 :][:2]
-            size = int.from_bytes(height), int.from_bytes(width)
-        place += int.from_bytes(encoded[place : place + 2])
-    raise ImageError("is truncated")
-
-
-def _png_size(encoded: bytes) -> tuple[int, int]:
-    place = 8
-    while place + 8 <= len(encoded):
-        if encoded[place + 4 : place + 8] == b"IEND":
-            return int.from_bytes(encoded[20:24]), int.from_bytes(encoded[16:20])
-        place += 12 + int.from_bytes(encoded[place : place + 4])
-    raise ImageError("is truncated")
-
-
-def read_file(path: Path, max_bytes: int = 2**30) -> bytes:
-    """Return the content of a regular file, or of what a link to one names.
-
-    A named pipe would keep the reader waiting, and a device may have no end.
-
-    Raises:
-        ImageError: it is not there, is no regular file, is too large, or may not be
-            read.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError("is no regular file")
-        if status.st_size > max_bytes:
-            raise ImageError(f"has {status.st_size:,} bytes, more than {max_bytes:,}")
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or error}:") from error
-
-
-def printable(path: Path | str) -> str:
-    r"""Return a path as text that any stream takes, whatever its bytes are.
-
-    Example:
-        >>> printable("caf\udce9.jpg")
-        'caf\\xe9.jpg'
-    """
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 # --- What is wrong with a split -----------------------------------------------------
@@ -350,7 +216,6 @@ class PreparedRecords:
     decode: Decode
 
     def __len__(self) -> int:
-        """Return how many there are."""
         return self.size
 
     def read(self, rows: Sequence[int]) -> list[Example]:
@@ -361,7 +226,9 @@ class PreparedRecords:
         """
         try:
             found = self._source.__getitems__(list(rows))
-            return [_example(self.decode, each["image"], each["label"]) for each in found]
+            return [
+                _example(self.decode, each["image"], each["label"]) for each in found
+            ]
         except Exception as error:
             raise DataError(
                 f"data set {self.name!r} in {self.folder} could not be read: "
@@ -373,14 +240,14 @@ class PreparedRecords:
         """Return the record's name."""
         return f"record {row} of {self.split} of {self.name} in {self.folder}"
 
-    def fingerprint(self) -> str:
-        """Return a digest of the files' names, sizes, times and descriptions."""
-        digest = hashlib.sha256()
+    def cache_key(self) -> str:
+        """Return a name that changes with the files and how they are decoded."""
+        lines = [repr(self.decode.keywords).encode()]
         for path in sorted(self.folder.iterdir()):
-            digest.update(_file_line(path))
+            lines.append(_file_line(path))
             if path.suffix == ".json":
-                digest.update(path.read_bytes())
-        return digest.hexdigest()[:16]
+                lines.append(path.read_bytes())
+        return f"{self.name.replace('/', '-')}-{self.split}-{_digest(lines)}"
 
     @functools.cached_property
     def _source(self) -> Any:
@@ -403,7 +270,9 @@ def find_data_dir(data_dir: Path | None = None) -> Path:
 
 
 def _find_prepared(name: str, data_dir: Path | None) -> Path:
-    """Find a prepared set by looking at folders: tfds would try a download, for minutes.
+    """Find a prepared set by looking at the folders alone.
+
+    tfds itself would try to download what it does not find, for minutes.
 
     Args:
         name: as tfds has it: "mnist", "mnist:3.0.1", "name/config".
@@ -514,13 +383,15 @@ class FolderRecords:
     """The images of one split.
 
     Args:
-        split: its name.
+        name: of the set.
+        split: of it.
         folder: where the files are.
         files: relative to it, one an example.
         labels: one an example.
         decode: makes an image of a file's content.
     """
 
+    name: str
     split: str
     folder: Path
     files: tuple[str, ...]
@@ -528,7 +399,6 @@ class FolderRecords:
     decode: Decode
 
     def __len__(self) -> int:
-        """Return how many there are."""
         return len(self.files)
 
     def read(self, rows: Sequence[int]) -> list[Example]:
@@ -547,13 +417,17 @@ class FolderRecords:
         """Return the file's name."""
         return printable(self.folder / self.files[row])
 
-    def fingerprint(self) -> str:
-        """Return a digest of the files' names, labels, sizes and times."""
-        digest = hashlib.sha256()
+    def cache_key(self) -> str:
+        """Return a name that changes with the files and how they are decoded."""
+        lines = [repr(self.decode.keywords).encode()]
         for file, label in zip(self.files, self.labels, strict=True):
-            digest.update(os.fsencode(f"{file} {label} "))
-            digest.update(_file_line(self.folder / file))
-        return digest.hexdigest()[:16]
+            lines.append(os.fsencode(f"{file} {label} "))
+            lines.append(_file_line(self.folder / file))
+        return f"{self.name}-{self.split}-{_digest(lines)}"
+
+
+def _digest(lines: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
 
 
 def _file_line(path: Path) -> bytes:
@@ -596,7 +470,7 @@ def _open_folder(root: Path, data: DataConfig) -> "Source":
         listed = _divide(_list_classes(root, left_out), share)
         folders = dict.fromkeys(listed, root)
     elif "train" in splits and len(splits) > 1:
-        folders = {s.replace("val", "validation", s == "val"): root / s for s in splits}
+        folders = {"validation" if s == "val" else s: root / s for s in splits}
         listed = {s: _list_classes(folders[s], left_out) for s in folders}
     else:
         shown = ", ".join(map(printable, sorted(names))) or "(none)"
@@ -616,6 +490,7 @@ def _open_folder(root: Path, data: DataConfig) -> "Source":
     decode = _decoder(data, CHANNELS)
     records = {
         split: FolderRecords(
+            printable(root.name),
             split,
             folders[split],
             tuple(f"{name}/{file}" for name in found for file in found[name]),
@@ -671,7 +546,9 @@ def _divide(
     masks = {n: stratified_test_mask(np.zeros(len(listed[n])), share) for n in listed}
     return {
         split: {
-            name: [f for f, test in zip(files, masks[name], strict=True) if test == wanted]
+            name: [
+                f for f, test in zip(files, masks[name], strict=True) if test == wanted
+            ]
             for name, files in listed.items()
         }
         for split, wanted in (("train", False), ("validation", True))
@@ -778,19 +655,12 @@ class Source:
         return {split: len(records) for split, records in self.splits.items()}
 
     def cache_key(self, split: str) -> str:
-        """Return a name of the split's decoded arrays: they change only if it does."""
+        """Return a name that changes with the decoded arrays of a split."""
         records = self.splits[split]
         if not isinstance(records, PreparedRecords | FolderRecords):
             return self.name
-        name = self.name if isinstance(records, PreparedRecords) else Path(self.name).name
         size = f"-{self.resize.size}-{self.resize.share:g}" if self.resize else ""
-        options = self.decode.keywords if isinstance(self.decode, functools.partial) else {}
-        if options.get("apply_exif"):
-            size += "-exif"
-        return (
-            f"{name.replace('/', '-')}-{records.split}{size}-"
-            f"{options.get('max_pixels')}-{records.fingerprint()}"
-        )
+        return f"{records.cache_key()}{size}"
 
     def load(self, split: str, report: Report) -> Arrays:
         """Read a whole split, from the cache where it was decoded before.
@@ -806,14 +676,13 @@ class Source:
                 shape or a wrong label, or all training examples are of one class.
         """
         records = self.splits[split]
+        make = functools.partial(self._decode_all, split, report)
         if isinstance(records, ArrayRecords):
             arrays = records.arrays
         elif isinstance(records, PreparedRecords | FolderRecords):
-            arrays = cached(
-                self.cache_key(split), lambda: self._decode_all(split, report)
-            )
+            arrays = cached(self.cache_key(split), make)
         else:
-            arrays = self._decode_all(split, report)
+            arrays = make()
         names = self.class_names or tuple(map(str, range(self.classes)))
         if not isinstance(records, FolderRecords):
             check_classes(arrays.labels, names, split, self.name)
@@ -920,8 +789,12 @@ def absolute_name(data: DataConfig) -> DataConfig:
     """
     if not is_folder(data.name):
         return data
-    name = os.path.abspath(Path(data.name).expanduser())  # noqa: PTH100
-    return dataclasses.replace(data, name=name)
+    return dataclasses.replace(data, name=str(_absolute(Path(data.name))))
+
+
+def _absolute(path: Path) -> Path:
+    # Links stay: the name is the user's.
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100
 
 
 def _find_folder(named: Path, data_dir: Path | None) -> Path:
@@ -932,7 +805,7 @@ def _find_folder(named: Path, data_dir: Path | None) -> Path:
     """
     if data_dir is None:
         return named
-    root, parts = Path(data_dir).expanduser(), Path(os.path.abspath(named)).parts[1:]
+    root, parts = Path(data_dir).expanduser(), _absolute(named).parts[1:]
     below = [root.joinpath(*parts[i:]) for i in range(len(parts))]
     found = [path for path in below if path.is_dir()]
     if found:

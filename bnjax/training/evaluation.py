@@ -12,18 +12,16 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from bnjax.data.config import SettingError
-from bnjax.data.pipeline import (
+from bnjax.data.blocks import (
     Block,
     CropBlocks,
-    Feed,
     SplitBlocks,
-    ToInputs,
     crop_blocks,
     load_test,
-    make_to_inputs,
     padded_rows,
 )
+from bnjax.data.config import SettingError
+from bnjax.data.pipeline import Feed, ToInputs, make_to_inputs
 from bnjax.data.sources import Arrays, Report, Source, open_data
 from bnjax.population import Layers, Method, recompute_batch_stats
 from bnjax.training.checkpoint import open_checkpoints
@@ -475,8 +473,7 @@ class Trained:
 
     def tested_on(self) -> str:
         """Name the test set as decoded: its files, split and size of images."""
-        key = self.source.cache_key
-        return key("test") if key else self.source.name
+        return self.source.cache_key("test")
 
 
 def open_trained(workdir: Path, data_dir: Path | None = None) -> Trained:
@@ -511,7 +508,7 @@ def evaluate_runs(
 
     Args:
         workdirs: one or more folders that train.py wrote.
-        crops: of each image: 1, 10 or 144, see `bnjax.data.pipeline.boxes`.
+        crops: of each image: 1, 10 or 144, see `bnjax.data.blocks.boxes`.
         batch_stats_from: evaluate twice: with the moving averages of training, and with
             population statistics over so many training batches.
         output: where the result is written; eval.json in the only workdir if None, and

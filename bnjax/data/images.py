@@ -11,13 +11,13 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax.data.config import DataError
+from bnjax.data.config import AugmentConfig, DataError
 
 ATTEMPTS = 10
 # The rows are grey (ITU-R BT.601) and two axes of colour; turning these turns the hue.
@@ -185,37 +185,8 @@ class CentralCrop:
     size: int
     share: float = 0.875
 
-    def __call__(
-        self,
-        image: np.ndarray,
-        rng: np.random.Generator | None = None,  # noqa: ARG002
-    ) -> np.ndarray:
-        """Return uint8 of shape (size, size, channels); nothing is drawn."""
-        height, width = image.shape[:2]
-        side = max(1, round(self.share * min(height, width)))
-        top, left = (height - side) // 2, (width - side) // 2
-        part = image[top : top + side, left : left + side]
-        return resized(part, self.size, self.size)
-
-
-@dataclasses.dataclass(frozen=True)
-class CentralCrop:
-    """The middle of an image, as evaluations see it.
-
-    Args:
-        size: height and width of the result.
-        share: of the shorter side that is kept; 0.875 is 224 of 256.
-    """
-
-    size: int
-    share: float = 0.875
-
-    def __call__(
-        self,
-        image: np.ndarray,
-        rng: np.random.Generator | None = None,  # noqa: ARG002
-    ) -> np.ndarray:
-        """Return uint8 of shape (size, size, channels); nothing is drawn."""
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Return uint8 of shape (size, size, channels)."""
         height, width = image.shape[:2]
         side = max(1, round(self.share * min(height, width)))
         top, left = (height - side) // 2, (width - side) // 2
@@ -335,159 +306,27 @@ def distort_colors(
     return cv2.transform(image, matrix)
 
 
-class HostTransform(Protocol):
-    """Makes a stored image one of the size that the model is given."""
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return uint8 of shape (size, size, channels)."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomResizedCrop:
-    """A random part, resized by a random interpolation, mirrored, its colours changed.
-
-    Args:
-        size: height and width of the result.
-        area: see `random_area_box`.
-        aspect: see `random_area_box`.
-        flip: mirror every other image, at random.
-        strength: see `distort_colors`; images of one channel have no colours.
-    """
-
-    size: int
-    area: tuple[float, float] = (0.08, 1.0)
-    aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: bool = True
-    strength: float = 1.0
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Return uint8 of shape (size, size, channels)."""
-        import cv2
-
-        height, width = image.shape[:2]
-        box = random_area_box(rng, height, width, self.area, self.aspect)
-        part = image[box.top : box.top + box.height, box.left : box.left + box.width]
-        kinds = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA)
-        kind = kinds[rng.integers(len(kinds))]
-        result = cv2.resize(part, (self.size, self.size), interpolation=kind)
-        if self.flip and rng.integers(2):
-            result = cv2.flip(result, 1)
-        if image.shape[2:] == (3,):
-            result = distort_colors(result, rng, self.strength)
-        return result.reshape(self.size, self.size, *image.shape[2:])
-
-
-class Box(NamedTuple):
-    """A part of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def random_area_box(
-    rng: np.random.Generator,
-    height: int,
-    width: int,
-    area: tuple[float, float] = (0.08, 1.0),
-    aspect: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Box:
-    """Return a random part of an image: its area's share, its aspect ratio, its place.
-
-    The share is uniform in `area`, the logarithm of width over height in `aspect`, and
-    so is the place. A draw that does not fit is drawn again; after `ATTEMPTS`, the
-    largest central part with an aspect ratio in range is taken.
-
-    References:
-        Szegedy et al. 2015 (GoogLeNet), section 6.
-    """
-    for _ in range(ATTEMPTS):
-        target = rng.uniform(*area) * height * width
-        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
-        box_height = max(1, round(math.sqrt(target / ratio)))
-        box_width = max(1, round(math.sqrt(target * ratio)))
-        if box_height <= height and box_width <= width:
-            top = int(rng.integers(height - box_height + 1))
-            left = int(rng.integers(width - box_width + 1))
-            return Box(top, left, box_height, box_width)
-    ratio = min(max(width / height, aspect[0]), aspect[1])
-    box_height = max(1, min(height, round(width / ratio)))
-    box_width = max(1, min(width, round(height * ratio)))
-    top, left = (height - box_height) // 2, (width - box_width) // 2
-    return Box(top, left, box_height, box_width)
-
-
-def color_transform(
-    mean: np.ndarray,
-    *,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
-    order: tuple[int, ...] = (0, 1, 2, 3),
+def random_resized_crop(
+    image: np.ndarray, rng: np.random.Generator, size: int, augment: AugmentConfig
 ) -> np.ndarray:
-    r"""Return four distortions of colour as one affine map, shape (3, 4).
+    """Return a random part, resized by a random interpolation, mirrored, recoloured.
 
-    .. math:: x \mapsto x + b, \quad x \mapsto \bar x + c (x - \bar x), \quad
-              x \mapsto g(x) + s (x - g(x)), \quad x \mapsto R_h x
-
-    with :math:`\bar x` the image's mean colour at that point, g its grey, and
-    :math:`R_h` a rotation by h turns about the grey axis. Nothing is cut off between
-    them. The last column is the offset.
-
-    Args:
-        mean: the image's mean colour, shape (3,).
-        brightness: b, in the image's units.
-        contrast: c; 1 changes nothing.
-        saturation: s; 1 changes nothing, 0 gives greys.
-        hue: h; 0 changes nothing.
-        order: of brightness (0), contrast (1), saturation (2), hue (3).
-    """
-    cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
-    turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
-    same = np.eye(3)
-    parts = (
-        same,
-        contrast * same,
-        saturation * same + (1 - saturation) * np.tile(_YIQ[0], (3, 1)),
-        np.linalg.inv(_YIQ) @ turn @ _YIQ,
-    )
-    matrix, offset = same, np.zeros(3)
-    for which in order:
-        shift = np.zeros(3)
-        if which == 0:
-            shift += brightness
-        elif which == 1:
-            shift += (1 - contrast) * (matrix @ mean + offset)
-        matrix, offset = parts[which] @ matrix, parts[which] @ offset + shift
-    return np.column_stack([matrix, offset])
-
-
-def distort_colors(
-    image: np.ndarray, rng: np.random.Generator, strength: float = 1.0
-) -> np.ndarray:
-    """Return an image whose brightness, contrast, saturation and hue are changed.
-
-    The paper distorts less than GoogLeNet did, whose ranges (after Howard 2013) are
-    unpublished. Those here are a common stand-in: at strength 1, brightness within
-    32 of 255, contrast and saturation from 0.5 to 1.5, hue within 0.2 of a turn; all
-    are narrowed in proportion to `strength`. The order is random.
+    Returns:
+        uint8 of shape (size, size, channels).
     """
     import cv2
 
-    if strength == 0:
-        return image
-    matrix = color_transform(
-        np.array(cv2.mean(image)[:3]),
-        brightness=strength * rng.uniform(-32, 32),
-        contrast=1 + strength * rng.uniform(-0.5, 0.5),
-        saturation=1 + strength * rng.uniform(-0.5, 0.5),
-        hue=strength * rng.uniform(-0.2, 0.2),
-        order=tuple(rng.permutation(4)),
-    )
-    return cv2.transform(image, matrix)
+    height, width = image.shape[:2]
+    box = random_area_box(rng, height, width, augment.area, augment.aspect)
+    part = image[box.top : box.top + box.height, box.left : box.left + box.width]
+    kinds = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA)
+    kind = kinds[rng.integers(len(kinds))]
+    result = cv2.resize(part, (size, size), interpolation=kind)
+    if augment.flip and rng.integers(2):
+        result = cv2.flip(result, 1)
+    if image.shape[2:] == (3,):
+        result = distort_colors(result, rng, augment.strength)
+    return result.reshape(size, size, *image.shape[2:])
 
 
 def shift_and_mirror(

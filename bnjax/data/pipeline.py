@@ -19,7 +19,7 @@ import numpy as np
 
 from bnjax._validate import first_line
 from bnjax.data.config import DataConfig, DataError, check_images
-from bnjax.data.images import HostTransform, RandomResizedCrop, shift_and_mirror
+from bnjax.data.images import random_resized_crop, shift_and_mirror
 from bnjax.data.sources import (
     Arrays,
     Damage,
@@ -37,24 +37,16 @@ REPLACEMENTS = 50
 
 
 class Feed(Protocol):
-    """The batches of a run, in order.
-
-    Args:
-        constants: arrays that every dispatch is given: the resident set, or nothing.
-        steps_per_epoch: how many steps an epoch has.
-        chunk_steps: the most steps that one chunk should hold.
-    """
+    """The batches of a run, in order."""
 
     constants: Any
+    """Arrays that every dispatch is given: the resident set, or nothing."""
     steps_per_epoch: int
     chunk_steps: int
+    """The most steps that one chunk should hold."""
 
     def chunk(self, step: int, steps: int) -> Any:
-        """Return what `steps` steps from step `step` take, as host arrays.
-
-        Args:
-            step: steps already taken.
-            steps: how many follow.
+        """Return what `steps` steps take after `step` others, as arrays on the host.
 
         Returns:
             A tree of arrays of shape (steps, local batch, ...).
@@ -103,6 +95,9 @@ def make_feed(
 ) -> Feed:
     """Return what feeds the steps of a run.
 
+    An epoch has as many steps as there are whole batches and meets no example twice.
+    The examples left over are others in every epoch, except with fixed batches.
+
     Args:
         data: how the set is read.
         source: the data set.
@@ -113,19 +108,17 @@ def make_feed(
         report: called with examples read and their total, where that takes a while.
 
     Returns:
-        A feed whose chunks hold this host's part of each batch.
+        A feed whose chunks hold this host's part of each batch: the hosts' parts, one
+        after the other, are the batch.
 
     Raises:
-        DataError: the settings do not fit the data, or these cannot be read.
+        DataError: the data cannot be read.
+        SettingError: the settings do not fit them.
 
     Example:
         >>> from bnjax.data.sources import open_source
-        >>> feed = make_feed(
-        ...     DataConfig(),
-        ...     open_source("digits"),
-        ...     batch_size=100,
-        ...     key=jax.random.key(0),
-        ... )
+        >>> source, key = open_source("digits"), jax.random.key(0)
+        >>> feed = make_feed(DataConfig(), source, batch_size=100, key=key)
         >>> feed.chunk(0, 3).shape, feed.steps_per_epoch
         ((3, 100), 14)
         >>> batch = feed.batch(feed.constants, feed.chunk(0, 1)[0], jax.random.key(0))
@@ -133,24 +126,26 @@ def make_feed(
         ((100, 8, 8), (100,))
     """
     check_images(data, source.image_shape)
-    to_batch = make_to_batch(data, make_to_inputs(data, source.max_value))
-    # Of epoch 0: what the orders of epochs are drawn from on the host.
+    local = batch_size // shards
+    # What the host draws follows from the key of epoch 0.
     words = np.asarray(jax.random.key_data(jax.random.fold_in(key, 0)))
     seed = int.from_bytes(words.tobytes())
-    hosts = {"shards": shards, "shard": shard}
     if choose_path(data, source) == "streaming":
-        return StreamingFeed(
-            data, source, to_batch, batch_size=batch_size, seed=seed, **hosts
-        )
+        # Batches of a host's size, every `shards`-th of them.
+        batches = stream_batches(data, source, batch_size, local, seed)
+        steps = source.sizes["train"] // batch_size
+        return StreamingFeed(data, source, batches[shard::shards], local, steps)
     arrays = source.load("train", report)
     examples = len(arrays.labels)
-    if data.shuffle == "global":
 
-        def order(epoch: int) -> np.ndarray:
+    def order(epoch: int) -> np.ndarray:
+        if data.shuffle == "global":
             return permutation(jax.random.fold_in(key, epoch), examples)
-    else:
-        order = functools.partial(epoch_rows, data, examples, batch_size, seed)
-    return ResidentFeed(arrays, order, batch_size, to_batch, **hosts)
+        return epoch_rows(data, examples, batch_size, seed, epoch)
+
+    return ResidentFeed(
+        arrays, order, make_to_batch(data, source), batch_size, local, shard
+    )
 
 
 def choose_path(data: DataConfig, source: Source) -> Literal["resident", "streaming"]:
@@ -168,6 +163,9 @@ def choose_path(data: DataConfig, source: Source) -> Literal["resident", "stream
     size = source.sizes["train"] * math.prod(source.image_shape)
     fits = size <= data.resident_bytes and data.augment.kind != "crop"
     return "resident" if fits else "streaming"
+
+
+# --- On the device ------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,13 +210,14 @@ def make_to_inputs(data: DataConfig, max_value: int) -> ToInputs:
 
 
 def make_to_batch(
-    data: DataConfig, to_inputs: ToInputs
+    data: DataConfig, source: Source
 ) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
     """Return what the device does to images, labels and rows to make them a batch.
 
     The randomness of an example follows from the step's key and its row, wherever in
     the batch, and on whichever device, it is.
     """
+    to_inputs = make_to_inputs(data, source.max_value)
 
     def to_batch(item: Any, key: jax.Array) -> dict[str, jax.Array]:
         images = item["image"]
@@ -230,20 +229,6 @@ def make_to_batch(
         return {"image": to_inputs(images), "label": item["label"]}
 
     return to_batch
-
-
-def host_transform(data: DataConfig, source: Source) -> HostTransform | None:
-    """Return what the host does to a stored training image; None if nothing."""
-    augment = data.augment
-    if augment.kind == "crop":
-        return RandomResizedCrop(
-            size=source.image_shape[0],
-            area=augment.area,
-            aspect=augment.aspect,
-            flip=augment.flip,
-            strength=augment.strength,
-        )
-    return source.resize
 
 
 def make_gather(
@@ -258,6 +243,9 @@ def make_gather(
         }
 
     return gather
+
+
+# --- Resident: the whole set on the device ------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -329,11 +317,11 @@ class ResidentFeed:
 
     Args:
         arrays: the training set.
-        order: gives the indices of all examples in the order of an epoch.
-        batch_size: examples in a step, of all hosts together.
+        order: returns the indices of all examples in the order of an epoch.
         to_batch: makes a batch of images, labels, rows and the step's key.
-        shards: how many hosts share a batch.
-        shard: which of them this is.
+        batch_size: examples in a step, of all hosts together.
+        local: of them, those of one host.
+        shard: which host this is.
     """
 
     chunk_steps = 2**30
@@ -342,17 +330,16 @@ class ResidentFeed:
         self,
         arrays: Arrays,
         order: Callable[[int], np.ndarray],
-        batch_size: int,
         to_batch: Callable[[Any, jax.Array], dict[str, jax.Array]],
-        *,
-        shards: int = 1,
+        batch_size: int,
+        local: int,
         shard: int = 0,
     ) -> None:
         self.constants = arrays
         self.steps_per_epoch = len(arrays.labels) // batch_size
-        self._local = batch_size // shards
-        self._starts = range(shard * self._local, len(arrays.labels), batch_size)
+        self._batch_size, self._local, self._shard = batch_size, local, shard
         self._to_batch = to_batch
+        # Two epochs: a chunk may end in the next.
         self._order = functools.lru_cache(maxsize=2)(order)
         # The first draw compiles; that is no part of a step.
         self._order(0)
@@ -362,7 +349,7 @@ class ResidentFeed:
         rows = np.empty((steps, self._local), np.int32)
         for i in range(steps):
             epoch, place = divmod(step + i, self.steps_per_epoch)
-            start = self._starts[place]
+            start = place * self._batch_size + self._shard * self._local
             rows[i] = self._order(epoch)[start : start + self._local]
         return rows
 
@@ -389,72 +376,51 @@ class ResidentFeed:
         """Hold nothing open."""
 
 
+# --- Streaming: read by grain as the run goes ---------------------------------------
+
+
 def stream_batches(
-    data: DataConfig,
-    source: Source,
-    *,
-    batch_size: int,
-    seed: int,
-    shards: int = 1,
-    shard: int = 0,
+    data: DataConfig, source: Source, batch_size: int, local: int, seed: int
 ) -> Any:
-    """Return one host's part of every training batch, a `grain.MapDataset` by step.
+    """Return the training batches in pieces of `local` examples, a `grain.MapDataset`.
 
-    An epoch has `examples // batch_size` steps and meets no example twice. The
-    examples left over are others in every epoch, except with fixed batches.
-
-    Args:
-        data: how the set is read.
-        source: the data set.
-        batch_size: examples in a step, of all hosts together.
-        seed: of the order and of what happens to the examples.
-        shards: how many hosts share a batch.
-        shard: which of them this is.
-
-    Returns:
-        What `_read_batch` makes of the rows of each step.
+    Item i is what `_read_batch` gives, a function of i and the seed alone.
     """
     import grain
 
-    records = source.splits["train"]
-    examples, local = len(records), batch_size // shards
+    examples = source.sizes["train"]
     rows = grain.MapDataset.range(examples).seed(seed)
     if data.shuffle == "global":
         rows = rows.shuffle()
     else:
         order = functools.partial(epoch_rows, data, examples, batch_size, seed)
-        rows = rows.map_with_index(
-            lambda i, _: order(i // examples)[i % examples].item()
-        )
-    # Before batches are cut: what is drawn for an example depends on seed, epoch and
-    # example alone. A batch is read at once, which for tfds is twice as fast.
-    rows = rows.random_map(lambda row, rng: (row, rng.integers(2**63)))
-    # Batches of a host's size, every `shards`-th of them: so that the hosts' parts,
-    # one after the other, are the batch.
-    rows = rows[: examples - examples % batch_size].batch(local)[shard::shards]
-    transform = host_transform(data, source)
-    read = functools.partial(
-        _read_batch, records, transform, source.classes, source.image_shape
-    )
-    return rows.map(read).repeat()
+        rows = rows.map_with_index(lambda i, _: order(i // examples)[i % examples])
+    # Drawn before batches are cut, so that it depends on seed, epoch and example alone.
+    drawn = rows.random_map(lambda row, rng: (row, rng.integers(2**63)))
+    whole = drawn[: examples - examples % batch_size]
+    # Read by the batch: tfds is twice as fast as with examples one by one.
+    read = functools.partial(_read_batch, data, source)
+    return whole.batch(local).map(read).repeat()
 
 
 def _read_batch(
-    records: Records,
-    transform: HostTransform | None,
-    classes: int,
-    image_shape: tuple[int, ...],
-    drawn: tuple[np.ndarray, np.ndarray],
+    data: DataConfig, source: Source, drawn: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, Any]:
     """Read and augment some examples; the next one takes a damaged one's place.
+
+    Args:
+        data: how the set is read.
+        source: the data set.
+        drawn: rows of the training set, and a random number for each.
 
     Returns:
         "image", uint8 of shape (local batch, ...); "label" and "row", the example's
         number in the set, int32; "problems", what is wrong with damaged rows.
     """
     rows, seeds = drawn
-    batch = {
-        "image": np.empty((len(rows), *image_shape), np.uint8),
+    records = source.splits["train"]
+    batch: dict[str, Any] = {
+        "image": np.empty((len(rows), *source.image_shape), np.uint8),
         "label": np.empty(len(rows), np.int32),
         "row": rows.astype(np.int32),
         "problems": {},
@@ -466,10 +432,13 @@ def _read_batch(
             row, image, label = _replacement(records, row)
             batch["row"][i] = row
         where = records.where(row)
-        check_label(label, classes, where)
-        if transform is not None:
-            image = transform(image, np.random.default_rng(seeds[i]))
-        check_shape(image, image_shape, where)
+        check_label(label, source.classes, where)
+        if data.augment.kind == "crop":
+            rng, size = np.random.default_rng(seeds[i]), source.image_shape[0]
+            image = random_resized_crop(image, rng, size, data.augment)
+            check_shape(image, source.image_shape, where)
+        else:
+            image = source.fit(image, where)
         batch["image"][i], batch["label"][i] = image, label
     return batch
 
@@ -534,8 +503,9 @@ class StreamingFeed:
     Args:
         data: how the set is read.
         source: the data set.
-        to_batch: makes a batch of an item and the step's key, on the device.
-        **options: see `stream_batches`.
+        batches: this host's, by step, a `grain.MapDataset`.
+        local: examples in each.
+        steps_per_epoch: how many an epoch has.
     """
 
     constants = ()
@@ -544,18 +514,15 @@ class StreamingFeed:
         self,
         data: DataConfig,
         source: Source,
-        to_batch: Callable[[Any, jax.Array], dict[str, jax.Array]],
-        **options: Any,
+        batches: Any,
+        local: int,
+        steps_per_epoch: int,
     ) -> None:
-        self._shape = (
-            options["batch_size"] // options.get("shards", 1),
-            *source.image_shape,
-        )
-        self.steps_per_epoch = source.sizes["train"] // options["batch_size"]
+        self.steps_per_epoch = steps_per_epoch
+        self._data, self._batches = data, batches
+        self._shape = (local, *source.image_shape)
         self.chunk_steps = max(1, CHUNK_BYTES // math.prod(self._shape))
-        self._data = data
-        self._batches = stream_batches(data, source, **options)
-        self._to_batch = to_batch
+        self._to_batch = make_to_batch(data, source)
         self._records = source.splits["train"]
         self._damage = Damage(self._records)
         self._iterator: Any = None

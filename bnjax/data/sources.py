@@ -179,7 +179,7 @@ def check_classes(
             f"all {len(labels):,} training examples of {where} are of one class, from "
             "which nothing can be learned. Give examples of at least two."
         )
-    missing = [class_names[label] for label in np.flatnonzero(counts == 0)]
+    missing = [class_names[i] for i in np.flatnonzero(counts == 0).tolist()]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
         _note(
@@ -341,7 +341,8 @@ def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
             f"{where} is not stored as array_record, which reading it without "
             f"TensorFlow needs. {_how_to_prepare(name)}"
         )
-    features = dict(info.features)
+    features: Any = info.features
+    features = dict(features)
     shape: Any = getattr(features.get("image"), "shape", ())
     classes = getattr(features.get("label"), "num_classes", None)
     names = getattr(features.get("label"), "names", None)

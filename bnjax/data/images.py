@@ -53,9 +53,9 @@ def decode_image(
         ImageError: it is truncated, too large, or no image.
 
     Example:
-        >>> decode_image(b"no image", 3)
+        >>> decode_image(b"\\xff\\xd8 and no more", 3)
         Traceback (most recent call last):
-        bnjax.data.sources.ImageError: cannot be decoded
+        bnjax.data.images.ImageError: is truncated
     """
     import cv2
 
@@ -145,7 +145,7 @@ def read_file(path: Path, max_bytes: int = 2**30) -> bytes:
             raise ImageError(f"has {status.st_size:,} bytes, more than {max_bytes:,}")
         return path.read_bytes()
     except OSError as error:
-        raise ImageError(f"cannot be read: {error.strerror or error}:") from error
+        raise ImageError(f"cannot be read ({error.strerror or error})") from error
 
 
 def printable(path: Path | str) -> str:

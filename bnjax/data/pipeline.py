@@ -296,7 +296,7 @@ def epoch_rows(
     Example:
         >>> data = DataConfig(shuffle="within-shard", shard_size=2)
         >>> epoch_rows(data, examples=6, batch_size=2, seed=0, epoch=0).tolist()
-        [4, 5, 2, 3, 0, 1]
+        [2, 3, 4, 5, 1, 0]
 
     References:
         Ioffe and Szegedy 2015, section 4.2.1 on shuffling: about 1 % of accuracy.

@@ -119,7 +119,7 @@ class Damage:
         if len(self.rows) > DAMAGED_SHARE * total:
             first = sorted(self.rows)[:3]
             named = "; ".join(
-                f"{self._records.where(row)} {problems.get(row, '')}".rstrip(" :")
+                f"{self._records.where(row)} {problems.get(row, '')}".rstrip()
                 for row in first
             )
             more = len(self.rows) - len(first)

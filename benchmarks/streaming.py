@@ -50,9 +50,8 @@ def images_per_second_and_core(config: Config, batches: int) -> float:
     """Read and augment in one thread; the time is the processor's, not the clock's."""
     cv2.setNumThreads(1)
     source = open_data(config.data)
-    reader = stream_batches(
-        config.data, source, batch_size=config.batch_size, seed=config.seed
-    )
+    size = config.batch_size
+    reader = stream_batches(config.data, source, size, size, config.seed)
     for step in range(5):
         reader[step]
     started = time.process_time()

@@ -53,7 +53,7 @@ def decode_image(
         ImageError: it is truncated, too large, or no image.
 
     Example:
-        >>> decode_image(b"\\xff\\xd8 and no more", 3)
+        >>> decode_image(bytes([0xFF, 0xD8, 0xFF, 0xE0]), channels=3)
         Traceback (most recent call last):
         bnjax.data.images.ImageError: is truncated
     """

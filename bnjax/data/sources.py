@@ -104,23 +104,24 @@ class Damage:
     """
 
     def __init__(self, records: Records, rows: Sequence[int] = ()) -> None:
-        self.rows = set(rows)
+        self.rows = dict.fromkeys(rows, "")
         self._records = records
 
     def add(self, problems: Mapping[int, str]) -> None:
-        """Note rows and what is wrong with them on standard error.
+        """Name rows, and what is wrong with each, on standard error.
 
         Raises:
             DataError: there are more than `DAMAGED_SHARE` of them by now.
         """
         new = {row: problems[row] for row in sorted(problems) if row not in self.rows}
-        self.rows |= set(new)
-        total = len(self._records)
+        self.rows |= new
+        total, where = len(self._records), self._records.where
         if len(self.rows) > DAMAGED_SHARE * total:
             first = sorted(self.rows)[:3]
+            whys = (self.rows[row].removeprefix("cannot be decoded") for row in first)
             named = "; ".join(
-                f"{self._records.where(row)} {problems.get(row, '')}".rstrip()
-                for row in first
+                f"{where(row)}: {why}" if why else where(row)
+                for row, why in zip(first, whys, strict=True)
             )
             more = len(self.rows) - len(first)
             raise DataError(
@@ -129,7 +130,7 @@ class Damage:
                 "Fetch them again, or remove them."
             )
         for row, problem in new.items():
-            _note(f"{self._records.where(row)} {problem} and is left out")
+            _note(f"{where(row)} {problem} and is left out")
 
 
 def check_label(label: int, classes: int, where: str) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 from bnjax.data.config import DataConfig, SettingError
 from bnjax.data.images import resized
 from bnjax.data.pipeline import read_ahead
-from bnjax.data.sources import Arrays, Damage, Report, Source, check_label, check_shape
+from bnjax.data.records import Arrays, Damage, check_label, check_shape
+from bnjax.data.sources import Report, Source
 
 BLOCK_BYTES = 2**26
 CROPS = (1, 10, 144)

@@ -20,15 +20,8 @@ import numpy as np
 from bnjax._validate import first_line
 from bnjax.data.config import DataConfig, DataError, check_images
 from bnjax.data.images import random_resized_crop, shift_and_mirror
-from bnjax.data.sources import (
-    Arrays,
-    Damage,
-    Records,
-    Report,
-    Source,
-    check_label,
-    check_shape,
-)
+from bnjax.data.records import Arrays, Damage, Records, check_label, check_shape
+from bnjax.data.sources import Report, Source
 
 # Host memory that the chunk of one dispatch may take.
 CHUNK_BYTES = 2**26

@@ -3,265 +3,45 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
 import re
-import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from bnjax._files import cache_dir
 from bnjax._validate import did_you_mean, first_line
 from bnjax.data.config import DataConfig, DataError, SettingError
-from bnjax.data.images import (
-    SUFFIXES,
-    CentralCrop,
-    ImageError,
-    decode_image,
-    printable,
-    read_file,
+from bnjax.data.images import SUFFIXES, CentralCrop, decode_image, printable
+from bnjax.data.records import (
+    ArrayRecords,
+    Arrays,
+    Damage,
+    Decode,
+    FolderRecords,
+    PreparedRecords,
+    Records,
+    check_classes,
+    check_label,
+    check_shape,
+    how_to_prepare,
+    note,
 )
 
 Report = Callable[[int, int], None]
-Decode = functools.partial[np.ndarray]
 S = TypeVar("S")
 
 CHANNELS = 3
 CHUNK = 500
-# More damaged images than this share of a set are an error.
-DAMAGED_SHARE = 1e-3
-
-
-class Arrays(NamedTuple):
-    """Examples of one split.
-
-    Args:
-        images: shape (examples, ...), as the source stores them (uint8).
-        labels: shape (examples,), int32.
-    """
-
-    images: jax.Array | np.ndarray
-    labels: jax.Array | np.ndarray
-
-
-class Example(NamedTuple):
-    """One example; an image that cannot be had is None, and `problem` says why."""
-
-    image: np.ndarray | None
-    label: int
-    problem: str = "cannot be decoded"
-
-
-class Records(Protocol):
-    """The examples of one split, by row."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, rows: Sequence[int]) -> list[Example]:
-        """Read and decode some rows."""
-        ...
-
-    def where(self, row: int) -> str:
-        """Return which file, or which record, a row is, for messages."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayRecords:
-    """Rows of arrays in memory."""
-
-    name: str
-    arrays: Arrays
-
-    def __len__(self) -> int:
-        return len(self.arrays.labels)
-
-    def read(self, rows: Sequence[int]) -> list[Example]:
-        """Return some rows."""
-        images, labels = (np.asarray(array) for array in self.arrays)
-        return [Example(images[row], int(labels[row])) for row in rows]
-
-    def where(self, row: int) -> str:
-        """Return the row's name."""
-        return f"example {row} of {self.name}"
-
-
-# --- What is wrong with a split -----------------------------------------------------
-
-
-class Damage:
-    """The images of a split that could not be had: each named once, and counted.
-
-    Args:
-        records: the split.
-        rows: those that are known already.
-    """
-
-    def __init__(self, records: Records, rows: Sequence[int] = ()) -> None:
-        self.rows = dict.fromkeys(rows, "")
-        self._records = records
-
-    def add(self, problems: Mapping[int, str]) -> None:
-        """Name rows, and what is wrong with each, on standard error.
-
-        Raises:
-            DataError: there are more than `DAMAGED_SHARE` of them by now.
-        """
-        new = {row: problems[row] for row in sorted(problems) if row not in self.rows}
-        self.rows |= new
-        total, where = len(self._records), self._records.where
-        if len(self.rows) > DAMAGED_SHARE * total:
-            first = sorted(self.rows)[:3]
-            whys = (self.rows[row].removeprefix("cannot be decoded") for row in first)
-            named = "; ".join(
-                f"{where(row)}: {why}" if why else where(row)
-                for row, why in zip(first, whys, strict=True)
-            )
-            more = len(self.rows) - len(first)
-            raise DataError(
-                f"{len(self.rows)} of {total:,} images cannot be decoded, more than "
-                f"{DAMAGED_SHARE:.1%}: {named}{f'; and {more} more' if more else ''}. "
-                "Fetch them again, or remove them."
-            )
-        for row, problem in new.items():
-            _note(f"{where(row)} {problem} and is left out")
-
-
-def check_label(label: int, classes: int, where: str) -> None:
-    """Refuse a label that no logit stands for.
-
-    Raises:
-        DataError: naming the example.
-    """
-    if not 0 <= label < classes:
-        raise DataError(
-            f"{where} has the label {label}; expected 0 to {classes - 1}. A split "
-            "without labels cannot be trained or tested on: name another with "
-            "--data.test-split, or prepare the set again."
-        )
-
-
-def check_shape(image: np.ndarray, expected: tuple[int, ...], where: str) -> None:
-    """Refuse an image of another size.
-
-    Raises:
-        DataError: naming the image.
-    """
-    if image.shape != expected:
-        raise DataError(
-            f"{where} has the shape {image.shape}; expected {expected}. For images of "
-            "many sizes give --data.image-size."
-        )
-
-
-def check_classes(
-    labels: jax.Array | np.ndarray, class_names: Sequence[str], split: str, where: str
-) -> None:
-    """Refuse a training set of one class; name classes that a split lacks.
-
-    Args:
-        labels: of the split.
-        class_names: one a class.
-        split: "train" or "test".
-        where: the set, for messages.
-
-    Raises:
-        DataError: all training examples are of one class.
-    """
-    counts = np.bincount(np.asarray(labels), minlength=len(class_names))
-    if split == "train" and np.count_nonzero(counts) < 2:
-        raise DataError(
-            f"all {len(labels):,} training examples of {where} are of one class, from "
-            "which nothing can be learned. Give examples of at least two."
-        )
-    missing = [class_names[i] for i in np.flatnonzero(counts == 0).tolist()]
-    if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
-        _note(
-            f"the {split} split of {where} has no example of {len(missing)} of "
-            f"{len(class_names)} classes: {shown}"
-        )
-
-
-def _note(message: str) -> None:
-    print(f"note: {message}", file=sys.stderr)
 
 
 # --- Sets that tfds prepared --------------------------------------------------------
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedRecords:
-    """The examples of one split, read by tfds.
-
-    Args:
-        name: of the set, with its version.
-        folder: where its files are.
-        split: of the set.
-        size: how many examples there are.
-        decode: makes an image of what is stored.
-    """
-
-    name: str
-    folder: Path
-    split: str
-    size: int
-    decode: Decode
-
-    def __len__(self) -> int:
-        return self.size
-
-    def read(self, rows: Sequence[int]) -> list[Example]:
-        """Read and decode some examples.
-
-        Raises:
-            DataError: the files are damaged or missing.
-        """
-        try:
-            found = self._source.__getitems__(list(rows))
-            return [
-                _example(self.decode, each["image"], each["label"]) for each in found
-            ]
-        except Exception as error:
-            raise DataError(
-                f"data set {self.name!r} in {self.folder} could not be read: "
-                f"{first_line(error)}. Its files are damaged or missing: delete "
-                f"the folder and prepare it again. {_how_to_prepare(self.name)}"
-            ) from error
-
-    def where(self, row: int) -> str:
-        """Return the record's name."""
-        return f"record {row} of {self.split} of {self.name} in {self.folder}"
-
-    def cache_key(self) -> str:
-        """Return a name that changes with the files and how they are decoded."""
-        lines = [repr(self.decode.keywords).encode()]
-        for path in sorted(self.folder.iterdir()):
-            lines.append(_file_line(path))
-            if path.suffix == ".json":
-                lines.append(path.read_bytes())
-        return f"{self.name.replace('/', '-')}-{self.split}-{_digest(lines)}"
-
-    @functools.cached_property
-    def _source(self) -> Any:
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder_from_directory(self.folder)
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        source: Any = builder.as_data_source
-        return source(split=self.split, decoders=decoders)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave open files out."""
-        return {n: value for n, value in vars(self).items() if n != "_source"}
 
 
 def find_data_dir(data_dir: Path | None = None) -> Path:
@@ -305,19 +85,7 @@ def _find_prepared(name: str, data_dir: Path | None) -> Path:
         f"data set {name!r} is not prepared: {parent / (version or '<version>')} with "
         f"a dataset_info.json was expected and is not there.{hint} If it is "
         "in another folder, name that with --data-dir or TFDS_DATA_DIR. "
-        f"{_how_to_prepare(name, root)}"
-    )
-
-
-def _how_to_prepare(name: str, root: Path | None = None) -> str:
-    base = re.sub(r":.*|/\d+\.\d+\.\d+$", "", name)
-    where = f", data_dir={str(root)!r}" if root else ""
-    return (
-        "To prepare it, once, with a network:\n"
-        "  pip install 'bnjax[prepare]'  (in a clone: pip install '.[prepare]')\n"
-        '  python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder({base!r}, file_format='array_record'{where})"
-        '.download_and_prepare()"'
+        f"{how_to_prepare(name, root)}"
     )
 
 
@@ -335,12 +103,12 @@ def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
     except Exception as error:
         raise DataError(
             f"{where} could not be opened: {first_line(error)}. Its description is "
-            f"damaged: delete the folder and prepare it again. {_how_to_prepare(name)}"
+            f"damaged: delete the folder and prepare it again. {how_to_prepare(name)}"
         ) from error
     if info.file_format is None or info.file_format.value != "array_record":
         raise DataError(
             f"{where} is not stored as array_record, which reading it without "
-            f"TensorFlow needs. {_how_to_prepare(name)}"
+            f"TensorFlow needs. {how_to_prepare(name)}"
         )
     features: Any = info.features
     features = dict(features)
@@ -378,73 +146,6 @@ LAYOUT = (
     "Expected train/<class>/*.jpg, and test/<class>/*.jpg or val/<class>/*.jpg with "
     "the same classes; or <class>/*.jpg and --data.validation-share 0.2."
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class FolderRecords:
-    """The images of one split.
-
-    Args:
-        name: of the set.
-        split: of it.
-        folder: where the files are.
-        files: relative to it, one an example.
-        labels: one an example.
-        decode: makes an image of a file's content.
-    """
-
-    name: str
-    split: str
-    folder: Path
-    files: tuple[str, ...]
-    labels: tuple[int, ...]
-    decode: Decode
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, rows: Sequence[int]) -> list[Example]:
-        """Read and decode some files."""
-        found = []
-        for row in rows:
-            try:
-                encoded = read_file(self.folder / self.files[row])
-            except ImageError as error:
-                found.append(Example(None, self.labels[row], str(error)))
-            else:
-                found.append(_example(self.decode, encoded, self.labels[row]))
-        return found
-
-    def where(self, row: int) -> str:
-        """Return the file's name."""
-        return printable(self.folder / self.files[row])
-
-    def cache_key(self) -> str:
-        """Return a name that changes with the files and how they are decoded."""
-        lines = [repr(self.decode.keywords).encode()]
-        for file, label in zip(self.files, self.labels, strict=True):
-            lines.append(os.fsencode(f"{file} {label} "))
-            lines.append(_file_line(self.folder / file))
-        return f"{self.name}-{self.split}-{_digest(lines)}"
-
-
-def _digest(lines: Sequence[bytes]) -> str:
-    return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
-
-
-def _file_line(path: Path) -> bytes:
-    try:
-        status = path.stat()
-    except OSError as error:
-        return os.fsencode(f"{path.name} {error.errno}\n")
-    return os.fsencode(f"{path.name} {status.st_size} {status.st_mtime_ns}\n")
-
-
-def _example(decode: Decode, encoded: bytes, label: Any) -> Example:
-    try:
-        return Example(decode(encoded), int(label))
-    except ImageError as error:
-        return Example(None, int(label), str(error))
 
 
 def _open_folder(root: Path, data: DataConfig) -> "Source":
@@ -485,7 +186,7 @@ def _open_folder(root: Path, data: DataConfig) -> "Source":
                 f"one alone. {LAYOUT}"
             )
     if left_out:
-        _note(
+        note(
             f"{where}: {len(left_out):,} files and folders are left out, being no "
             f"images by their endings, such as {left_out[0]}"
         )
@@ -601,7 +302,7 @@ def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
             NotImplementedError,
             zipfile.BadZipFile,
         ) as error:
-            _note(f"cache {path} is damaged and is made again ({error})")
+            note(f"cache {path} is damaged and is made again ({error})")
     arrays = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -615,7 +316,7 @@ def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
                 Path(partial).unlink()
             raise
     except OSError as error:
-        _note(f"cache {path} could not be written; the next run decodes again: {error}")
+        note(f"cache {path} could not be written; the next run decodes again: {error}")
     return arrays
 
 

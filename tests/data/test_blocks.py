@@ -15,7 +15,8 @@ from bnjax.data.blocks import (
     scaled_sizes,
 )
 from bnjax.data.config import DataConfig
-from bnjax.data.sources import Arrays, Example, open_source
+from bnjax.data.records import Arrays, Example
+from bnjax.data.sources import open_source
 from bnjax.training.evaluation import Evaluator
 from bnjax.training.presets import digits
 from bnjax.training.program import build

@@ -15,7 +15,8 @@ import pytest
 from bnjax.data.config import AugmentConfig, DataConfig, SettingError
 from bnjax.data.images import shift_and_mirror
 from bnjax.data.pipeline import ToInputs, make_feed, make_gather, permutation
-from bnjax.data.sources import Arrays, Example, open_data, open_source
+from bnjax.data.records import Arrays, Example
+from bnjax.data.sources import open_data, open_source
 from tests.data import image_folder, prepared_set
 
 NAME = "synthetic:8x8x3:5:200"

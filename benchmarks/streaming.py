@@ -26,7 +26,7 @@ import tyro
 from benchmarks.report import ROOT, write_result
 from bnjax.cli import run_reporting
 from bnjax.data.config import AugmentConfig, DataConfig
-from bnjax.data.pipeline import Feed, HostBatches, HostOrder, host_transform, make_feed
+from bnjax.data.pipeline import Feed, make_feed, stream_batches
 from bnjax.data.sources import open_data
 from bnjax.training.config import Config
 
@@ -50,13 +50,8 @@ def images_per_second_and_core(config: Config, batches: int) -> float:
     """Read and augment in one thread; the time is the processor's, not the clock's."""
     cv2.setNumThreads(1)
     source = open_data(config.data)
-    reader = HostBatches(
-        source.splits["train"],
-        HostOrder((0, config.seed), source.sizes["train"], config.batch_size),
-        host_transform(config.data, source),
-        source.classes,
-        source.image_shape,
-    )
+    size = config.batch_size
+    reader = stream_batches(config.data, source, size, size, (0, config.seed))
     for step in range(5):
         reader[step]
     started = time.process_time()

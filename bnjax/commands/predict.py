@@ -12,8 +12,9 @@ import numpy as np
 from bnjax._files import check_output, write_output
 from bnjax.commands.table import format_table
 from bnjax.data.config import SettingError
+from bnjax.data.images import SUFFIXES, ImageError, printable, read_file
 from bnjax.data.pipeline import make_to_inputs
-from bnjax.data.sources import SUFFIXES, Source, decode_image
+from bnjax.data.sources import Source
 from bnjax.training.config import RunError
 from bnjax.training.evaluation import Predictor, load_run, softmax
 from bnjax.training.metrics import ProgressReporter
@@ -78,7 +79,7 @@ def predict_images(
             first = np.argsort(-row, kind="stable")[:top].tolist()
             described.append(
                 {
-                    "file": str(file),
+                    "file": printable(file),
                     "predictions": [
                         {
                             "class": names[label] if names else str(label),
@@ -152,10 +153,11 @@ def _batches(
         found = []
         pixels = np.zeros((size, *source.image_shape), np.uint8)
         for file in files[start : start + size]:
-            image = _read(file, source)
-            if image is None:
-                print(f"note: {file} cannot be decoded, left out", file=sys.stderr)
-                unreadable.append(str(file))
+            try:
+                image = _read(file, source)
+            except ImageError as error:
+                print(f"note: {printable(file)} {error}, left out", file=sys.stderr)
+                unreadable.append(printable(file))
                 continue
             pixels[len(found)] = image
             found.append(file)
@@ -164,16 +166,10 @@ def _batches(
         report(min(start + size, len(files)), len(files))
 
 
-def _read(file: Path, source: Source) -> np.ndarray | None:
-    """Return one image as the network is given it, or None where it is damaged."""
+def _read(file: Path, source: Source) -> np.ndarray:
+    """Return one image as the network is given it."""
     shape = source.image_shape
-    try:
-        encoded = file.read_bytes()
-    except OSError as error:
-        raise RunError(f"{file} cannot be read: {error.strerror or error}.") from error
-    image = decode_image(encoded, shape[2] if len(shape) == 3 else 1)
-    if image is None:
-        return None
+    image = source.decode(read_file(file))
     if source.resize is not None:
         return source.resize(image)
     if image.shape[:2] != shape[:2]:

@@ -42,10 +42,12 @@ class DataConfig:
     name: str = "digits"
     """The embedded "digits";
     a prepared tfds set by name, "mnist", "mnist:3.0.1", or by folder;
-    a folder of train/<class> and val/<class>, "./flowers";
+    a folder of images, train/<class> and val/<class>, "./flowers";
     "synthetic:32x32x3:10:5000": random pixels, classes, examples."""
     test_split: str = "test"
     """What to test on; where a set has no "test", its "validation" is taken."""
+    validation_share: float | None = None
+    """Of a folder of classes without train and val: the share to test on, as 0.2."""
     binarize: bool = False
     """Pixels above half of their range become 1, others 0; else scaled to [0, 1]."""
     mean: tuple[float, ...] = (0.0,)
@@ -56,6 +58,10 @@ class DataConfig:
     """Height and width the network is given; None: as the images are stored."""
     central_crop: float = 0.875
     """Share of the shorter side that is kept in evaluation where images are resized."""
+    apply_exif: bool = False
+    """Turn images upright as their EXIF orientation says; else: as they are stored."""
+    max_pixels: int = 2**27
+    """Height times width of the largest image that is decoded."""
     path: Literal["auto", "resident", "streaming"] = "auto"
     """resident: the whole training set on the device.
     streaming: read as the run goes.
@@ -84,21 +90,24 @@ def validate_data(data: DataConfig) -> None:
     """Refuse values no run can use.
 
     Raises:
-        DataError: naming the flag, what was given and what was expected.
+        SettingError: naming the flag, what was given and what was expected.
 
     Example:
         >>> validate_data(DataConfig(workers=-1))
         Traceback (most recent call last):
-        bnjax.data.config.DataError: --data.workers -1: expected 0 or more.
+        bnjax.data.config.SettingError: --data.workers -1: expected 0 or more.
     """
     for name, least in (
         ("workers", 0),
         ("prefetch", 1),
         ("shard_size", 1),
         ("resident_bytes", 0),
+        ("max_pixels", 1),
     ):
         if getattr(data, name) < least:
             _refuse(name, getattr(data, name), f"{least} or more")
+    if data.validation_share is not None and not 0 < data.validation_share < 1:
+        _refuse("validation_share", data.validation_share, "a share between 0 and 1")
     if data.image_size is not None and data.image_size < 1:
         _refuse("image_size", data.image_size, "1 or more")
     if not 0 < data.central_crop <= 1:
@@ -107,10 +116,7 @@ def validate_data(data: DataConfig) -> None:
         _refuse("mean", data.mean, "a number, or one a channel")
     if not data.std or not all(0 < value < math.inf for value in data.std):
         _refuse("std", data.std, "a positive number, or one a channel")
-    _augment(data.augment)
-
-
-def _augment(augment: AugmentConfig) -> None:
+    augment = data.augment
     low, high = augment.area
     if not 0 < low <= high <= 1:
         _refuse("augment.area", augment.area, "two rising shares in (0, 1]")
@@ -131,7 +137,7 @@ def check_images(data: DataConfig, image_shape: tuple[int, ...]) -> None:
         image_shape: (height, width) or (height, width, channels).
 
     Raises:
-        DataError: naming the flag, what was given and what was expected.
+        SettingError: naming the flag, what was given and what was expected.
     """
     channels = image_shape[2] if len(image_shape) == 3 else 1
     for name in ("mean", "std"):

@@ -3,301 +3,45 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import os
 import re
-import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from bnjax._files import cache_dir
 from bnjax._validate import did_you_mean, first_line
-from bnjax.data.augment import CentralCrop
 from bnjax.data.config import DataConfig, DataError, SettingError
+from bnjax.data.images import SUFFIXES, CentralCrop, decode_image, printable
+from bnjax.data.records import (
+    ArrayRecords,
+    Arrays,
+    Damage,
+    Decode,
+    FolderRecords,
+    PreparedRecords,
+    Records,
+    check_classes,
+    check_label,
+    check_shape,
+    how_to_prepare,
+    note,
+)
 
 Report = Callable[[int, int], None]
+S = TypeVar("S")
 
-
-class Arrays(NamedTuple):
-    """Examples of one split.
-
-    Args:
-        images: shape (examples, ...), as the source stores them (uint8).
-        labels: shape (examples,), int32.
-    """
-
-    images: jax.Array | np.ndarray
-    labels: jax.Array | np.ndarray
-
-
+CHANNELS = 3
 CHUNK = 500
-# More damaged images than this share of a set are an error.
-DAMAGED_SHARE = 1e-3
-_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}
 
 
-class Example(NamedTuple):
-    """One example; its image is None where the file is damaged."""
-
-    image: np.ndarray | None
-    label: int
-
-
-class Records(Protocol):
-    """The examples of one split, by row."""
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        ...
-
-    def read(self, rows: Sequence[int]) -> list[Example]:
-        """Read and decode some rows."""
-        ...
-
-    def where(self, row: int) -> str:
-        """Say which file, or which record, a row is."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class ArrayRecords:
-    """Rows of arrays in memory."""
-
-    name: str
-    arrays: Arrays
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self.arrays.labels)
-
-    def read(self, rows: Sequence[int]) -> list[Example]:
-        """Return some rows."""
-        images, labels = (np.asarray(array) for array in self.arrays)
-        return [Example(images[row], int(labels[row])) for row in rows]
-
-    def where(self, row: int) -> str:
-        """Name the row."""
-        return f"example {row} of {self.name}"
-
-
-def decode_image(encoded: bytes, channels: int) -> np.ndarray | None:
-    """Decode a JPEG, a PNG or what else OpenCV reads.
-
-    Args:
-        encoded: the file's content.
-        channels: 1 for grey, 3 for RGB.
-
-    Returns:
-        uint8 of shape (height, width, channels), or None where the file is truncated
-        or otherwise no image. OpenCV itself fills a truncated JPEG up with grey.
-    """
-    import cv2
-
-    end = _ENDS.get(encoded[:2])
-    if not encoded or (end and end not in encoded[-64:]):
-        return None
-    kind = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    try:
-        image = cv2.imdecode(
-            np.frombuffer(encoded, np.uint8), kind | cv2.IMREAD_IGNORE_ORIENTATION
-        )
-    except cv2.error:
-        return None
-    return None if image is None else image.reshape(*image.shape[:2], channels)
-
-
-def check_label(label: int, classes: int, where: str) -> None:
-    """Refuse a label that no logit stands for.
-
-    Raises:
-        DataError: naming the example.
-    """
-    if not 0 <= label < classes:
-        raise DataError(
-            f"{where} has the label {label}; expected 0 to {classes - 1}. A split "
-            "without labels cannot be trained or tested on: name another with "
-            "--data.test-split, or prepare the set again."
-        )
-
-
-def check_damaged(damaged: Sequence[int], records: Records) -> None:
-    """Refuse a set of which more than `DAMAGED_SHARE` is damaged.
-
-    Raises:
-        DataError: naming the first few.
-    """
-    if len(damaged) > DAMAGED_SHARE * len(records):
-        named = "; ".join(records.where(row) for row in sorted(damaged)[:3])
-        more = f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
-        raise DataError(
-            f"{len(damaged)} of {len(records):,} images cannot be decoded, more than "
-            f"{DAMAGED_SHARE:.1%}: {named}{more}. Fetch them again, or remove them."
-        )
-
-
-def note_damaged(damaged: Iterable[int], records: Records) -> None:
-    """Name damaged images on standard error."""
-    for row in sorted(damaged):
-        print(
-            f"note: {records.where(row)} cannot be decoded and is left out",
-            file=sys.stderr,
-        )
-
-
-def load_records(
-    records: Records,
-    classes: int,
-    image_shape: tuple[int, ...],
-    resize: CentralCrop | None,
-    report: Report,
-) -> Arrays:
-    """Read a whole split into memory, leaving damaged images out.
-
-    Args:
-        records: the split.
-        classes: how many labels there are.
-        image_shape: of one image in the result.
-        resize: what makes it that shape; None where it has it.
-        report: called with examples read and their total.
-
-    Raises:
-        DataError: too many images are damaged, or one has another shape or a wrong
-            label.
-    """
-    total = len(records)
-    images = np.empty((total, *image_shape), np.uint8)
-    labels = np.empty(total, np.int32)
-    damaged: list[int] = []
-    kept = 0
-    for start in range(0, total, CHUNK):
-        rows = range(start, min(start + CHUNK, total))
-        for row, example in zip(rows, records.read(rows), strict=True):
-            if example.image is None:
-                damaged.append(row)
-                check_damaged(damaged, records)
-                continue
-            check_label(example.label, classes, records.where(row))
-            image = resize(example.image) if resize else example.image
-            check_shape(image, image_shape, records.where(row))
-            images[kept], labels[kept] = image, example.label
-            kept += 1
-        report(rows.stop, total)
-    note_damaged(damaged, records)
-    return Arrays(images[:kept], labels[:kept])
-
-
-def check_shape(image: np.ndarray, expected: tuple[int, ...], where: str) -> None:
-    """Refuse an image of another size.
-
-    Raises:
-        DataError: naming the image.
-    """
-    if image.shape != expected:
-        raise DataError(
-            f"{where} has the shape {image.shape}; expected {expected}. For images of "
-            "many sizes give --data.image-size."
-        )
-
+# --- Sets that tfds prepared --------------------------------------------------------
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """A prepared data set, not yet read.
-
-    Args:
-        name: with its version.
-        folder: where its files are.
-        sizes: examples in each split.
-        classes: how many labels there are.
-        image_shape: height and width, None where they vary, and channels.
-        class_names: of the labels; None where the set does not say.
-    """
-
-    name: str
-    folder: Path
-    sizes: dict[str, int]
-    classes: int
-    image_shape: tuple[int | None, ...]
-    class_names: tuple[str, ...] | None = None
-
-    def records(self, split: str) -> "PreparedRecords":
-        """Return the examples of one split, one by one."""
-        return PreparedRecords(self, split)
-
-    def fingerprint(self) -> str:
-        """Digest what the files are: their names, sizes, times and descriptions."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.iterdir()):
-            status = path.stat()
-            line = f"{path.name} {status.st_size} {status.st_mtime_ns}\n"
-            digest.update(line.encode())
-            if path.suffix == ".json":
-                digest.update(path.read_bytes())
-        return digest.hexdigest()[:16]
-
-
-class PreparedRecords:
-    """The examples of one split, read by tfds and decoded by OpenCV.
-
-    Args:
-        prepared: the data set.
-        split: of it.
-    """
-
-    def __init__(self, prepared: Prepared, split: str) -> None:
-        self._prepared = prepared
-        self.split = split
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return self._prepared.sizes[self.split]
-
-    def read(self, rows: Sequence[int]) -> list[Example]:
-        """Read and decode some examples.
-
-        Raises:
-            DataError: the files are damaged or missing.
-        """
-        prepared = self._prepared
-        channels = prepared.image_shape[-1] or 1
-        try:
-            found = self._source.__getitems__(list(rows))
-            return [
-                Example(decode_image(one["image"], channels), int(one["label"]))
-                for one in found
-            ]
-        except Exception as error:
-            raise DataError(
-                f"data set {prepared.name!r} in {prepared.folder} could not be read: "
-                f"{first_line(error)}. Its files are damaged or missing: delete "
-                f"the folder and prepare it again. {_how_to_prepare(prepared.name)}"
-            ) from error
-
-    def where(self, row: int) -> str:
-        """Name the record."""
-        prepared = self._prepared
-        return f"record {row} of {self.split} of {prepared.name} in {prepared.folder}"
-
-    @functools.cached_property
-    def _source(self) -> Any:
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder_from_directory(self._prepared.folder)
-        decoders = {"image": tfds.decode.SkipDecoding()}
-        source: Any = builder.as_data_source
-        return source(split=self.split, decoders=decoders)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave open files out."""
-        return {"_prepared": self._prepared, "split": self.split}
 
 
 def find_data_dir(data_dir: Path | None = None) -> Path:
@@ -306,71 +50,24 @@ def find_data_dir(data_dir: Path | None = None) -> Path:
     return Path(given).expanduser()
 
 
-def open_prepared(name: str, data_dir: Path | None = None) -> Prepared:
-    """Find a prepared data set by looking at the folders alone.
+def _find_prepared(name: str, data_dir: Path | None) -> Path:
+    """Find a prepared set by looking at the folders alone.
 
     tfds itself would try to download what it does not find, for minutes.
 
     Args:
         name: as tfds has it: "mnist", "mnist:3.0.1", "name/config".
-        data_dir: see `find_data_dir`.
+        data_dir: see `find_data_dir`; or the set's own folder.
 
     Raises:
-        DataError: it is not there, or is no set of images with labels.
+        DataError: it is not there.
     """
-    return open_directory(_find_folder(name, find_data_dir(data_dir)), name)
-
-
-def open_directory(folder: Path, name: str | None = None) -> Prepared:
-    """Open the prepared data set whose dataset_info.json lies in `folder`.
-
-    Args:
-        folder: of one version of a data set.
-        name: for messages; the folder's path if None.
-
-    Raises:
-        DataError: it is damaged, or is no set of images with labels.
-    """
-    name = name or str(folder)
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder_from_directory(folder)
-        info = builder.info
-    except Exception as error:
-        raise DataError(
-            f"data set {name!r} in {folder} could not be opened: "
-            f"{first_line(error)}. Its description is damaged: delete the folder and "
-            f"prepare it again. {_how_to_prepare(name)}"
-        ) from error
-    return _check(name, folder, info)
-
-
-def _check(name: str, folder: Path, info: Any) -> Prepared:
-    """Refuse a data set that does not hold encoded images with labels."""
-    where = f"data set {name!r} in {folder}"
-    if info.file_format is None or info.file_format.value != "array_record":
-        raise DataError(
-            f"{where} is not stored as array_record, which reading it without "
-            f"TensorFlow needs. {_how_to_prepare(name)}"
-        )
-    sizes = {split: info.splits[split].num_examples for split in info.splits}
-    features = dict(info.features)
-    shape: Any = getattr(features.get("image"), "shape", ())
-    classes = getattr(features.get("label"), "num_classes", None)
-    names = getattr(features.get("label"), "names", None)
-    if len(shape) != 3 or shape[-1] not in (1, 3) or classes is None:
-        raise DataError(
-            f"{where} has the features {info.features}; expected an image of 1 or 3 "
-            "channels and a class label."
-        )
-    names = tuple(names) if names else None
-    return Prepared(info.full_name, folder, sizes, classes, tuple(shape), names)
-
-
-def _find_folder(name: str, root: Path) -> Path:
+    root = find_data_dir(data_dir)
     base, _, version = name.partition(":")
-    parent = root / base
+    own = data_dir is not None and root.name == base.rpartition("/")[2]
+    if data_dir is not None and (root / "dataset_info.json").is_file():
+        return root
+    parent = root if own else root / base
     versions = [
         path
         for path in (parent.iterdir() if parent.is_dir() else ())
@@ -381,155 +78,207 @@ def _find_folder(name: str, root: Path) -> Path:
     if versions:
         return max(versions, key=lambda path: [int(n) for n in path.name.split(".")])
     known = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
+    hint = did_you_mean(base, ["digits", *(n for n in known if n != base)])
+    if Path(name).is_dir():
+        hint = f" The folder of that name here is './{name}': say so with the './'."
     raise DataError(
         f"data set {name!r} is not prepared: {parent / (version or '<version>')} with "
-        f"a dataset_info.json was expected and is not there."
-        f"{did_you_mean(base, ['digits', *(n for n in known if n != base)])} If it is "
+        f"a dataset_info.json was expected and is not there.{hint} If it is "
         "in another folder, name that with --data-dir or TFDS_DATA_DIR. "
-        f"{_how_to_prepare(name, root)}"
+        f"{how_to_prepare(name, root)}"
     )
 
 
-def _how_to_prepare(name: str, root: Path | None = None) -> str:
-    base = re.sub(r":.*|/\d+\.\d+\.\d+$", "", name)
-    where = f", data_dir={str(root)!r}" if root else ""
-    return (
-        "To prepare it, once, with a network:\n"
-        "  pip install 'bnjax[prepare]'  (in a clone: pip install '.[prepare]')\n"
-        '  python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder({base!r}, file_format='array_record'{where})"
-        '.download_and_prepare()"'
+def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
+    """Open the prepared set whose dataset_info.json lies in `folder`.
+
+    Raises:
+        DataError: it is damaged, or is no set of encoded images with labels.
+    """
+    import tensorflow_datasets as tfds
+
+    where = f"data set {name!r} in {folder}"
+    try:
+        info = tfds.builder_from_directory(folder).info
+    except Exception as error:
+        raise DataError(
+            f"{where} could not be opened: {first_line(error)}. Its description is "
+            f"damaged: delete the folder and prepare it again. {how_to_prepare(name)}"
+        ) from error
+    if info.file_format is None or info.file_format.value != "array_record":
+        raise DataError(
+            f"{where} is not stored as array_record, which reading it without "
+            f"TensorFlow needs. {how_to_prepare(name)}"
+        )
+    features: Any = info.features
+    features = dict(features)
+    shape: Any = getattr(features.get("image"), "shape", ())
+    classes = getattr(features.get("label"), "num_classes", None)
+    names = getattr(features.get("label"), "names", None)
+    if len(shape) != 3 or shape[-1] not in (1, 3) or not classes:
+        raise DataError(
+            f"{where} has the features {info.features}; expected an image of 1 or 3 "
+            "channels and a class label."
+        )
+    if classes < 2:
+        raise DataError(f"{where} has one class, from which nothing can be learned.")
+    full, decode = info.full_name, _decoder(data, shape[-1])
+    splits = {
+        split: PreparedRecords(
+            full, folder, split, info.splits[split].num_examples, decode
+        )
+        for split in info.splits
+    }
+    return Source(
+        name=full,
+        splits=_choose(splits, data.test_split, f"data set {full}"),
+        classes=classes,
+        image_shape=_given_shape(full, tuple(shape), data),
+        resize=_resize(data),
+        decode=decode,
+        class_names=tuple(names) if names else None,
     )
 
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-CHANNELS = 3
+# --- Folders of images --------------------------------------------------------------
+
 LAYOUT = (
     "Expected train/<class>/*.jpg, and test/<class>/*.jpg or val/<class>/*.jpg with "
-    "the same classes."
+    "the same classes; or <class>/*.jpg and --data.validation-share 0.2."
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class FolderRecords:
-    """The images of one split.
-
-    Args:
-        folder: of the split.
-        files: relative to it, one an example.
-        labels: one an example.
-    """
-
-    folder: Path
-    files: tuple[str, ...]
-    labels: tuple[int, ...]
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self.files)
-
-    def read(self, rows: Sequence[int]) -> list[Example]:
-        """Read and decode some files, as RGB.
-
-        Raises:
-            DataError: a file is gone, or may not be read.
-        """
-        return [Example(self._image(row), self.labels[row]) for row in rows]
-
-    def where(self, row: int) -> str:
-        """Name the file."""
-        return str(self.folder / self.files[row])
-
-    def fingerprint(self) -> str:
-        """Digest what the files are: their names, labels, sizes and times."""
-        digest = hashlib.sha256()
-        for file, label in zip(self.files, self.labels, strict=True):
-            status = (self.folder / file).stat()
-            line = f"{file} {label} {status.st_size} {status.st_mtime_ns}\n"
-            digest.update(line.encode())
-        return digest.hexdigest()[:16]
-
-    def _image(self, row: int) -> np.ndarray | None:
-        try:
-            encoded = (self.folder / self.files[row]).read_bytes()
-        except OSError as error:
-            raise _unreadable(self.folder / self.files[row], error) from error
-        return decode_image(encoded, CHANNELS)
-
-
-def open_folder(root: Path) -> tuple[dict[str, FolderRecords], list[str]]:
+def _open_folder(root: Path, data: DataConfig) -> "Source":
     """List the images of every split, opening none.
 
     Args:
-        root: holds a folder for each split, with one for each class.
-
-    Returns:
-        The splits by name, "val" among them as "validation", and the classes' names
-        in the order of their labels: sorted.
+        root: holds a folder for each split, with one for each class; or the folders of
+            the classes, where `data.validation_share` says how to split them.
+        data: how it is read.
 
     Raises:
-        DataError: a folder is missing, empty or unreadable, or the splits have
-            different classes.
+        DataError: a folder is missing, empty or unreadable, the splits have different
+            classes, or there is one class alone.
     """
-    names = [path.name for path in _list(root) if path.is_dir()]
+    where, share = printable(root), data.validation_share
+    names = [entry.name for entry in _scan(root) if _is_folder(entry)]
     splits = [name for name in ("train", "test", "val", "validation") if name in names]
-    if "train" not in splits or len(splits) < 2:
-        raise DataError(
-            f"{root} holds the folders {', '.join(sorted(names)) or '(none)'}. {LAYOUT}"
-        )
-    classes = _classes(root / "train")
-    records = {}
-    for split in splits:
-        found = _classes(root / split)
-        if found != classes:
-            differing = sorted(set(found) ^ set(classes))
-            raise DataError(
-                f"{root / split} and {root / 'train'} have different classes: "
-                f"{', '.join(differing[:5])} is in one alone. {LAYOUT}"
+    left_out: list[str] = []
+    if share is not None:
+        if splits:
+            raise SettingError(
+                f"--data.validation-share {share}: {where} is split already, into "
+                f"{', '.join(splits)}. Leave the flag out."
             )
-        name = "validation" if split == "val" else split
-        records[name] = _open_split(root / split, classes)
-    return records, classes
-
-
-def _open_split(folder: Path, classes: list[str]) -> FolderRecords:
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        images = sorted(
-            path.name
-            for path in _list(folder / name)
-            if path.suffix.lower() in SUFFIXES
+        listed = _divide(_list_classes(root, left_out), share)
+        folders = dict.fromkeys(listed, root)
+    elif "train" in splits and len(splits) > 1:
+        folders = {"validation" if s == "val" else s: root / s for s in splits}
+        listed = {s: _list_classes(folders[s], left_out) for s in folders}
+    else:
+        shown = ", ".join(map(printable, sorted(names))) or "(none)"
+        raise DataError(f"{where} holds the folders {shown}. {LAYOUT}")
+    for split, found in listed.items():
+        if differing := sorted(set(found) ^ set(listed["train"])):
+            raise DataError(
+                f"{printable(folders[split])} and {printable(folders['train'])} have "
+                f"different classes: {', '.join(map(printable, differing[:5]))} is in "
+                f"one alone. {LAYOUT}"
+            )
+    if left_out:
+        note(
+            f"{where}: {len(left_out):,} files and folders are left out, being no "
+            f"images by their endings, such as {left_out[0]}"
         )
+    decode = _decoder(data, CHANNELS)
+    records = {
+        split: FolderRecords(
+            printable(root.name),
+            split,
+            folders[split],
+            tuple(f"{name}/{file}" for name in found for file in found[name]),
+            tuple(i for i, name in enumerate(found) for _ in found[name]),
+            decode,
+        )
+        for split, found in listed.items()
+    }
+    class_names = tuple(map(printable, listed["train"]))
+    chosen = _choose(records, data.test_split, where)
+    for split, each in chosen.items():
+        check_classes(np.array(each.labels), class_names, split, where)
+    return Source(
+        name=where,
+        splits=chosen,
+        classes=len(class_names),
+        image_shape=_given_shape(where, (None, None, CHANNELS), data),
+        resize=_resize(data),
+        decode=decode,
+        class_names=class_names,
+    )
+
+
+def _list_classes(folder: Path, left_out: list[str]) -> dict[str, list[str]]:
+    """Return the names of the images of each class, both sorted."""
+    found = {}
+    for entry in sorted(_scan(folder), key=lambda entry: entry.name):
+        if not _is_folder(entry):
+            left_out.append(printable(entry.path))
+            continue
+        images = []
+        for each in _scan(Path(entry)):
+            # A link that leads nowhere is no folder, and a damaged image when read.
+            if each.name.lower().endswith(SUFFIXES) and not _is_folder(each):
+                images.append(each.name)
+            else:
+                left_out.append(printable(each.path))
         if not images:
             raise DataError(
-                f"class folder {folder / name} holds no image "
+                f"class folder {printable(entry.path)} holds no image "
                 f"({', '.join(SUFFIXES)}). Fill it, or remove the class everywhere."
             )
-        files += [f"{name}/{image}" for image in images]
-        labels += [label] * len(images)
-    return FolderRecords(folder, tuple(files), tuple(labels))
+        found[entry.name] = sorted(images)
+    if not found:
+        raise DataError(f"{printable(folder)} holds no class folder. {LAYOUT}")
+    return found
 
 
-def _classes(folder: Path) -> list[str]:
-    names = sorted(path.name for path in _list(folder) if path.is_dir())
-    if not names:
-        raise DataError(f"{folder} holds no class folder. {LAYOUT}")
-    return names
+def _divide(
+    listed: dict[str, list[str]], share: float
+) -> dict[str, dict[str, list[str]]]:
+    """Return the images of the classes as two splits, "train" and "validation"."""
+    masks = {n: stratified_test_mask(np.zeros(len(listed[n])), share) for n in listed}
+    return {
+        split: {
+            name: [
+                f for f, test in zip(files, masks[name], strict=True) if test == wanted
+            ]
+            for name, files in listed.items()
+        }
+        for split, wanted in (("train", False), ("validation", True))
+    }
 
 
-def _list(folder: Path) -> list[Path]:
+def _scan(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what a folder holds and does not hide."""
     try:
         with os.scandir(folder) as entries:
-            return [Path(entry) for entry in entries if not entry.name.startswith(".")]
+            return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise _unreadable(folder, error) from error
+        raise DataError(
+            f"{printable(folder)} cannot be read: {error.strerror or error}. Check "
+            "that it is there and that its permissions let you read it."
+        ) from error
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(
-        f"{path} cannot be read: {error.strerror or error}. Check that it is there "
-        "and that its permissions let you read it."
-    )
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        # A link in a circle.
+        return False
+
+
+# --- Decoded arrays, kept between runs ----------------------------------------------
 
 
 def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
@@ -541,44 +290,38 @@ def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
     """
     path = cache_dir() / f"{key}.npz"
     if path.exists():
+        # np.load leaves a file it was given by name open where it cannot read it.
         try:
-            return _read(path)
-        except (OSError, ValueError, KeyError, EOFError, NotImplementedError) as error:
-            _note(f"cache {path} is damaged and is made again ({error})")
-        except zipfile.BadZipFile as error:
-            _note(f"cache {path} is damaged and is made again ({error})")
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as entry:
+                return Arrays(entry["images"], entry["labels"])
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            EOFError,
+            NotImplementedError,
+            zipfile.BadZipFile,
+        ) as error:
+            note(f"cache {path} is damaged and is made again ({error})")
     arrays = make()
     try:
-        _write(path, arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, images=arrays.images, labels=arrays.labels)
+            Path(partial).replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                Path(partial).unlink()
+            raise
     except OSError as error:
-        _note(f"cache {path} could not be written; the next run decodes again: {error}")
+        note(f"cache {path} could not be written; the next run decodes again: {error}")
     return arrays
 
 
-def _read(path: Path) -> Arrays:
-    # np.load leaves a file it was given by name open where it cannot read it.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as entry:
-        return Arrays(entry["images"], entry["labels"])
+# --- Sources ------------------------------------------------------------------------
 
-
-def _write(path: Path, arrays: Arrays) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, images=arrays.images, labels=arrays.labels)
-        Path(name).replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        raise
-
-
-def _note(message: str) -> None:
-    print(f"note: {message}", file=sys.stderr)
-
-
-R = TypeVar("R")
 _SYNTHETIC = re.compile(
     r"synthetic(:(?P<shape>[1-9]\d*(x[1-9]\d*){1,2})"
     r"(:(?P<classes>[1-9]\d*)(:(?P<examples>[1-9]\d*))?)?)?"
@@ -594,9 +337,9 @@ class Source:
         splits: the examples of "train" and of "test".
         classes: how many labels there are, counted from 0.
         image_shape: of one example, as the model is given it.
+        decode: makes an image of an encoded one, of the set or of a user's own.
         max_value: the largest value a pixel can take.
         resize: what makes a stored image one of `image_shape`; None where it is.
-        cache_key: names the decoded arrays of a split; None where they are at hand.
         class_names: what the labels stand for; None where nothing says.
     """
 
@@ -604,9 +347,9 @@ class Source:
     splits: Mapping[str, Records]
     classes: int
     image_shape: tuple[int, ...]
+    decode: Decode
     max_value: int = 255
     resize: CentralCrop | None = None
-    cache_key: Callable[[str], str] | None = None
     class_names: tuple[str, ...] | None = None
 
     @property
@@ -614,102 +357,122 @@ class Source:
         """Return how many examples each split has."""
         return {split: len(records) for split, records in self.splits.items()}
 
+    def cache_key(self, split: str) -> str:
+        """Return a name that changes with the decoded arrays of a split."""
+        records = self.splits[split]
+        if not isinstance(records, PreparedRecords | FolderRecords):
+            return self.name
+        size = f"-{self.resize.size}-{self.resize.share:g}" if self.resize else ""
+        return f"{records.cache_key()}{size}"
+
     def load(self, split: str, report: Report) -> Arrays:
         """Read a whole split, from the cache where it was decoded before.
+
+        Damaged images are left out.
 
         Args:
             split: "train" or "test".
             report: called with examples read and their total.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: it cannot be read, too many images are damaged, one has another
+                shape or a wrong label, or all training examples are of one class.
         """
         records = self.splits[split]
+        make = functools.partial(self._decode_all, split, report)
         if isinstance(records, ArrayRecords):
-            return records.arrays
-        make = functools.partial(
-            load_records, records, self.classes, self.image_shape, self.resize, report
-        )
-        return cached(self.cache_key(split), make) if self.cache_key else make()
+            arrays = records.arrays
+        elif isinstance(records, PreparedRecords | FolderRecords):
+            arrays = cached(self.cache_key(split), make)
+        else:
+            arrays = make()
+        names = self.class_names or tuple(map(str, range(self.classes)))
+        if not isinstance(records, FolderRecords):
+            check_classes(arrays.labels, names, split, self.name)
+        return arrays
+
+    def _decode_all(self, split: str, report: Report) -> Arrays:
+        records = self.splits[split]
+        total, damage, kept = len(records), Damage(records), 0
+        images = np.empty((total, *self.image_shape), np.uint8)
+        labels = np.empty(total, np.int32)
+        for start in range(0, total, CHUNK):
+            rows = range(start, min(start + CHUNK, total))
+            for row, example in zip(rows, records.read(rows), strict=True):
+                if example.image is None:
+                    damage.add({row: example.problem})
+                else:
+                    images[kept] = self.fit(example.image, records.where(row))
+                    check_label(example.label, self.classes, records.where(row))
+                    labels[kept] = example.label
+                    kept += 1
+            report(rows.stop, total)
+        return Arrays(images[:kept], labels[:kept])
+
+    def fit(self, image: np.ndarray, where: str) -> np.ndarray:
+        """Return an image as evaluations see it.
+
+        Raises:
+            DataError: it has another size, and none are resized.
+        """
+        image = self.resize(image) if self.resize else image
+        check_shape(image, self.image_shape, where)
+        return image
 
 
-def open_source(
-    name: str,
-    data_dir: Path | None = None,
-    *,
-    image_size: int | None = None,
-    test_split: str = "test",
-    central_crop: float = 0.875,
-) -> Source:
-    """Find a data set, reading no example and opening no connection.
+def open_data(data: DataConfig, data_dir: Path | None = None) -> Source:
+    """Find the data set that a configuration names, reading no image.
 
     Args:
-        name: "digits"; a prepared tfds data set, "mnist" or "mnist:3.0.1"; a folder,
-            of such a set or of images; or "synthetic:32x32x3:10:5000", random pixels
-            of a shape, of so many classes, so many examples.
-        data_dir: where tfds data sets are prepared; see `prepared.find_data_dir`.
-        image_size: height and width of the images; None: as they are stored.
-        test_split: what to test on; where there is no "test", "validation".
-        central_crop: share of the shorter side that is kept where images are resized.
+        data: names it, and says how it is read.
+        data_dir: where tfds sets are prepared, see `find_data_dir`; or where a set that
+            was named by its folder is now: the folder itself, or the one above.
 
     Raises:
-        DataError: the data set is not prepared, or cannot be used here.
+        DataError: the data set is not there, or cannot be used here.
+        SettingError: the settings do not fit it.
 
     Example:
-        >>> source = open_source("digits")
+        >>> source = open_data(DataConfig(name="digits"))
         >>> source.sizes, source.image_shape, source.classes
         ({'train': 1442, 'test': 355}, (8, 8), 10)
+    """
+    made = data.name == "digits" or data.name.partition(":")[0] == "synthetic"
+    if made and data.image_size:
+        raise SettingError(
+            f"--data.image-size {data.image_size}: {data.name} is of one size; "
+            "give none.",
+        )
+    if made:
+        return _open_digits() if data.name == "digits" else _open_synthetic(data.name)
+    if is_folder(data.name):
+        folder = _find_folder(Path(data.name).expanduser(), data_dir)
+        name = printable(folder)
+    else:
+        folder, name = _find_prepared(data.name, data_dir), data.name
+    if (folder / "dataset_info.json").is_file() or not is_folder(data.name):
+        return _open_prepared(folder, name, data)
+    return _open_folder(folder, data)
+
+
+def open_source(name: str, data_dir: Path | None = None, **settings: Any) -> Source:
+    """Find a data set by its name; see `open_data`.
+
+    Args:
+        name: see `DataConfig.name`.
+        data_dir: see `open_data`.
+        **settings: other fields of `DataConfig`.
+
+    Example:
         >>> source = open_source("synthetic:16x16x3:5:100")
         >>> source.sizes, source.image_shape, source.classes
         ({'train': 100, 'test': 100}, (16, 16, 3), 5)
     """
-    resize = CentralCrop(image_size, central_crop) if image_size else None
-    if name == "digits" or name.partition(":")[0] == "synthetic":
-        source = _open_digits() if name == "digits" else _open_synthetic(name)
-        if resize:
-            raise SettingError(
-                f"--data.image-size {image_size}: {name} is of one size; give none.",
-            )
-        return source
-    if is_folder(name) and not (Path(name) / "dataset_info.json").is_file():
-        return _open_image_folder(Path(name).expanduser(), resize, test_split)
-    found = (
-        open_directory(Path(name).expanduser())
-        if is_folder(name)
-        else open_prepared(name, data_dir)
-    )
-    splits = {split: found.records(split) for split in found.sizes}
-    chosen = _choose(splits, test_split, f"data set {found.name}")
-    shape = _image_shape(found.name, found.image_shape, resize)
-
-    def cache_key(split: str) -> str:
-        stored = chosen[split].split
-        return _cache_key(found.name, stored, found.fingerprint(), resize)
-
-    return Source(
-        name=found.name,
-        splits=chosen,
-        classes=found.classes,
-        image_shape=shape,
-        resize=resize,
-        cache_key=cache_key,
-        class_names=found.class_names,
-    )
-
-
-def open_data(data: DataConfig, data_dir: Path | None = None) -> Source:
-    """Find the data set that a configuration names; see `open_source`."""
-    return open_source(
-        data.name,
-        data_dir,
-        image_size=data.image_size,
-        test_split=data.test_split,
-        central_crop=data.central_crop,
-    )
+    return open_data(DataConfig(name=name, **settings), data_dir)
 
 
 def is_folder(name: str) -> bool:
-    """Say whether a source's name is a path: it is absolute, or begins with a dot.
+    """Return whether a source's name is a path: it is absolute, or begins with a dot.
 
     Example:
         >>> [is_folder(name) for name in ("./flowers", "/data/flowers", "mnist")]
@@ -718,28 +481,58 @@ def is_folder(name: str) -> bool:
     return name.startswith((".", "~")) or Path(name).is_absolute()
 
 
-def _open_image_folder(
-    root: Path, resize: CentralCrop | None, test_split: str
-) -> Source:
-    splits, classes = open_folder(root)
-    shape = _image_shape(str(root), (None, None, CHANNELS), resize)
+def absolute_name(data: DataConfig) -> DataConfig:
+    """Return a configuration that finds its folder from any working directory.
 
-    def cache_key(split: str) -> str:
-        return _cache_key(root.name, split, chosen[split].fingerprint(), resize)
+    Example:
+        >>> absolute_name(DataConfig(name="/data/a/../flowers")).name
+        '/data/flowers'
+        >>> absolute_name(DataConfig(name="mnist")).name
+        'mnist'
+    """
+    if not is_folder(data.name):
+        return data
+    return dataclasses.replace(data, name=str(_absolute(Path(data.name))))
 
-    chosen = _choose(splits, test_split, str(root))
-    return Source(
-        name=str(root),
-        splits=chosen,
-        classes=len(classes),
-        image_shape=shape,
-        resize=resize,
-        cache_key=cache_key,
-        class_names=tuple(classes),
+
+def _absolute(path: Path) -> Path:
+    # Links stay: the name is the user's.
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100
+
+
+def _find_folder(named: Path, data_dir: Path | None) -> Path:
+    """Return where a set that was named by its folder is now.
+
+    Below `data_dir` the longest end of the name that is there wins; then `data_dir`
+    itself, where it looks like a set or has the name's last part.
+    """
+    if data_dir is None:
+        return named
+    root, parts = Path(data_dir).expanduser(), _absolute(named).parts[1:]
+    below = [root.joinpath(*parts[i:]) for i in range(len(parts))]
+    found = [path for path in below if path.is_dir()]
+    if found:
+        return found[0]
+    marks = (root / "train", root / "dataset_info.json")
+    if root.name == named.name or any(mark.exists() for mark in marks):
+        return root
+    return root if root.is_dir() and not named.is_dir() else named
+
+
+def _decoder(data: DataConfig, channels: int) -> Decode:
+    return functools.partial(
+        decode_image,
+        channels=channels,
+        max_pixels=data.max_pixels,
+        apply_exif=data.apply_exif,
     )
 
 
-def _choose(splits: dict[str, R], test_split: str, where: str) -> dict[str, R]:
+def _resize(data: DataConfig) -> CentralCrop | None:
+    return CentralCrop(data.image_size, data.central_crop) if data.image_size else None
+
+
+def _choose(splits: dict[str, S], test_split: str, where: str) -> dict[str, S]:
     """Return the splits to train and to test on."""
     test = test_split
     if test == "test" and "test" not in splits:
@@ -752,12 +545,12 @@ def _choose(splits: dict[str, R], test_split: str, where: str) -> dict[str, R]:
     return {"train": splits["train"], "test": splits[test]}
 
 
-def _image_shape(
-    where: str, stored: tuple[int | None, ...], resize: CentralCrop | None
+def _given_shape(
+    where: str, stored: tuple[int | None, ...], data: DataConfig
 ) -> tuple[int, ...]:
-    """Return the shape the model is given."""
-    if resize:
-        return (resize.size, resize.size, stored[-1] or CHANNELS)
+    """Return the shape of the images that the model is given."""
+    if data.image_size:
+        return (data.image_size, data.image_size, stored[-1] or CHANNELS)
     fixed = tuple(side for side in stored if side is not None)
     if len(fixed) != len(stored):
         raise SettingError(
@@ -767,34 +560,29 @@ def _image_shape(
     return fixed
 
 
-def _cache_key(
-    name: str, split: str, fingerprint: str, resize: CentralCrop | None
-) -> str:
-    size = f"-{resize.size}-{resize.share:g}" if resize else ""
-    return f"{name.replace('/', '-')}-{split}{size}-{fingerprint}"
-
-
-def stratified_test_mask(labels: np.ndarray, every: int = 5) -> np.ndarray:
-    """Mark every fifth example of each class, in the order they come.
+def stratified_test_mask(labels: np.ndarray, share: float = 0.2) -> np.ndarray:
+    """Mark a share of each class, evenly spread over the examples as they come.
 
     No random number is drawn, so that the split is the same for every seed, machine
     and version of any library.
 
     Args:
         labels: shape (examples,).
-        every: one example in this many is marked.
+        share: of the examples that is marked; 0.2 is every fifth.
 
     Returns:
         Booleans, shape (examples,): True for the test set.
 
     Example:
-        >>> stratified_test_mask(np.array([0, 1, 0, 1, 0, 0]), every=2).tolist()
+        >>> stratified_test_mask(np.array([0, 1, 0, 1, 0, 0]), share=0.5).tolist()
         [False, False, True, True, False, True]
     """
     mask = np.zeros(labels.shape, bool)
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
-        mask[places[every - 1 :: every]] = True
+        # Rounded: 0.2 times 15 is a little more than 3.
+        quota = np.floor(np.round(share * np.arange(len(places) + 1), 9))
+        mask[places] = np.diff(quota) > 0
     return mask
 
 
@@ -813,6 +601,7 @@ def _open_digits() -> Source:
         },
         classes=10,
         image_shape=(8, 8),
+        decode=_decoder(DataConfig(), 1),
         max_value=16,
     )
 
@@ -831,4 +620,5 @@ def _open_synthetic(name: str) -> Source:
     images = rng.integers(0, 256, (examples, *shape), np.uint8)
     arrays = Arrays(images, rng.integers(0, classes, examples, np.int32))
     records = ArrayRecords(name, arrays)
-    return Source(name, {"train": records, "test": records}, classes, shape)
+    decode = _decoder(DataConfig(), shape[2] if len(shape) == 3 else 1)
+    return Source(name, {"train": records, "test": records}, classes, shape, decode)

@@ -12,18 +12,16 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from bnjax.data.config import SettingError
-from bnjax.data.pipeline import (
+from bnjax.data.blocks import (
     Block,
     CropBlocks,
-    Feed,
     SplitBlocks,
-    ToInputs,
     crop_blocks,
     load_test,
-    make_to_inputs,
     padded_rows,
 )
+from bnjax.data.config import SettingError
+from bnjax.data.pipeline import Feed, ToInputs, make_to_inputs
 from bnjax.data.sources import Arrays, Report, Source, open_data
 from bnjax.population import Layers, Method, recompute_batch_stats
 from bnjax.training.checkpoint import open_checkpoints
@@ -481,8 +479,7 @@ class LoadedRun:
 
     def test_set(self) -> str:
         """Return a name of the test set as decoded: its files, split and image size."""
-        key = self.source.cache_key
-        return key("test") if key else self.source.name
+        return self.source.cache_key("test")
 
 
 def load_run(workdir: Path, data_dir: Path | None = None) -> LoadedRun:
@@ -518,7 +515,7 @@ def evaluate_runs(
 
     Args:
         workdirs: One or more folders that train.py wrote.
-        crops: Of each image: 1, 10 or 144; see `bnjax.data.pipeline.crop_blocks`.
+        crops: Of each image: 1, 10 or 144; see `bnjax.data.blocks.crop_blocks`.
         batch_stats_from: Evaluate twice: with the moving averages of training, and with
             population statistics over so many training batches.
         output: Where the result is written. If None, eval.json in the only workdir, and

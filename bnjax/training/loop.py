@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from bnjax.data.blocks import load_test
 from bnjax.data.config import SettingError
-from bnjax.data.pipeline import load_test
 from bnjax.data.sources import Source, open_data
 from bnjax.training.checkpoint import CheckpointMetadata, Checkpoints, open_checkpoints
 from bnjax.training.config import Config

@@ -107,7 +107,7 @@ def test_damaged_images(trained, digits, run, fails, tmp_path, capsys):
     assert found["unreadable"] == [str(bad)]
     assert main(["predict", str(trained("digits")), str(bad)]) == 1
     err = capsys.readouterr().err.splitlines()
-    assert err[0] == f"note: {bad} cannot be decoded, left out"
+    assert err[0] == f"note: {bad} is truncated, left out"
     assert err[1].startswith("error: none of 1 files can be decoded")
 
 

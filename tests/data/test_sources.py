@@ -1,15 +1,27 @@
 import json
+import os
+import shutil
 import socket
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from bnjax._files import cache_dir
-from bnjax.data.config import DataError
-from bnjax.data.sources import find_data_dir, open_source, stratified_test_mask
-from tests.data import prepared_set
+from bnjax.data.config import DataConfig, DataError, SettingError
+from bnjax.data.sources import (
+    Arrays,
+    absolute_name,
+    cached,
+    find_data_dir,
+    open_data,
+    open_source,
+    stratified_test_mask,
+)
+from tests.data import image_folder, prepared_set
 
 
 def quiet(done, total):
@@ -19,6 +31,11 @@ def quiet(done, total):
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("BNJAX_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    return image_folder.write(tmp_path / "flowers")
 
 
 @pytest.fixture
@@ -133,6 +150,248 @@ def test_colour_images_are_those_that_tfds_decodes():
         np.testing.assert_array_equal(example.image, theirs[row]["image"])
 
 
+def test_images_and_labels_are_those_of_the_files(root):
+    source = open_source(str(root), image_size=16)
+    assert source.sizes == {"train": 24, "test": 9}
+    assert (source.classes, source.image_shape) == (3, (16, 16, 3))
+    for split, stored in (("train", "train"), ("test", "val")):
+        arrays = source.load(split, quiet)
+        per_class = source.sizes[split] // 3
+        assert arrays.labels.tolist() == np.repeat(range(3), per_class).tolist()
+        for row, image in enumerate(arrays.images):
+            expected = image_folder.color(stored, row // per_class, row % per_class)
+            assert np.abs(image.astype(int) - expected).max() <= 3
+
+
+@pytest.mark.parametrize("test", ["test", "val", "validation"])
+def test_what_the_test_split_may_be_called(tmp_path, test):
+    source = open_source(str(image_folder.write(tmp_path, test=test)), image_size=8)
+    assert source.sizes["test"] == 9
+
+
+def test_the_second_reading_is_from_the_cache(root):
+    first = open_source(str(root), image_size=8).load("train", quiet)
+
+    def fail(done, total):
+        pytest.fail("decoded again")
+
+    second = open_source(str(root), image_size=8).load("train", fail)
+    np.testing.assert_array_equal(first.images, second.images)
+
+
+def test_files_of_every_kind_are_read(root):
+    pixels = np.full((5, 7, 3), 77, np.uint8)
+    suffixes = (".png", ".bmp", ".webp", ".gif", ".tif", ".TIFF", ".JPG", ".JPEG")
+    for place, suffix in enumerate(suffixes):
+        Image.fromarray(pixels).save(root / "train" / "ant" / f"9{place}{suffix}")
+    source = open_source(str(root), image_size=8)
+    images, labels = source.load("train", quiet)
+    assert len(labels) == 24 + len(suffixes)
+    assert np.abs(images[8:16].astype(int) - 77).max() <= 3
+
+
+def test_what_is_left_out_is_counted_in_a_line(root, capsys):
+    (root / "train" / "ant" / "notes.txt").write_text("of an ant")
+    (root / "train" / "list.csv").write_text("a,b")
+    (root / "val" / "cat" / "small.jpg").mkdir()
+    (root / "val" / "cat" / ".DS_Store").write_text("hidden")
+    assert open_source(str(root), image_size=8).sizes == {"train": 24, "test": 9}
+    assert capsys.readouterr().err == (
+        f"note: {root}: 3 files and folders are left out, being no images by their "
+        f"endings, such as {root}/train/ant/notes.txt\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (os.mkfifo, ": is no regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), ": is no regular file"),
+        (lambda path: path.symlink_to("gone"), ": cannot be read (No such file"),
+        (lambda path: path.symlink_to(path.name), ": cannot be read (Too many levels"),
+        (lambda path: path.write_bytes(b""), "."),
+        (lambda path: path.write_bytes(b"no image"), "."),
+        (lambda path: path.write_bytes(b"\xff\xd8\xff\xe0"), ": is truncated"),
+    ],
+)
+def test_what_is_no_image_is_named_and_counted(root, make, problem):
+    name = os.fsdecode(b"caf\xe9.jpg")
+    make(root / "train" / "bee" / name)
+    source = open_source(str(root), image_size=8)
+    with pytest.raises(DataError) as caught:
+        source.load("train", quiet)
+    assert "1 of 25 images cannot be decoded, more than 0.1%" in str(caught.value)
+    assert f"train/bee/caf\\xe9.jpg{problem}" in str(caught.value)
+
+
+def test_a_file_that_goes_away(root):
+    source = open_source(str(root), image_size=8)
+    (root / "train" / "ant" / "00.jpg").unlink()
+    with pytest.raises(DataError, match=r"ant/00\.jpg: cannot be read \(No such file"):
+        source.load("train", quiet)
+
+
+def test_few_damaged_images_are_left_out(root, capsys):
+    (root / "train" / "ant" / "00.jpg").unlink()
+    (root / "train" / "ant" / "00.jpg").symlink_to("gone")
+    for number in range(1000):
+        os.link(
+            root / "train" / "bee" / "01.jpg", root / "train" / "bee" / f"{number}.jpg"
+        )
+    images, labels = open_source(str(root), image_size=8).load("train", quiet)
+    assert (len(images), np.bincount(labels).tolist()) == (1023, [7, 1008, 8])
+    assert capsys.readouterr().err == (
+        f"note: {root}/train/ant/00.jpg cannot be read (No such file or directory) "
+        "and is left out\n"
+    )
+
+
+def test_names_of_any_bytes(root):
+    strange = os.fsdecode(b"caf\xe9")
+    for split in ("train", "val"):
+        (root / split / "cat").rename(root / split / strange)
+    (root / "train" / strange / "00.jpg").rename(
+        root / "train" / strange / f"{strange}.jpg"
+    )
+    source = open_source(str(root), image_size=8)
+    assert source.class_names == ("ant", "bee", "caf\\xe9")
+    assert (
+        source.load("train", quiet).labels.tolist() == np.repeat(range(3), 8).tolist()
+    )
+
+
+def test_settings_of_the_decoder(root, tmp_path):
+    image = Image.fromarray(np.tile(np.uint8([[[250], [0]]]), (2, 1, 3)))
+    exif = Image.Exif()
+    exif[0x112] = 3
+    for path in sorted((root / "train" / "ant").iterdir()):
+        image.save(path, exif=exif)
+    for apply_exif, expected in ((False, 250), (True, 0)):
+        source = open_source(
+            str(root), image_size=2, central_crop=1.0, apply_exif=apply_exif
+        )
+        corner = source.load("train", quiet).images[0, 0, 0]
+        assert np.abs(corner.astype(int) - expected).max() < 9
+        encoded = (root / "train" / "ant" / "00.jpg").read_bytes()
+        assert abs(int(source.decode(encoded)[0, 0, 0]) - expected) < 9
+    with pytest.raises(ValueError, match=r"20 x 30 pixels.*--data\.max-pixels 500"):
+        open_source(str(root), image_size=2, max_pixels=500).load("test", quiet)
+
+
+class TestWithoutSplits:
+    @pytest.fixture
+    def flat(self, root):
+        return root / "train"
+
+    def test_a_share_of_each_class_is_the_test_set(self, flat):
+        source = open_source(str(flat), image_size=8, validation_share=0.25)
+        assert source.class_names == image_folder.CLASSES
+        assert source.sizes == {"train": 18, "test": 6}
+        found = {s: source.splits[s].files for s in ("train", "test")}
+        assert found["test"] == tuple(
+            f"{name}/{number:02}.jpg"
+            for name in image_folder.CLASSES
+            for number in (3, 7)
+        )
+        whole = {f"{path.parent.name}/{path.name}" for path in flat.glob("*/*")}
+        assert set(found["train"]) | set(found["test"]) == whole
+        assert not set(found["train"]) & set(found["test"])
+        again = open_source(str(flat), image_size=8, validation_share=0.25)
+        assert again.splits["test"].files == found["test"]
+        images, labels = source.load("test", quiet)
+        assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+        for image, label, number in zip(images, labels, [3, 7] * 3, strict=True):
+            expected = image_folder.color("train", label, number)
+            assert np.abs(image.astype(int) - expected).max() <= 3
+
+    def test_a_class_too_small_for_both_is_named(self, flat, capsys):
+        for path in sorted((flat / "bee").iterdir())[1:]:
+            path.unlink()
+        open_source(str(flat), image_size=8, validation_share=0.5)
+        assert capsys.readouterr().err == (
+            f"note: the test split of {flat} has no example of 1 of 3 classes: bee\n"
+        )
+
+    def test_the_error_names_the_flag(self, flat, root):
+        with pytest.raises(ValueError, match=r"ant, bee, cat\..*validation-share 0\.2"):
+            open_source(str(flat), image_size=8)
+        with pytest.raises(
+            SettingError, match=r"share 0.2: .*already, into train, val"
+        ):
+            open_source(str(root), image_size=8, validation_share=0.2)
+
+
+class TestDataThatCannotTeach:
+    def test_one_class(self, root, tmp_path):
+        for split in ("train", "val"):
+            for name in ("bee", "cat"):
+                shutil.rmtree(root / split / name)
+        with pytest.raises(DataError, match=r"all 8 training examples of .*one class"):
+            open_source(str(root), image_size=8)
+        with pytest.raises(DataError, match="of one class"):
+            open_source("synthetic:8x8:1:20").load("train", quiet)
+
+    def test_labels_that_are_all_alike(self, tmp_path, capsys, monkeypatch):
+        images, labels = prepared_set.arrays("train")
+        monkeypatch.setattr(
+            prepared_set, "arrays", lambda split: (images, np.full_like(labels, 1))
+        )
+        prepared_set.write(tmp_path)
+        source = open_source("tiny", tmp_path)
+        with pytest.raises(
+            DataError, match=r"all 40 training examples of tiny/1\.2\.0"
+        ):
+            source.load("train", quiet)
+        source.load("test", quiet)
+        assert capsys.readouterr().err == (
+            "note: the test split of tiny/1.2.0 has no example of 2 of 3 classes: "
+            "0, 2\n"
+        )
+
+
+class TestWhereASetIs:
+    def test_a_relative_name_is_made_absolute(self, root, monkeypatch):
+        monkeypatch.chdir(root.parent)
+        data = absolute_name(DataConfig(name="./flowers", image_size=8))
+        assert data == DataConfig(name=str(root), image_size=8)
+        monkeypatch.chdir("/")
+        assert open_data(data).sizes == {"train": 24, "test": 9}
+        monkeypatch.setenv("HOME", str(root.parent))
+        assert absolute_name(DataConfig(name="~/flowers")).name == str(root)
+        assert absolute_name(DataConfig(name="mnist")).name == "mnist"
+
+    @pytest.mark.parametrize("place", ["new", "new/flowers", "other", "new/data/.."])
+    def test_a_folder_that_moved(self, root, tmp_path, place):
+        name = str(root)
+        root.rename(tmp_path / "moving")
+        there = tmp_path / place
+        if place != "other":
+            there = tmp_path / "new" / "flowers"
+        there.parent.mkdir(exist_ok=True)
+        (tmp_path / "moving").rename(there)
+        (tmp_path / "new" / "data").mkdir(parents=True, exist_ok=True)
+        source = open_source(name, tmp_path / place, image_size=8)
+        assert source.sizes == {"train": 24, "test": 9}
+        assert Path(source.name).samefile(there)
+
+    def test_the_named_folder_where_the_other_holds_no_such(self, root, tmp_path):
+        (tmp_path / "tfds" / "mnist").mkdir(parents=True)
+        assert open_source(str(root), tmp_path / "tfds", image_size=8).name == str(root)
+
+    @pytest.mark.parametrize("below", [".", "tiny", "tiny/1.2.0"])
+    def test_a_prepared_set_that_moved(self, tmp_path, below):
+        prepared_set.write(tmp_path / "new")
+        for name in ("tiny", "/old/tiny/1.2.0"):
+            assert open_source(name, tmp_path / "new" / below).name == "tiny/1.2.0"
+
+    def test_a_folder_named_without_its_dot(self, root, monkeypatch):
+        monkeypatch.chdir(root.parent)
+        with pytest.raises(
+            ValueError, match=r"'flowers' is not prepared.*'\./flowers'"
+        ):
+            open_source("flowers")
+
+
 class TestRefusals:
     def test_not_prepared_is_found_out_at_once(self, tmp_path, no_network):
         started = time.monotonic()
@@ -199,3 +458,133 @@ class TestRefusals:
             records.write_bytes(records.read_bytes()[:700])
         with pytest.raises(ValueError, match="could not be read"):
             source.load("train", quiet)
+
+    def test_many_sizes_need_one(self, root):
+        with pytest.raises(
+            ValueError, match=r"many sizes: say with --data\.image-size"
+        ):
+            open_source(str(root))
+
+    def test_a_missing_folder(self, tmp_path):
+        with pytest.raises(ValueError, match=r"gone cannot be read: No such file"):
+            open_source(str(tmp_path / "gone"), image_size=8)
+
+    def test_no_split_to_test_on(self, root):
+        (root / "val").rename(root / "other")
+        with pytest.raises(ValueError, match=r"folders other, train\. Expected train/"):
+            open_source(str(root), image_size=8)
+
+    def test_an_empty_class_folder(self, root):
+        for path in (root / "train" / "bee").iterdir():
+            path.unlink()
+        with pytest.raises(ValueError, match=r"train/bee holds no image"):
+            open_source(str(root), image_size=8)
+
+    def test_no_class_folder(self, root):
+        (root / "empty" / "train").mkdir(parents=True)
+        (root / "empty" / "val").mkdir()
+        with pytest.raises(ValueError, match="holds no class folder"):
+            open_source(str(root / "empty"), image_size=8)
+
+    def test_classes_that_differ(self, root):
+        (root / "val" / "bee").rename(root / "val" / "bees")
+        with pytest.raises(ValueError, match="different classes: bee, bees"):
+            open_source(str(root), image_size=8)
+
+    def test_an_unreadable_folder(self, root, monkeypatch):
+        scandir = os.scandir
+
+        def refuse(path):
+            if str(path).endswith("cat"):
+                raise PermissionError(13, "Permission denied")
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        with pytest.raises(ValueError, match=r"train/cat cannot be read: Permission"):
+            open_source(str(root), image_size=8)
+
+    @pytest.mark.parametrize("content", [b"", b"no image", None])
+    def test_a_damaged_image_is_named(self, root, content):
+        path = root / "train" / "bee" / "03.jpg"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2] if content is None else content)
+        with pytest.raises(
+            ValueError, match=r"1 of 24 images.*0\.1%.*train/bee/03\.jpg"
+        ):
+            open_source(str(root), image_size=8).load("train", quiet)
+
+
+ARRAYS = Arrays(np.arange(24, dtype=np.uint8).reshape(4, 3, 2), np.arange(4))
+
+
+class Maker:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self):
+        self.calls += 1
+        return ARRAYS
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    monkeypatch.setenv("BNJAX_CACHE_DIR", str(tmp_path / "cache"))
+    return Maker()
+
+
+def check_same(arrays):
+    for found, expected in zip(arrays, ARRAYS, strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_made_once(make):
+    check_same(cached("a", make))
+    check_same(cached("a", make))
+    assert make.calls == 1
+    check_same(cached("b", make))
+    assert make.calls == 2
+
+
+def test_nothing_is_left_beside_the_entry(make):
+    cached("a", make)
+    assert [path.name for path in cache_dir().iterdir()] == ["a.npz"]
+
+
+@pytest.mark.parametrize("place", range(0, 560, 17))
+def test_a_flipped_byte_is_noticed_or_harmless(make, place):
+    cached("a", make)
+    path = cache_dir() / "a.npz"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0xFF
+    path.write_bytes(content)
+    check_same(cached("a", make))
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, 400])
+def test_a_truncated_entry_is_made_again(make, keep, capsys):
+    cached("a", make)
+    path = cache_dir() / "a.npz"
+    path.write_bytes(path.read_bytes()[:keep])
+    check_same(cached("a", make))
+    assert make.calls == 2
+    assert "damaged and is made again" in capsys.readouterr().err
+    check_same(cached("a", make))
+    assert make.calls == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_a_note(make, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    check_same(cached("a", make))
+    assert "could not be written" in capsys.readouterr().err
+
+
+def test_where_it_is(monkeypatch):
+    monkeypatch.setenv("BNJAX_CACHE_DIR", "/one")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/two")
+    assert cache_dir() == Path("/one")
+    monkeypatch.delenv("BNJAX_CACHE_DIR")
+    assert cache_dir() == Path("/two/bnjax")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/three")
+    assert cache_dir() == Path("/three/.cache/bnjax")

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from bnjax.data.pipeline import CropBlocks, SplitBlocks, cut, make_to_inputs
+from bnjax.data.blocks import CropBlocks, SplitBlocks, cut
+from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import open_source
 from bnjax.training.evaluation import Evaluator, Predictor, evaluate_crops
 from bnjax.training.sharding import Spmd

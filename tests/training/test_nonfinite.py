@@ -195,7 +195,7 @@ def poisoned(monkeypatch):
             return made | {"image": jnp.where(bad, jnp.nan, made["image"])}
 
         feed.batch = batch
-        poisoned.rows = feed._order.rows
+        poisoned.rows = feed.chunk
         return feed
 
     def poisoned():

@@ -1,0 +1,287 @@
+"""The test set in blocks of a bounded size, and the crops of its images."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from bnjax.data.config import DataConfig, SettingError
+from bnjax.data.images import resized
+from bnjax.data.pipeline import read_ahead
+from bnjax.data.records import Arrays, Damage, check_label, check_shape
+from bnjax.data.sources import Report, Source
+
+BLOCK_BYTES = 2**26
+CROPS = (1, 10, 144)
+# The shorter side that an image is scaled to, for a network of 224 pixels.
+_SIDES = {10: (256,), 144: (256, 288, 320, 352)}
+S = TypeVar("S")
+
+
+def padded_rows(examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices that meet every example once, and a mask, False where padded.
+
+    Example:
+        >>> rows, mask = padded_rows(5, 3)
+        >>> rows.tolist(), mask.tolist()
+        ([[0, 1, 2], [3, 4, 0]], [[True, True, True], [True, True, False]])
+    """
+    batches = -(-examples // batch_size)
+    places = np.arange(batches * batch_size, dtype=np.int32).reshape(batches, -1)
+    mask = places < examples
+    return np.where(mask, places, 0), mask
+
+
+class Block(NamedTuple):
+    """Some examples, and which of them count: not damaged, not there to fill up."""
+
+    arrays: Arrays
+    kept: np.ndarray
+
+
+class CropBlock(NamedTuple):
+    """The crops of some examples."""
+
+    images: np.ndarray
+    """uint8, shape (images, ...); the crops of one example follow each other."""
+    places: np.ndarray
+    """Which example of the block each is of, shape (images,)."""
+    counts: np.ndarray
+    """How many equal crops each stands for, shape (images,)."""
+    labels: np.ndarray
+    """Of the examples, shape (examples,)."""
+    kept: np.ndarray
+    """Which examples there are: not damaged, not there to fill up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitBlocks:
+    """The test set in blocks of one size, decoded anew each time they are gone through.
+
+    Args:
+        source: the data set.
+        size: examples in a block; the last is filled up.
+
+    Example:
+        >>> from bnjax.data.sources import open_source
+        >>> blocks = SplitBlocks(open_source("digits"), size=100)
+        >>> [int(block.kept.sum()) for block in blocks]
+        [100, 100, 100, 55]
+    """
+
+    source: Source
+    size: int
+
+    def __len__(self) -> int:
+        return math.ceil(self.source.sizes["test"] / self.size)
+
+    def __iter__(self) -> Iterator[Block]:
+        def make(images: list, labels: np.ndarray, kept: np.ndarray) -> Block:
+            filled = np.zeros((self.size, *self.source.image_shape), np.uint8)
+            for place, image, where in images:
+                filled[place] = self.source.fit(image, where)
+            return Block(Arrays(filled, labels), kept)
+
+        return self.read(make)
+
+    def read(self, make: Callable[[list, np.ndarray, np.ndarray], S]) -> Iterator[S]:
+        """Yield what is made of each block, reading ahead; name damaged images.
+
+        Args:
+            make: is given (place in the block, image as it is stored, name) of each
+                sound example; all labels; and a mask of the sound examples.
+
+        Raises:
+            DataError: too many images are damaged, or one cannot be used.
+        """
+        import grain
+
+        records = self.source.splits["test"]
+        damage = Damage(records)
+
+        def read_block(rows: np.ndarray) -> tuple[S, dict[int, str]]:
+            images, problems = [], {}
+            labels, kept = np.zeros(self.size, np.int32), np.zeros(self.size, bool)
+            for place, example in enumerate(records.read(rows.tolist())):
+                row = int(rows[place])
+                if example.image is None:
+                    problems[row] = example.problem
+                    continue
+                check_label(example.label, self.source.classes, records.where(row))
+                images.append((place, example.image, records.where(row)))
+                labels[place], kept[place] = example.label, True
+            return make(images, labels, kept), problems
+
+        rows = grain.MapDataset.range(len(records)).batch(self.size)
+        for block, problems in read_ahead(rows.map(read_block)):
+            damage.add(problems)
+            yield block
+
+
+def load_test(data: DataConfig, source: Source, report: Report) -> Arrays | SplitBlocks:
+    """Return the test set: in memory up to `data.resident_bytes`, else in blocks."""
+    size = math.prod(source.image_shape)
+    if source.sizes["test"] * size <= data.resident_bytes:
+        return source.load("test", report)
+    return SplitBlocks(source, max(1, min(BLOCK_BYTES, data.resident_bytes) // size))
+
+
+def scaled_sizes(
+    height: int, width: int, size: int, crops: int
+) -> list[tuple[int, int]]:
+    """Return the heights and widths that an image is scaled to, before crops are cut.
+
+    The shorter side becomes 256 for 10 crops, and 256, 288, 320 and 352 for 144, where
+    the network is given 224 pixels; for another `size`, in proportion and rounded.
+
+    Example:
+        >>> scaled_sizes(500, 400, 224, 144)
+        [(320, 256), (360, 288), (400, 320), (440, 352)]
+        >>> scaled_sizes(32, 32, 32, 144)
+        [(37, 37), (41, 41), (46, 46), (50, 50)]
+    """
+    sides = [round(side * size / 224) for side in _SIDES[crops]]
+    shorter = min(height, width)
+    return [
+        (round(height * side / shorter), round(width * side / shorter))
+        for side in sides
+    ]
+
+
+def boxes(height: int, width: int, size: int, crops: int) -> np.ndarray:
+    """Return the crops of one image, as places in the image scaled.
+
+    10 crops: of the central square, the four corners and the centre, and each of them
+    mirrored. 144 crops: at each of four scales, the left, the central and the right
+    square (of an upright image the top, the central and the bottom one); of each
+    square, the four corners, the centre and all of it, made smaller; and each of them
+    mirrored. The three squares of a square image are one and the same: its crops are
+    there three times.
+
+    Args:
+        height: of the stored image.
+        width: of the stored image.
+        size: height and width that the network is given.
+        crops: 10 or 144.
+
+    Returns:
+        int32, shape (crops, 6): the scale's number in `scaled_sizes`, top, left,
+        height and width in pixels of that scale, and 1 for a crop to be mirrored.
+
+    Example:
+        >>> boxes(300, 200, 224, 10)[:3].tolist()
+        [[0, 64, 0, 224, 224, 0], [0, 64, 0, 224, 224, 1], [0, 64, 32, 224, 224, 0]]
+
+    References:
+        Szegedy et al. 2015 (GoogLeNet), section 7, for the 144; Krizhevsky et al. 2012,
+        section 4.1, for the 10.
+    """
+    found = []
+    for scale, (tall, wide) in enumerate(scaled_sizes(height, width, size, crops)):
+        side = min(tall, wide)
+        free_y, free_x, free = tall - side, wide - side, side - size
+        squares = [(free_y // 2, free_x // 2)]
+        parts = [(y, x, size) for y in (0, free) for x in (0, free)]
+        parts.append((free // 2, free // 2, size))
+        if crops == 144:
+            squares = [(0, 0), *squares, (free_y, free_x)]
+            parts.append((0, 0, side))
+        found += [
+            (scale, top + y, left + x, length, length, mirrored)
+            for top, left in squares
+            for y, x, length in parts
+            for mirrored in (0, 1)
+        ]
+    return np.array(found, np.int32)
+
+
+def cut(image: np.ndarray, size: int, crops: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the different crops of one image, and how many equal ones each stands for.
+
+    Example:
+        >>> images, counts = cut(np.zeros((40, 40, 3), np.uint8), size=32, crops=144)
+        >>> images.shape, counts.tolist() == [3] * 48
+        ((48, 32, 32, 3), True)
+    """
+    height, width = image.shape[:2]
+    sizes = scaled_sizes(height, width, size, crops)
+    scaled = [resized(image, *each) for each in sizes]
+    different, counts = np.unique(
+        boxes(height, width, size, crops), axis=0, return_counts=True
+    )
+    images = np.empty((len(different), size, size, *image.shape[2:]), np.uint8)
+    for place, (scale, y, x, tall, wide, mirrored) in enumerate(different.tolist()):
+        part = scaled[scale][y : y + tall, x : x + wide]
+        if tall != size:
+            part = resized(part, size, size)
+        images[place] = part[:, ::-1] if mirrored else part
+    return images, counts
+
+
+@dataclasses.dataclass(frozen=True)
+class CropBlocks:
+    """The crops of the test set in blocks, cut anew each time they are gone through.
+
+    Args:
+        split: the test set; the crops of one of its blocks are in memory together.
+        crops: of each image: 1, as the run itself evaluates, 10 or 144.
+
+    Example:
+        >>> from bnjax.data.sources import open_source
+        >>> source = open_source("synthetic:16x16x3:5:30")
+        >>> blocks = CropBlocks(SplitBlocks(source, size=20), crops=10)
+        >>> [block.images.shape for block in blocks]
+        [(200, 16, 16, 3), (100, 16, 16, 3)]
+    """
+
+    split: SplitBlocks
+    crops: int
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __iter__(self) -> Iterator[CropBlock]:
+        source = self.split.source
+
+        def crops_of(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+            if self.crops == 1:
+                return source.fit(image, where)[None], np.ones(1, np.int64)
+            if source.resize is None:
+                check_shape(image, source.image_shape, where)
+            found, counts = cut(image, source.image_shape[0], self.crops)
+            # A cubic goes beyond the values it is given.
+            return np.minimum(found, np.uint8(source.max_value)), counts
+
+        def make(images: list, labels: np.ndarray, kept: np.ndarray) -> CropBlock:
+            # First nothing: all of a block may be damaged.
+            crops = [np.zeros((0, *source.image_shape), np.uint8)]
+            places, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+            for place, image, where in images:
+                found, times = crops_of(image, where)
+                crops.append(found)
+                places.append(np.full(len(times), place))
+                counts.append(times)
+            crops, places, counts = map(np.concatenate, (crops, places, counts))
+            return CropBlock(crops, places, counts, labels, kept)
+
+        return self.split.read(make)
+
+
+def crop_blocks(source: Source, crops: int) -> CropBlocks:
+    """Return the crops of a test set, in blocks of a bounded size.
+
+    Raises:
+        SettingError: `crops` is none of `CROPS`, or the network is not given squares.
+    """
+    if crops not in CROPS:
+        raise SettingError(f"--crops {crops}: expected 1, 10 or 144.")
+    height, width = source.image_shape[:2]
+    if crops > 1 and height != width:
+        raise SettingError(
+            f"--crops {crops}: the crops are squares, and the network takes images of "
+            f"{height}x{width}. Give --crops 1."
+        )
+    size = crops * math.prod(source.image_shape)
+    return CropBlocks(SplitBlocks(source, max(1, BLOCK_BYTES // size)), crops)

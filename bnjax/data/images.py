@@ -1,0 +1,363 @@
+"""One image: read, decoded, resized, and changed at random.
+
+What is random draws from the generator, or the key, that it is given and from nothing
+else.
+"""
+
+import dataclasses
+import io
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bnjax.data.config import AugmentConfig, DataError
+
+ATTEMPTS = 10
+# The rows are grey (ITU-R BT.601) and two axes of colour; turning these turns the hue.
+_YIQ = np.array(
+    [(0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)]
+)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+_JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+class ImageError(DataError):
+    """An image that cannot be had; the message is a predicate, "is truncated"."""
+
+
+def decode_image(
+    encoded: bytes, channels: int, *, max_pixels: int = 2**27, apply_exif: bool = False
+) -> np.ndarray:
+    """Decode a JPEG, PNG, BMP, GIF, TIFF or WebP, whatever its file is called.
+
+    Bytes after the end of an image are ignored: phones append films.
+
+    Args:
+        encoded: the file's content.
+        channels: 1 for grey, 3 for RGB.
+        max_pixels: height times width of the largest image that is decoded.
+        apply_exif: turn the image upright, as its EXIF orientation says.
+
+    Returns:
+        uint8 of shape (height, width, channels).
+
+    Raises:
+        ImageError: it is truncated, too large, or no image.
+
+    Example:
+        >>> decode_image(bytes([0xFF, 0xD8, 0xFF, 0xE0]), channels=3)
+        Traceback (most recent call last):
+        bnjax.data.images.ImageError: is truncated
+    """
+    import cv2
+
+    height, width = _image_size(encoded)
+    if height * width > max_pixels:
+        raise ImageError(
+            f"has {height:,} x {width:,} pixels, more than --data.max-pixels "
+            f"{max_pixels}, and is not decoded"
+        )
+    kind = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+    if not apply_exif:
+        kind |= cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), kind)
+    except cv2.error as error:
+        raise ImageError("cannot be decoded") from error
+    if image is None:
+        raise ImageError("cannot be decoded")
+    return image.reshape(*image.shape[:2], channels)
+
+
+def _image_size(encoded: bytes) -> tuple[int, int]:
+    """Return height and width from the header, having looked for the image's end.
+
+    A decoder may fill a truncated JPEG or PNG up with grey; those of the other formats
+    refuse a truncated file. Looking at the markers takes a fraction of decoding.
+    """
+    if encoded.startswith(b"\xff\xd8"):
+        return _jpeg_size(encoded)
+    if encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _png_size(encoded)
+    from PIL import Image
+
+    try:
+        # Formats of Pillow's that OpenCV does not read are none of ours.
+        formats = ("BMP", "GIF", "TIFF", "WEBP")
+        with Image.open(io.BytesIO(encoded), formats=formats) as image:
+            return image.height, image.width
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            "has more pixels than Pillow opens, whatever --data.max-pixels is"
+        ) from error
+    except Exception as error:
+        raise ImageError("cannot be decoded") from error
+
+
+def _jpeg_size(encoded: bytes) -> tuple[int, int]:
+    """Follow the markers to the end of the image; thumbnails lie inside segments."""
+    size, place = None, 2
+    while found := _JPEG_MARKER.search(encoded, place):
+        place = found.end()
+        marker = encoded[place - 1]
+        if marker == 0xD9 and size:
+            return size
+        if marker in (0x01, 0xD8, 0xD9):
+            continue
+        if marker in _JPEG_FRAMES and not size:
+            height, width = encoded[place + 3 : place + 5], encoded[place + 5 :][:2]
+            size = int.from_bytes(height), int.from_bytes(width)
+        place += int.from_bytes(encoded[place : place + 2])
+    raise ImageError("is truncated")
+
+
+def _png_size(encoded: bytes) -> tuple[int, int]:
+    place = 8
+    while place + 8 <= len(encoded):
+        if encoded[place + 4 : place + 8] == b"IEND":
+            return int.from_bytes(encoded[20:24]), int.from_bytes(encoded[16:20])
+        place += 12 + int.from_bytes(encoded[place : place + 4])
+    raise ImageError("is truncated")
+
+
+def read_file(path: Path, max_bytes: int = 2**30) -> bytes:
+    """Return the content of a regular file, or of what a link to one names.
+
+    A named pipe would keep the reader waiting, and a device may have no end.
+
+    Raises:
+        ImageError: it is not there, is no regular file, is too large, or may not be
+            read.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("is no regular file")
+        if status.st_size > max_bytes:
+            raise ImageError(f"has {status.st_size:,} bytes, more than {max_bytes:,}")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot be read ({error.strerror or error})") from error
+
+
+def printable(path: Path | str) -> str:
+    r"""Return a path as text that any stream takes, whatever its bytes are.
+
+    Example:
+        >>> printable("caf\udce9.jpg")
+        'caf\\xe9.jpg'
+    """
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return an image as evaluations resize: to smaller by areas, to larger by a cubic.
+
+    Example:
+        >>> image = np.array([[10, 20, 90, 70], [10, 40, 30, 10]], np.uint8)
+        >>> resized(image, 1, 2).tolist()
+        [[20, 50]]
+    """
+    import cv2
+
+    kind = cv2.INTER_AREA if height < len(image) else cv2.INTER_CUBIC
+    result = cv2.resize(image, (width, height), interpolation=kind)
+    return result.reshape(height, width, *image.shape[2:])
+
+
+@dataclasses.dataclass(frozen=True)
+class CentralCrop:
+    """The middle of an image, as evaluations see it.
+
+    Args:
+        size: height and width of the result.
+        share: of the shorter side that is kept; 0.875 is 224 of 256.
+    """
+
+    size: int
+    share: float = 0.875
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Return uint8 of shape (size, size, channels)."""
+        height, width = image.shape[:2]
+        side = max(1, round(self.share * min(height, width)))
+        top, left = (height - side) // 2, (width - side) // 2
+        part = image[top : top + side, left : left + side]
+        return resized(part, self.size, self.size)
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def random_area_box(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """Return a random part of an image: its area's share, its aspect ratio, its place.
+
+    The share is uniform in `area`, the logarithm of width over height in `aspect`, and
+    so is the place. A draw that does not fit is drawn again; after `ATTEMPTS`, the
+    largest central part with an aspect ratio in range is taken.
+
+    References:
+        Szegedy et al. 2015 (GoogLeNet), section 6.
+    """
+    for _ in range(ATTEMPTS):
+        target = rng.uniform(*area) * height * width
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        box_height = max(1, round(math.sqrt(target / ratio)))
+        box_width = max(1, round(math.sqrt(target * ratio)))
+        if box_height <= height and box_width <= width:
+            top = int(rng.integers(height - box_height + 1))
+            left = int(rng.integers(width - box_width + 1))
+            return Box(top, left, box_height, box_width)
+    ratio = min(max(width / height, aspect[0]), aspect[1])
+    box_height = max(1, min(height, round(width / ratio)))
+    box_width = max(1, min(width, round(height * ratio)))
+    top, left = (height - box_height) // 2, (width - box_width) // 2
+    return Box(top, left, box_height, box_width)
+
+
+def color_transform(
+    mean: np.ndarray,
+    *,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    order: tuple[int, ...] = (0, 1, 2, 3),
+) -> np.ndarray:
+    r"""Return four distortions of colour as one affine map, shape (3, 4).
+
+    .. math:: x \mapsto x + b, \quad x \mapsto \bar x + c (x - \bar x), \quad
+              x \mapsto g(x) + s (x - g(x)), \quad x \mapsto R_h x
+
+    with :math:`\bar x` the image's mean colour at that point, g its grey, and
+    :math:`R_h` a rotation by h turns about the grey axis. Nothing is cut off between
+    them. The last column is the offset.
+
+    Args:
+        mean: the image's mean colour, shape (3,).
+        brightness: b, in the image's units.
+        contrast: c; 1 changes nothing.
+        saturation: s; 1 changes nothing, 0 gives greys.
+        hue: h; 0 changes nothing.
+        order: of brightness (0), contrast (1), saturation (2), hue (3).
+    """
+    cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
+    turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    same = np.eye(3)
+    parts = (
+        same,
+        contrast * same,
+        saturation * same + (1 - saturation) * np.tile(_YIQ[0], (3, 1)),
+        np.linalg.inv(_YIQ) @ turn @ _YIQ,
+    )
+    matrix, offset = same, np.zeros(3)
+    for which in order:
+        shift = np.zeros(3)
+        if which == 0:
+            shift += brightness
+        elif which == 1:
+            shift += (1 - contrast) * (matrix @ mean + offset)
+        matrix, offset = parts[which] @ matrix, parts[which] @ offset + shift
+    return np.column_stack([matrix, offset])
+
+
+def distort_colors(
+    image: np.ndarray, rng: np.random.Generator, strength: float = 1.0
+) -> np.ndarray:
+    """Return an image whose brightness, contrast, saturation and hue are changed.
+
+    The paper distorts less than GoogLeNet did, whose ranges (after Howard 2013) are
+    unpublished. Those here are a common stand-in: at strength 1, brightness within
+    32 of 255, contrast and saturation from 0.5 to 1.5, hue within 0.2 of a turn; all
+    are narrowed in proportion to `strength`. The order is random.
+    """
+    import cv2
+
+    if strength == 0:
+        return image
+    matrix = color_transform(
+        np.array(cv2.mean(image)[:3]),
+        brightness=strength * rng.uniform(-32, 32),
+        contrast=1 + strength * rng.uniform(-0.5, 0.5),
+        saturation=1 + strength * rng.uniform(-0.5, 0.5),
+        hue=strength * rng.uniform(-0.2, 0.2),
+        order=tuple(rng.permutation(4)),
+    )
+    return cv2.transform(image, matrix)
+
+
+def random_resized_crop(
+    image: np.ndarray, rng: np.random.Generator, size: int, augment: AugmentConfig
+) -> np.ndarray:
+    """Return a random part, resized by a random interpolation, mirrored, recoloured.
+
+    Returns:
+        uint8 of shape (size, size, channels).
+    """
+    import cv2
+
+    height, width = image.shape[:2]
+    box = random_area_box(rng, height, width, augment.area, augment.aspect)
+    part = image[box.top : box.top + box.height, box.left : box.left + box.width]
+    kinds = (cv2.INTER_NEAREST, cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA)
+    kind = kinds[rng.integers(len(kinds))]
+    result = cv2.resize(part, (size, size), interpolation=kind)
+    if augment.flip and rng.integers(2):
+        result = cv2.flip(result, 1)
+    if image.shape[2:] == (3,):
+        result = distort_colors(result, rng, augment.strength)
+    return result.reshape(size, size, *image.shape[2:])
+
+
+def shift_and_mirror(
+    images: jax.Array, keys: jax.Array, *, padding: int = 4, flip: bool = True
+) -> jax.Array:
+    """Pad each image with zeros, cut the old size out at a random place, mirror half.
+
+    Args:
+        images: shape (batch, height, width) or (batch, height, width, channels).
+        keys: one random key an image, shape (batch,).
+        padding: pixels on each side; an image moves by at most as many.
+        flip: mirror every other image, at random.
+
+    Example:
+        >>> keys = jax.random.split(jax.random.key(0), 2)
+        >>> images = jnp.ones((2, 8, 8, 3), jnp.uint8)
+        >>> shift_and_mirror(images, keys, padding=0).tolist() == images.tolist()
+        True
+
+    References:
+        He et al. 2016 (ResNet), section 4.2, for CIFAR-10.
+    """
+
+    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+        place, mirror = jax.random.split(key)
+        around = [(padding, padding)] * 2 + [(0, 0)] * (image.ndim - 2)
+        start = jax.random.randint(place, (2,), 0, 2 * padding + 1)
+        rest = [jnp.zeros((), start.dtype)] * (image.ndim - 2)
+        cut = jax.lax.dynamic_slice(
+            jnp.pad(image, around), [*start, *rest], image.shape
+        )
+        return jnp.where(flip & jax.random.bernoulli(mirror), cut[:, ::-1], cut)
+
+    return jax.vmap(one)(images, keys)

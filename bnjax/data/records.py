@@ -1,0 +1,324 @@
+"""The examples of one split: in memory, in tfds files, or in a folder of images."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from bnjax._validate import first_line
+from bnjax.data.config import DataError
+from bnjax.data.images import ImageError, printable, read_file
+
+Decode = functools.partial[np.ndarray]
+# More damaged images than this share of a set are an error.
+DAMAGED_SHARE = 1e-3
+
+
+class Arrays(NamedTuple):
+    """Examples of one split.
+
+    Args:
+        images: shape (examples, ...), as the source stores them (uint8).
+        labels: shape (examples,), int32.
+    """
+
+    images: jax.Array | np.ndarray
+    labels: jax.Array | np.ndarray
+
+
+class Example(NamedTuple):
+    """One example; an image that cannot be had is None, and `problem` says why."""
+
+    image: np.ndarray | None
+    label: int
+    problem: str = "cannot be decoded"
+
+
+class Records(Protocol):
+    """The examples of one split, by row."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Sequence[int]) -> list[Example]:
+        """Read and decode some rows."""
+        ...
+
+    def where(self, row: int) -> str:
+        """Return which file, or which record, a row is, for messages."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecords:
+    """Rows of arrays in memory."""
+
+    name: str
+    arrays: Arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays.labels)
+
+    def read(self, rows: Sequence[int]) -> list[Example]:
+        """Return some rows."""
+        images, labels = (np.asarray(array) for array in self.arrays)
+        return [Example(images[row], int(labels[row])) for row in rows]
+
+    def where(self, row: int) -> str:
+        """Return the row's name."""
+        return f"example {row} of {self.name}"
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedRecords:
+    """The examples of one split, read by tfds.
+
+    Args:
+        name: of the set, with its version.
+        folder: where its files are.
+        split: of the set.
+        size: how many examples there are.
+        decode: makes an image of what is stored.
+    """
+
+    name: str
+    folder: Path
+    split: str
+    size: int
+    decode: Decode
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, rows: Sequence[int]) -> list[Example]:
+        """Read and decode some examples.
+
+        Raises:
+            DataError: the files are damaged or missing.
+        """
+        try:
+            found = self._source.__getitems__(list(rows))
+            return [
+                _example(self.decode, each["image"], each["label"]) for each in found
+            ]
+        except Exception as error:
+            raise DataError(
+                f"data set {self.name!r} in {self.folder} could not be read: "
+                f"{first_line(error)}. Its files are damaged or missing: delete "
+                f"the folder and prepare it again. {how_to_prepare(self.name)}"
+            ) from error
+
+    def where(self, row: int) -> str:
+        """Return the record's name."""
+        return f"record {row} of {self.split} of {self.name} in {self.folder}"
+
+    def cache_key(self) -> str:
+        """Return a name that changes with the files and how they are decoded."""
+        lines = [repr(self.decode.keywords).encode()]
+        for path in sorted(self.folder.iterdir()):
+            lines.append(_file_line(path))
+            if path.suffix == ".json":
+                lines.append(path.read_bytes())
+        return f"{self.name.replace('/', '-')}-{self.split}-{_digest(lines)}"
+
+    @functools.cached_property
+    def _source(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self.folder)
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        source: Any = builder.as_data_source
+        return source(split=self.split, decoders=decoders)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave open files out."""
+        return {n: value for n, value in vars(self).items() if n != "_source"}
+
+
+def how_to_prepare(name: str, root: Path | None = None) -> str:
+    """Return the commands that prepare a tfds set."""
+    base = re.sub(r":.*|/\d+\.\d+\.\d+$", "", name)
+    where = f", data_dir={str(root)!r}" if root else ""
+    return (
+        "To prepare it, once, with a network:\n"
+        "  pip install 'bnjax[prepare]'  (in a clone: pip install '.[prepare]')\n"
+        '  python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder({base!r}, file_format='array_record'{where})"
+        '.download_and_prepare()"'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderRecords:
+    """The images of one split.
+
+    Args:
+        name: of the set.
+        split: of it.
+        folder: where the files are.
+        files: relative to it, one an example.
+        labels: one an example.
+        decode: makes an image of a file's content.
+    """
+
+    name: str
+    split: str
+    folder: Path
+    files: tuple[str, ...]
+    labels: tuple[int, ...]
+    decode: Decode
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, rows: Sequence[int]) -> list[Example]:
+        """Read and decode some files."""
+        found = []
+        for row in rows:
+            try:
+                encoded = read_file(self.folder / self.files[row])
+            except ImageError as error:
+                found.append(Example(None, self.labels[row], str(error)))
+            else:
+                found.append(_example(self.decode, encoded, self.labels[row]))
+        return found
+
+    def where(self, row: int) -> str:
+        """Return the file's name."""
+        return printable(self.folder / self.files[row])
+
+    def cache_key(self) -> str:
+        """Return a name that changes with the files and how they are decoded."""
+        lines = [repr(self.decode.keywords).encode()]
+        for file, label in zip(self.files, self.labels, strict=True):
+            lines.append(os.fsencode(f"{file} {label} "))
+            lines.append(_file_line(self.folder / file))
+        return f"{self.name}-{self.split}-{_digest(lines)}"
+
+
+def _digest(lines: Sequence[bytes]) -> str:
+    return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
+
+
+def _file_line(path: Path) -> bytes:
+    try:
+        status = path.stat()
+    except OSError as error:
+        return os.fsencode(f"{path.name} {error.errno}\n")
+    return os.fsencode(f"{path.name} {status.st_size} {status.st_mtime_ns}\n")
+
+
+def _example(decode: Decode, encoded: bytes, label: Any) -> Example:
+    try:
+        return Example(decode(encoded), int(label))
+    except ImageError as error:
+        return Example(None, int(label), str(error))
+
+
+# --- What is wrong with a split -----------------------------------------------------
+
+
+class Damage:
+    """The images of a split that could not be had: each named once, and counted.
+
+    Args:
+        records: the split.
+        rows: those that are known already.
+    """
+
+    def __init__(self, records: Records, rows: Sequence[int] = ()) -> None:
+        self.rows = dict.fromkeys(rows, "")
+        self._records = records
+
+    def add(self, problems: Mapping[int, str]) -> None:
+        """Name rows, and what is wrong with each, on standard error.
+
+        Raises:
+            DataError: there are more than `DAMAGED_SHARE` of them by now.
+        """
+        new = {row: problems[row] for row in sorted(problems) if row not in self.rows}
+        self.rows |= new
+        total, where = len(self._records), self._records.where
+        if len(self.rows) > DAMAGED_SHARE * total:
+            first = sorted(self.rows)[:3]
+            whys = (self.rows[row].removeprefix("cannot be decoded") for row in first)
+            named = "; ".join(
+                f"{where(row)}: {why}" if why else where(row)
+                for row, why in zip(first, whys, strict=True)
+            )
+            more = len(self.rows) - len(first)
+            raise DataError(
+                f"{len(self.rows)} of {total:,} images cannot be decoded, more than "
+                f"{DAMAGED_SHARE:.1%}: {named}{f'; and {more} more' if more else ''}. "
+                "Fetch them again, or remove them."
+            )
+        for row, problem in new.items():
+            note(f"{where(row)} {problem} and is left out")
+
+
+def check_label(label: int, classes: int, where: str) -> None:
+    """Refuse a label that no logit stands for.
+
+    Raises:
+        DataError: naming the example.
+    """
+    if not 0 <= label < classes:
+        raise DataError(
+            f"{where} has the label {label}; expected 0 to {classes - 1}. A split "
+            "without labels cannot be trained or tested on: name another with "
+            "--data.test-split, or prepare the set again."
+        )
+
+
+def check_shape(image: np.ndarray, expected: tuple[int, ...], where: str) -> None:
+    """Refuse an image of another size.
+
+    Raises:
+        DataError: naming the image.
+    """
+    if image.shape != expected:
+        raise DataError(
+            f"{where} has the shape {image.shape}; expected {expected}. For images of "
+            "many sizes give --data.image-size."
+        )
+
+
+def check_classes(
+    labels: jax.Array | np.ndarray, class_names: Sequence[str], split: str, where: str
+) -> None:
+    """Refuse a training set of one class; name classes that a split lacks.
+
+    Args:
+        labels: of the split.
+        class_names: one a class.
+        split: "train" or "test".
+        where: the set, for messages.
+
+    Raises:
+        DataError: all training examples are of one class.
+    """
+    counts = np.bincount(np.asarray(labels), minlength=len(class_names))
+    if split == "train" and np.count_nonzero(counts) < 2:
+        raise DataError(
+            f"all {len(labels):,} training examples of {where} are of one class, from "
+            "which nothing can be learned. Give examples of at least two."
+        )
+    missing = [class_names[i] for i in np.flatnonzero(counts == 0).tolist()]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
+        note(
+            f"the {split} split of {where} has no example of {len(missing)} of "
+            f"{len(class_names)} classes: {shown}"
+        )
+
+
+def note(message: str) -> None:
+    """Say on standard error what no one waits for."""
+    print(f"note: {message}", file=sys.stderr)

@@ -21,13 +21,13 @@ from bnjax.cli import run_reporting
 from bnjax.data.sources import open_source
 from bnjax.training.config import BatchNormConfig, Config
 from bnjax.training.loop import Run
-from bnjax.training.presets import mnist
+from bnjax.training.presets import PRESETS
 
 RESULT = ROOT / "benchmarks" / "results" / "mnist_steps_per_second.json"
 
 
 def configurations(seed: int) -> dict[str, Config]:
-    preset = dataclasses.replace(mnist(), seed=seed)
+    preset = dataclasses.replace(PRESETS["mnist"].config, seed=seed)
     flax = BatchNormConfig(implementation="flax", unbiased=False)
     return {
         "bnjax": preset,

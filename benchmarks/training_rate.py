@@ -38,7 +38,7 @@ from bnjax.data.config import SettingError
 from bnjax.data.sources import Source, open_source
 from bnjax.training.config import Config
 from bnjax.training.loop import Run
-from bnjax.training.presets import mnist
+from bnjax.training.presets import PRESETS
 
 RESULT = ROOT / "benchmarks" / "results" / "training_rate.json"
 ASKED = {"flax loop": 1.2, "torch loop": 3.5, "products": None}
@@ -206,7 +206,7 @@ def compare(
         data_dir: Where TensorFlow Datasets are prepared.
     """
     source = open_source("mnist", data_dir)
-    config = dataclasses.replace(mnist(), seed=seed)
+    config = dataclasses.replace(PRESETS["mnist"].config, seed=seed)
     arrays = source.load("train", lambda *_: None)
     images = (np.asarray(arrays.images) > source.max_value / 2).astype(np.float32)
     labels = np.asarray(arrays.labels)

@@ -29,7 +29,7 @@ from bnjax.cli import run_reporting
 from bnjax.data.sources import open_data
 from bnjax.population import recompute_batch_stats
 from bnjax.training.config import Config
-from bnjax.training.presets.small import lenet_mnist
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import build
 from experiments.figures import new_figure, save
 from experiments.runs import once, rounded, visit
@@ -76,7 +76,9 @@ def reproduce(seeds: int = 3, steps: int = 1000, data_dir: Path | None = None) -
         steps: Of training.
         data_dir: Where TensorFlow Datasets are prepared.
     """
-    base = dataclasses.replace(lenet_mnist(), steps=steps, data_dir=data_dir)
+    base = dataclasses.replace(
+        PRESETS["lenet-mnist"].config, steps=steps, data_dir=data_dir
+    )
     runs = [
         once("adabn", dataclasses.replace(base, seed=seed), accuracies)
         for seed in range(seeds)

@@ -27,7 +27,7 @@ from bnjax.cli import run_reporting
 from bnjax.data.config import SettingError
 from bnjax.data.sources import open_data
 from bnjax.training.config import Config
-from bnjax.training.presets import mnist
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import build
 from experiments.figures import COLORS, WITH, WITHOUT, new_figure, plot_median, save
 from experiments.runs import once, rounded, visit
@@ -66,7 +66,7 @@ def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
 
 def settings(name: str, size: int, seed: int, data_dir: Path | None) -> Config:
     """Return a run of as many examples, as long steps and as long a memory."""
-    base, share = mnist(), size / REFERENCE
+    base, share = PRESETS["mnist"].config, size / REFERENCE
     return dataclasses.replace(
         base,
         batch_norm=NETWORKS[name],

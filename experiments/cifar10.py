@@ -54,15 +54,15 @@ COLORS = dict(zip(PAPER, ("C3", "C1", "C0", "C2", "C4", "C7", "C5"), strict=True
 
 def networks() -> dict[str, Config]:
     """Return the networks by the paper's names."""
-    base = PRESETS["cifar10-inception"]()
+    base = PRESETS["cifar10-inception"].config
     short = shortened(base, CHANCE_STEPS)
     sigmoids = dataclasses.replace(base.model, activation="sigmoid")
     return {
         "Inception": base,
-        "BN-Baseline": PRESETS["cifar10-bn-baseline"](),
-        "BN-x5": PRESETS["cifar10-bn-x5"](),
-        "BN-x30": PRESETS["cifar10-bn-x30"](),
-        "BN-x5-Sigmoid": PRESETS["cifar10-bn-x5-sigmoid"](),
+        "BN-Baseline": PRESETS["cifar10-bn-baseline"].config,
+        "BN-x5": PRESETS["cifar10-bn-x5"].config,
+        "BN-x30": PRESETS["cifar10-bn-x30"].config,
+        "BN-x5-Sigmoid": PRESETS["cifar10-bn-x5-sigmoid"].config,
         "Inception, sigmoids": dataclasses.replace(short, model=sigmoids),
         "Inception, 5 times the rate": dataclasses.replace(
             short, learning_rate=5 * base.learning_rate
@@ -72,8 +72,11 @@ def networks() -> dict[str, Config]:
 
 def shortened(config: Config, steps: int) -> Config:
     """Return a shorter run whose learning rate decays as far."""
-    decay_steps = round(config.optim.decay_steps * steps / config.steps)
-    optim = dataclasses.replace(config.optim, decay_steps=decay_steps)
+    options = dict(config.optim.schedule_options)
+    options["transition_steps"] = round(
+        options["transition_steps"] * steps / config.steps
+    )
+    optim = dataclasses.replace(config.optim, schedule_options=options)
     return dataclasses.replace(config, steps=steps, optim=optim)
 
 
@@ -118,7 +121,7 @@ def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
         "in_a_fifth_of_the_steps": {
             name: {
                 "steps": config.steps,
-                "decay_steps": config.optim.decay_steps,
+                "decay_steps": config.optim.schedule_options["transition_steps"],
                 "accuracy": [run["final_test_accuracy"] for run in short_runs[name]],
             }
             for name, config in fifth.items()

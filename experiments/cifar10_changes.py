@@ -49,6 +49,8 @@ def variants() -> dict[str, Config]:
         data = dataclasses.replace(ours.data, image_size=32, augment=augment)
         return dataclasses.replace(ours, data=data)
 
+    decay = ours.optim.schedule_options
+    slower = {**decay, "transition_steps": 6 * decay["transition_steps"]}
     fixed = dataclasses.replace(ours.data, shuffle=base.data.shuffle)
     return {
         REFERENCE: ours,
@@ -57,7 +59,7 @@ def variants() -> dict[str, Config]:
         ),
         "dropout": model(dropout=base.model.dropout),
         "the larger L2 weight": optim(weight_decay=base.optim.weight_decay),
-        "the slower decay": optim(decay_steps=6 * ours.optim.decay_steps),
+        "the slower decay": optim(schedule_options=slower),
         "local response normalization": model(local_response_norm=True),
         "batches that always meet": dataclasses.replace(ours, data=fixed),
         CROPPED: crops(ours.data.augment.strength),

@@ -42,7 +42,7 @@ def reproduce(data_dir: Path | None = None) -> None:
     workdirs = [member(number, data_dir) for number in range(1, MEMBERS + 1)]
     scores = {str(crops): evaluated(workdirs, crops, data_dir) for crops in CROPS}
     command = " ".join(["python -m experiments.cifar10_ensemble", *sys.argv[1:]])
-    seeds = [PRESETS[workdir.name]().seed for workdir in workdirs]
+    seeds = [PRESETS[workdir.name].config.seed for workdir in workdirs]
     result = {"by_crops": scores, "paper_top1_error_on_imagenet": PAPER}
     write_result(RESULT, command, seeds, result)
     print(RESULT)
@@ -54,7 +54,7 @@ def member(number: int, data_dir: Path | None) -> Path:
     workdir = RUNS / preset
     if not (workdir / SUMMARY).exists():
         config = dataclasses.replace(
-            PRESETS[preset](),
+            PRESETS[preset].config,
             workdir=workdir,
             resume=(workdir / CONFIG).exists(),
             compilation_cache=CACHE,

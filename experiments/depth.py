@@ -36,7 +36,7 @@ def networks(steps: int, width: float) -> dict[str, Config]:
     """Return the networks at each learning rate, by name."""
     configs = {}
     for depth in DEPTHS:
-        base = PRESETS[f"cifar10-resnet{depth}"]()
+        base = PRESETS[f"cifar10-resnet{depth}"].config
         base = dataclasses.replace(
             base,
             steps=steps,
@@ -47,7 +47,10 @@ def networks(steps: int, width: float) -> dict[str, Config]:
             compilation_cache=CACHE,
             model=dataclasses.replace(base.model, width=width),
             optim=dataclasses.replace(
-                base.optim, schedule="constant", boundaries=(), warmup_steps=0
+                base.optim,
+                schedule="constant_schedule",
+                schedule_options={},
+                warmup_steps=0,
             ),
         )
         for name, rates in RATES.items():

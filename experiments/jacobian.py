@@ -27,7 +27,7 @@ from bnjax.cli import run_reporting
 from bnjax.data.sources import open_data
 from bnjax.diagnostics import layer_block, layer_input, singular_values
 from bnjax.training.config import Config
-from bnjax.training.presets import mnist
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import build
 from experiments.figures import COLORS, WITH, WITHOUT, new_figure, save
 from experiments.runs import once, rounded, visit
@@ -51,7 +51,9 @@ def reproduce(data_dir: Path | None = None) -> None:
     Args:
         data_dir: Where TensorFlow Datasets are prepared.
     """
-    base = dataclasses.replace(mnist(), steps=STEPS[-1], data_dir=data_dir)
+    base = dataclasses.replace(
+        PRESETS["mnist"].config, steps=STEPS[-1], data_dir=data_dir
+    )
     result: dict[str, Any] = {}
     for std in STDS:
         model = dataclasses.replace(base.model, weight_std=std)

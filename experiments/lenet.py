@@ -33,7 +33,7 @@ BOOK = {
 
 def networks(preset: str) -> dict[str, Config]:
     """Return the three networks."""
-    base = PRESETS[preset]()
+    base = PRESETS[preset].config
     flax = dataclasses.replace(base.bn, implementation="flax", unbiased=False)
     return {
         "bnjax": base,

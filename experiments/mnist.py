@@ -27,7 +27,7 @@ from bnjax.cli import run_reporting
 from bnjax.data.sources import open_data
 from bnjax.diagnostics import input_percentiles, movement, nonlinearity_inputs
 from bnjax.training.config import Config
-from bnjax.training.presets import mnist
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import build
 from bnjax.training.step import state_sha256
 from experiments.figures import (
@@ -70,7 +70,7 @@ def reproduce(
         steps: Of each run.
         data_dir: Where TensorFlow Datasets are prepared.
     """
-    base = dataclasses.replace(mnist(), steps=steps, data_dir=data_dir)
+    base = dataclasses.replace(PRESETS["mnist"].config, steps=steps, data_dir=data_dir)
     runs = {
         name: [_trained(base, name, seed=seed) for seed in range(seeds)]
         for name in NETWORKS

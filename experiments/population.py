@@ -34,7 +34,7 @@ from bnjax.cli import run_reporting
 from bnjax.data.sources import Arrays, open_data
 from bnjax.population import recompute_batch_stats
 from bnjax.training.config import Config
-from bnjax.training.presets import mnist
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import build
 from experiments import batch_size
 from experiments.figures import WITH, new_figure, plot_median, save
@@ -123,7 +123,9 @@ def reproduce(seeds: int = 3, data_dir: Path | None = None) -> None:
         seeds: How many runs of each.
         data_dir: Where TensorFlow Datasets are prepared.
     """
-    short = dataclasses.replace(mnist(), data_dir=data_dir, steps=STEPS[-1])
+    short = dataclasses.replace(
+        PRESETS["mnist"].config, data_dir=data_dir, steps=STEPS[-1]
+    )
     long = dataclasses.replace(short, steps=AVERAGED_STEPS[-1])
     chosen = range(seeds)
 

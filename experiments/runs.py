@@ -41,7 +41,8 @@ def once(
         The record, with "seed", "seconds", "commit" and "date" added.
     """
     path = RUNS / f"{experiment}.jsonl"
-    settings = json.dumps(result_config(config), sort_keys=True)
+    given = {**result_config(config), "steps": config.steps}
+    settings = json.dumps(given, sort_keys=True)
     key = hashlib.sha256(settings.encode()).hexdigest()
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

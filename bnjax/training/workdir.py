@@ -143,7 +143,9 @@ def read_config(workdir: Path) -> Config:
     Raises:
         RunError: the folder is no run, or its config.json is damaged.
     """
-    return from_json(_read(workdir)["config"], str(workdir / CONFIG))
+    record = _read(workdir)
+    made_by = record.get("versions", {}).get("bnjax")
+    return from_json(record["config"], str(workdir / CONFIG), made_by)
 
 
 def check_same(workdir: Path, preset: str, config: Config) -> None:

@@ -7,13 +7,13 @@ from bnjax.data.config import DataConfig
 from bnjax.data.pipeline import SplitBlocks, load_test
 from bnjax.data.sources import Arrays, Example, open_source
 from bnjax.training.evaluation import Evaluator
-from bnjax.training.presets import digits
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import build
 
 
 @pytest.fixture(scope="module")
 def program():
-    return build(digits(), open_source("digits"))
+    return build(PRESETS["digits"].config, open_source("digits"))
 
 
 @pytest.fixture(scope="module")

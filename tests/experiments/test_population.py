@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bnjax.training.presets import digits
+from bnjax.training.presets import PRESETS
 from experiments import adabn, figures, population
 
 
 @pytest.fixture
 def config():
-    base = digits()
+    base = PRESETS["digits"].config
     return dataclasses.replace(
         base,
         steps=20,

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.report import write_result
-from bnjax.training.presets import digits
+from bnjax.training.presets import PRESETS
 from bnjax.training.step import state_sha256
 from experiments import runs
 from experiments.runs import once, run_once, visit
@@ -14,7 +14,7 @@ from experiments.runs import once, run_once, visit
 @pytest.fixture
 def config():
     return dataclasses.replace(
-        digits(),
+        PRESETS["digits"].config,
         steps=20,
         log_every=10,
         eval_every=10,

@@ -17,7 +17,7 @@ __all__ = ["port"]
 EIGHT = [
     *("--steps", "40", "--log-every", "10", "--eval-every", "40", "--batch-size", "64"),
     *("--checkpoint-every", "20", "--model.hidden", "12", "--model.weight-std", "0.1"),
-    *("--optim.name", "momentum", "--parallel", "pmap"),
+    *("--optim.options", "momentum=0.9", "--parallel", "pmap"),
 ]
 
 

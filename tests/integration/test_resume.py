@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 # Dispatches, evaluations and checkpoints that do not fall together.
 COUNTS = {"steps": 2400, "log-every": 25, "eval-every": 60, "checkpoint-every": 40}
-OTHERS = {"model.hidden": 16, "optim.name": "momentum", "learning-rate": 0.02}
+OTHERS = {"model.hidden": 16, "optim.options": "momentum=0.9", "learning-rate": 0.02}
 FLAGS = [
     word for name, value in (COUNTS | OTHERS).items() for word in (f"--{name}", value)
 ]

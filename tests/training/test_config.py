@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bnjax.cli import parse_train
 from bnjax.data import config as data_config
 from bnjax.data.config import SettingError
 from bnjax.training import config
@@ -17,7 +18,7 @@ from bnjax.training.config import (
     to_json,
     validate,
 )
-from bnjax.training.presets import PRESETS, parse
+from bnjax.training.presets import PRESETS
 
 
 def flags_of(cls, prefix=""):
@@ -30,13 +31,13 @@ def flags_of(cls, prefix=""):
 
 class TestParse:
     def test_digits_is_the_default(self):
-        assert parse([]) == ("digits", PRESETS["digits"]())
-        name, config = parse(["--steps", "7"])
+        assert parse_train([]) == ("digits", PRESETS["digits"].config)
+        name, config = parse_train(["--steps", "7"])
         assert name == "digits"
-        assert config == dataclasses.replace(PRESETS["digits"](), steps=7)
+        assert config == dataclasses.replace(PRESETS["digits"].config, steps=7)
 
     def test_mnist_is_section_4_1(self):
-        _, config = parse(["mnist"])
+        _, config = parse_train(["mnist"])
         assert (config.steps, config.batch_size) == (50_000, 60)
         assert (config.optim.name, config.learning_rate) == ("sgd", 0.5)
         assert config.optim.schedule == "constant"
@@ -50,7 +51,7 @@ class TestParse:
         validate(config)
 
     def test_flags_override_the_preset(self):
-        _, config = parse(
+        _, config = parse_train(
             [
                 "mnist",
                 "--steps",
@@ -88,7 +89,7 @@ class TestParse:
     @pytest.mark.parametrize("argv", [["--help"], ["mnist", "--help"]])
     def test_help_describes_every_flag(self, argv, capsys):
         with pytest.raises(SystemExit) as caught:
-            parse(argv)
+            parse_train(argv)
         assert caught.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
         assert not [flag for flag in flags_of(Config) if flag not in text]
@@ -98,27 +99,27 @@ class TestParse:
 
     @pytest.mark.parametrize("flags", [["--model", "lenet"], ["--model.name=lenet"]])
     def test_another_model_starts_from_its_own_options(self, flags):
-        _, config = parse(["mnist", *flags])
+        _, config = parse_train(["mnist", *flags])
         assert config.model == ModelConfig(name="lenet")
-        assert config.data == PRESETS["mnist"]().data
-        _, config = parse(["mnist", *flags, "--model.pool", "max"])
+        assert config.data == PRESETS["mnist"].config.data
+        _, config = parse_train(["mnist", *flags, "--model.pool", "max"])
         assert config.model == ModelConfig(name="lenet", pool="max")
-        _, config = parse(["mnist", "--model", "mlp"])
-        assert config == PRESETS["mnist"]()
+        _, config = parse_train(["mnist", "--model", "mlp"])
+        assert config == PRESETS["mnist"].config
 
     def test_a_model_of_ones_own_starts_from_the_defaults_of_bn(self):
-        assert PRESETS["digits"]().bn != BatchNormConfig()
-        _, config = parse(["--model=my_nets:make", "--bn.epsilon", "0.5"])
+        assert PRESETS["digits"].config.bn != BatchNormConfig()
+        _, config = parse_train(["--model=my_nets:make", "--bn.epsilon", "0.5"])
         assert config.model == ModelConfig(name="my_nets:make")
         assert config.bn == BatchNormConfig(epsilon=0.5)
 
     def test_an_unknown_preset_suggests_the_right_one(self):
         with pytest.raises(SettingError, match=r"'mnits'.*Did you mean 'mnist'"):
-            parse(["mnits"])
+            parse_train(["mnits"])
 
     def test_a_preset_after_a_flag(self):
         with pytest.raises(SettingError, match="the preset goes first"):
-            parse(["--steps", "5", "mnist"])
+            parse_train(["--steps", "5", "mnist"])
 
     @pytest.mark.parametrize(
         ("typo", "right"),
@@ -134,7 +135,7 @@ class TestParse:
     )
     def test_a_typo_in_a_flag_suggests_the_right_one(self, typo, right, capsys):
         with pytest.raises(SystemExit) as caught:
-            parse([typo, "1"])
+            parse_train([typo, "1"])
         assert caught.value.code == 2
         assert right in capsys.readouterr().err
 
@@ -144,7 +145,7 @@ class TestParse:
     )
     def test_a_wrong_choice_names_the_right_ones(self, argv, right, capsys):
         with pytest.raises(SystemExit) as caught:
-            parse(argv.split())
+            parse_train(argv.split())
         assert caught.value.code == 2
         assert right in capsys.readouterr().err
 
@@ -213,7 +214,7 @@ class TestParse:
 )
 def test_values_no_run_can_use(flags, expected):
     with pytest.raises(SettingError, match=expected):
-        parse(flags.split())
+        parse_train(flags.split())
 
 
 @pytest.mark.parametrize(
@@ -231,13 +232,13 @@ def test_values_no_run_can_use(flags, expected):
     ],
 )
 def test_values_at_the_edge(flags):
-    parse(flags.split())
+    parse_train(flags.split())
 
 
 class TestRecord:
     @pytest.mark.parametrize("preset", PRESETS)
     def test_it_comes_back_as_it_was(self, preset):
-        _, config = parse([preset, "--workdir", "a/b", "--learning-rate", "2"])
+        _, config = parse_train([preset, "--workdir", "a/b", "--learning-rate", "2"])
         text = json.dumps(to_json(config))
         assert from_json(json.loads(text), "here") == config
 
@@ -262,7 +263,7 @@ class TestRecord:
         ],
     )
     def test_damage_is_named(self, path, value):
-        record = to_json(PRESETS["digits"]())
+        record = to_json(PRESETS["digits"].config)
         *parents, name = path.split(".")
         place = record
         for parent in parents:
@@ -272,7 +273,7 @@ class TestRecord:
             from_json(record, "config.json")
 
     def test_a_missing_field(self):
-        record = to_json(PRESETS["digits"]())
+        record = to_json(PRESETS["digits"].config)
         del record["bn"]["epsilon"]
         with pytest.raises(ValueError, match=r"damaged.*bn has"):
             from_json(record, "config.json")

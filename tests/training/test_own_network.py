@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from bnjax.cli import parse_train
 from bnjax.data.config import SettingError
 from bnjax.data.sources import open_source
 from bnjax.training.loop import train
-from bnjax.training.presets import parse
 from bnjax.training.program import build
 from bnjax.training.sharding import Pmap, Spmd, make_parallel
 
@@ -21,7 +21,7 @@ SHORT = ("--steps", "30", "--batch-size", "64", "--log-every", "30")
 
 
 def configured(name, *flags):
-    return parse([*SHORT, "--model", name, *map(str, flags)])[1]
+    return parse_train([*SHORT, "--model", name, *map(str, flags)])[1]
 
 
 def summary(tmp_path, name, *flags):

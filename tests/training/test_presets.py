@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from bnjax.cli import parse_train
 from bnjax.data.sources import open_source
 from bnjax.training.config import to_json
 from bnjax.training.loop import train
 from bnjax.training.metrics import read_metrics
-from bnjax.training.presets import PRESETS, parse
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import build
 from bnjax.training.step import count_parameters
 
@@ -30,7 +31,7 @@ def flat(value, prefix=""):
 
 def changed(preset, base):
     """The fields by which a preset differs from another, with its values."""
-    mine, others = (flat(to_json(PRESETS[name]())) for name in (preset, base))
+    mine, others = (flat(to_json(PRESETS[name].config)) for name in (preset, base))
     return {name: mine[name] for name in mine if mine[name] != others[name]}
 
 
@@ -49,7 +50,7 @@ SEVEN = {
 
 class TestImageNet:
     def test_the_baseline(self):
-        config = PRESETS["inception"]()
+        config = PRESETS["inception"].config
         assert not config.batch_norm
         assert (config.batch_size, config.learning_rate) == (32, 0.0015)
         assert config.model.dropout == 0.4
@@ -72,7 +73,7 @@ class TestImageNet:
     def test_bn_x5_has_the_seven_changes(self):
         more = {"batch_norm": True, "steps": 6_000_000}
         assert changed("bn-x5", "inception") == SEVEN | more
-        base, config = PRESETS["inception"](), PRESETS["bn-x5"]()
+        base, config = PRESETS["inception"].config, PRESETS["bn-x5"].config
         assert config.learning_rate == 5 * base.learning_rate
         assert config.optim.weight_decay == base.optim.weight_decay / 5
         assert config.optim.decay_steps == base.optim.decay_steps // 6
@@ -84,12 +85,12 @@ class TestImageNet:
 
 class TestCifar10:
     def test_the_rates_keep_their_proportions(self):
-        rates = [PRESETS[f"cifar10-{name}"]().learning_rate for name in FIVE]
+        rates = [PRESETS[f"cifar10-{name}"].config.learning_rate for name in FIVE]
         assert np.allclose(np.divide(rates, rates[0]), [1, 1, 5, 30, 5])
 
     def test_the_decay_comes_as_often_in_the_run(self):
         for name in FIVE:
-            large, small = PRESETS[name](), PRESETS[f"cifar10-{name}"]()
+            large, small = PRESETS[name].config, PRESETS[f"cifar10-{name}"].config
             assert small.steps == 8_000
             assert small.batch_size == 32
             ours, papers = (c.optim.decay_steps / c.steps for c in (small, large))
@@ -120,7 +121,7 @@ def test_the_ensemble(prefix, varied):
 
 
 def test_lenet_is_the_example_of_the_book():
-    config = PRESETS["lenet"]()
+    config = PRESETS["lenet"].config
     assert (config.data.name, config.batch_size) == ("fashion_mnist", 256)
     assert config.steps == 10 * (60_000 // 256)
     assert (config.optim.name, config.learning_rate) == ("sgd", 1.0)
@@ -140,7 +141,7 @@ class TestHelp:
 
     def test_the_list_has_a_line_for_each(self, capsys):
         with pytest.raises(SystemExit):
-            parse(["--help"])
+            parse_train(["--help"])
         shown = capsys.readouterr().out.partition("╭")[0]
         listed = re.findall(r"^  (\S+)(?: to 6)?: ", shown, re.MULTILINE)
         folded = {name for name in PRESETS if re.search("ensemble-[2-6]", name)}
@@ -180,7 +181,7 @@ SOURCES = {
 
 
 def check_parameters(name, expected):
-    config = PRESETS[name]()
+    config = PRESETS[name].config
     program = build(config, open_source(SOURCES[config.data.name]))
     state = jax.eval_shape(program.initial_state)
     assert count_parameters(state.params) == expected
@@ -221,7 +222,7 @@ def quickly_compiled():
 
 
 def train_three_steps(name, folder, workdir):
-    _, config = parse(
+    _, config = parse_train(
         [
             *(name, "--workdir", str(workdir), "--steps", "3", "--batch-size", "4"),
             *("--data.name", str(folder), "--data.image-size", "64"),

@@ -5,14 +5,14 @@ import json
 import jax
 import numpy as np
 import pytest
+from bnjax.training.runs import check_new_run, write_run
 
 import eval as eval_program
-from bnjax.commands.new_run import check_new_run, write_run
 from bnjax.data.pipeline import make_feed
 from bnjax.interop.torch import to_torch, write_state_dict
 from bnjax.training.evaluation import open_trained
 from bnjax.training.step import Stream
-from tests.commands.conftest import FLAGS
+from tests.cli.conftest import FLAGS
 
 
 def evaluated(workdir, tmp_path):

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from bnjax.training.runs import find_layers
 
-from bnjax.commands.inspect import find_layers
 from bnjax.training.evaluation import open_trained
 
 
@@ -67,7 +67,7 @@ def test_layers_of_all_kinds():
 
 def test_a_network_without_batch_norm(trained, run, monkeypatch):
     assert find_layers({"dense_0": {"kernel": np.ones(3)}}, {}) == []
-    monkeypatch.setattr("bnjax.commands.inspect.find_layers", lambda *a, **k: [])
+    monkeypatch.setattr("bnjax.training.runs.find_layers", lambda *a, **k: [])
     assert "no layer has a running mean" in run("inspect", trained("digits"))
     assert run("inspect", trained("digits"), "--json")["layers"] == []
 

@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from bnjax.commands import COMMANDS, command_line
 
 import bnjax
-from bnjax.__main__ import main
-from bnjax.commands import COMMANDS, command_line
+from bnjax.cli import main
 
 
 def test_help_lists_the_commands(run):
@@ -44,7 +44,7 @@ def test_wrong_words(fails, capsys):
 def test_help_opens_nothing_heavy():
     code = (
         "import sys\n"
-        "from bnjax.__main__ import main\n"
+        "from bnjax.cli import main\n"
         "main(['--help'])\n"
         "print(*sys.modules, file=sys.stderr)"
     )

@@ -487,11 +487,14 @@ def export(
     import jax
     import jax.numpy as jnp
 
+    from bnjax.data.config import SettingError
     from bnjax.data.pipeline import make_to_inputs
     from bnjax.interop.export import export_inference, save
     from bnjax.training.config import RunError
     from bnjax.training.runs import fold_state, open_run
 
+    if batch_size is not None and batch_size < 1:
+        raise SettingError(f"--batch-size {batch_size}: expected 1 or more.")
     check_output(out, overwrite=force)
     opened = open_run(run, data_dir, trust=trust)
     program, state = opened.restore()

@@ -56,13 +56,14 @@ def test_layers_of_all_kinds():
     scale = np.float32([[[0, 0], [0, -3]]])
     params = {"block": {"bn_9": {"scale": scale, "bias": ones}}}
     layers = find_layers(params, stats)
-    assert [each.path for each in layers] == ["block/bn_9", "block/bn_10", "plain"]
+    assert [each["path"] for each in layers] == ["block/bn_9", "block/bn_10", "plain"]
     nine, ten, plain = layers
-    assert (nine.scale_near_zero, nine.dead, str(nine.scale)) == (1, 1, "-3 to 0")
-    assert (ten.scale, ten.bias, ten.dead) == (None, None, 0)
-    assert (plain.var_near_zero, plain.dead) == (1, 1)
+    assert (nine["scale_near_zero"], nine["dead"]) == (1, 1)
+    assert nine["scale"] == {"min": -3, "max": 0}
+    assert (ten["scale"], ten["bias"], ten["dead"]) == (None, None, 0)
+    assert (plain["var_near_zero"], plain["dead"]) == (1, 1)
     [top] = find_layers({}, {"mean": ones, "var": ones})
-    assert top.path == "(top level)"
+    assert top["path"] == "(top level)"
 
 
 def test_a_network_without_batch_norm(trained, run, monkeypatch):

@@ -11,6 +11,6 @@ if __name__ == "__main__":
     if Path(sys.path[0]) == Path.cwd() != Path(bnjax.__file__).parents[1]:
         del sys.path[0]
 
-    from bnjax.cli import main  # noqa: PLC0415
+    from bnjax.cli import main
 
     sys.exit(main())

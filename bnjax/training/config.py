@@ -140,8 +140,8 @@ class OptimizerConfig:
     piecewise_constant_schedule, ..."""
     schedule_options: Options = dataclasses.field(default_factory=dict)
     """Its keywords, such as decay_rate=0.96 transition_steps=1000 staircase=True.
-    Required ones that are left out: it starts at --learning-rate, ends at 0, and takes
-    the steps that are left."""
+    Left out, required ones are: for the first value, --learning-rate; for the last, 0;
+    for the number of steps, those after the warm-up."""
     warmup_steps: int = 0
     """Steps over which the rate first rises on a line to --learning-rate.
     The schedule starts after them."""

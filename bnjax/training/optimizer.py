@@ -101,7 +101,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     if optim.clip_norm is not None:
         chain.insert(0, optax.clip_by_global_norm(optim.clip_norm))
     optimizer = optax.chain(*chain) if len(chain) > 1 else chain[0]
-    params = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros(2)}
+    params = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
     try:
         jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
     except Exception as error:

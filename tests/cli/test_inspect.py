@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from bnjax.training.runs import find_layers
 
 from bnjax.training.evaluation import open_trained
+from bnjax.training.runs import find_layers
 
 
 def test_figures_are_those_of_the_checkpoint(trained, run):

@@ -5,12 +5,12 @@ import json
 import jax
 import numpy as np
 import pytest
-from bnjax.training.runs import check_new_run, write_run
 
 import eval as eval_program
 from bnjax.data.pipeline import make_feed
 from bnjax.interop.torch import to_torch, write_state_dict
 from bnjax.training.evaluation import open_trained
+from bnjax.training.runs import check_new_run, write_run
 from bnjax.training.step import Stream
 from tests.cli.conftest import FLAGS
 

@@ -5,13 +5,13 @@ import json
 import cv2
 import numpy as np
 import pytest
-from bnjax.training.runs import list_images
 
 import eval as eval_program
 from bnjax.cli import main
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import open_source
 from bnjax.training.evaluation import open_trained
+from bnjax.training.runs import list_images
 from tests.data import image_folder, prepared_set
 
 

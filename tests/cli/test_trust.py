@@ -76,7 +76,7 @@ def test_eval_py_and_training_do_not_run_it(strangers, tmp_path):
 
 @pytest.mark.parametrize("program", ["-m bnjax eval", f"{ROOT / 'eval.py'}"])
 def test_trusted_it_is_not_looked_for_beside_the_run(program, strangers):
-    run, marker = strangers
+    _, marker = strangers
     # bnjax is installed, as it is for most.
     path = {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(

@@ -64,7 +64,7 @@ def test_one_change_at_a_time():
         "the lower learning rate": {"learning_rate"},
         "dropout": {"model.dropout"},
         "the larger L2 weight": {"optim.weight_decay"},
-        "the slower decay": {"optim.schedule_options.transition_steps"},
+        "the slower decay": {"optim.schedule_options"},
         "local response normalization": {"model.local_response_norm"},
         "batches that always meet": {"data.shuffle"},
         "BN-x5 on crops": crops,

@@ -15,6 +15,7 @@ from bnjax.training.config import (
     BatchNormConfig,
     Config,
     ModelConfig,
+    OptimizerConfig,
     RunError,
     differences,
     flag_values,
@@ -22,6 +23,7 @@ from bnjax.training.config import (
     to_json,
     validate,
 )
+from bnjax.training.loop import train
 from bnjax.training.optimizer import make_optimizer
 from bnjax.training.presets import PRESETS
 
@@ -306,3 +308,15 @@ def test_what_a_resumed_run_may_change():
     assert changed(bn=BatchNormConfig(momentum=0.5)) == [
         "--bn.momentum: the run has 0.99, 0.5 was given"
     ]
+
+
+def test_a_resumed_run_may_have_more_steps(run_small, small_config):
+    optim = OptimizerConfig(schedule="constant_schedule")
+    workdir, _ = run_small(optim=optim, steps=30)
+    longer = dataclasses.replace(
+        small_config, optim=optim, steps=60, workdir=workdir, resume=True
+    )
+    _, whole = run_small(optim=optim, steps=60)
+    assert train("digits", longer)["state_sha256"] == whole["state_sha256"]
+    with pytest.raises(SettingError, match="--steps: the run has 30, 20 was given"):
+        train("digits", dataclasses.replace(longer, steps=20))

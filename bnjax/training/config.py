@@ -130,18 +130,15 @@ class OptimizerConfig:
     """Its keywords, such as momentum=0.9 nesterov=True; others stay the preset's."""
     weight_decay: float = 0.0
     """L2 penalty on weights, never on biases or BN's scale.
-    Its gradient is added to the loss's; an optimizer with a weight_decay of its own,
-    such as adamw, is given it instead."""
+    An optimizer with a weight_decay of its own, such as adamw, is given it instead."""
     clip_norm: float | None = None
     """Gradients of a larger global norm are scaled down to this. None: as they are."""
     schedule: str = "constant_schedule"
-    """What the learning rate does after the warm-up, by its name in Optax:
-    constant_schedule, exponential_decay, cosine_decay_schedule, linear_schedule,
-    piecewise_constant_schedule, ..."""
+    """What the learning rate does after the warm-up, by its name in Optax.
+    constant_schedule, cosine_decay_schedule, exponential_decay, ..."""
     schedule_options: Options = dataclasses.field(default_factory=dict)
-    """Its keywords, such as decay_rate=0.96 transition_steps=1000 staircase=True.
-    Left out, required ones are: for the first value, --learning-rate; for the last, 0;
-    for the number of steps, those after the warm-up."""
+    """Its keywords, such as decay_rate=0.96 transition_steps=1000.
+    Required ones left out: from --learning-rate to 0, in the steps after the warm-up."""
     warmup_steps: int = 0
     """Steps over which the rate first rises on a line to --learning-rate.
     The schedule starts after them."""

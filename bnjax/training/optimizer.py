@@ -49,20 +49,19 @@ def make_schedule(config: Config) -> optax.Schedule:
     options = optim.schedule_options
     if optim.schedule.startswith("piecewise"):
         drops = options.get("boundaries_and_scales")
-        if not isinstance(drops, dict) or not drops or min(drops) <= 0:
+        steps = drops if isinstance(drops, dict) else {}
+        if not steps or not all(isinstance(t, int) and t > 0 for t in steps):
             raise SettingError(
                 f"--optim.schedule-options boundaries_and_scales={drops}: expected "
                 "steps and the factors there, such as "
                 "'boundaries_and_scales={30000: 0.1, 60000: 0.1}'."
             )
         # They count from the start of the run, Optax's from the end of the warm-up.
-        moved = {step - warmup: factor for step, factor in drops.items()}
+        moved = {step - warmup: factor for step, factor in steps.items()}
         options = {**options, "boundaries_and_scales": moved}
     ours = {"value": rate, "init_value": rate, "peak_value": rate, "end_value": 0.0}
     ours |= {"transition_steps": left, "decay_steps": left}
-    required = _parameters("schedule", optim.schedule, SCHEDULES)[1]
-    ours = {name: ours[name] for name in ours if name in required}
-    after = _call("schedule", optim.schedule, SCHEDULES, options, ours)
+    after = _call("schedule", SCHEDULES, optim.schedule, options, ours, fill=False)
     if warmup == 0:
         return after
     # It starts above zero: no step is without effect.
@@ -92,10 +91,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     masks = ("mask", "weight_decay_mask", "trust_ratio_mask")
     ours = {"learning_rate": make_schedule(config), "weight_decay": optim.weight_decay}
     ours |= dict.fromkeys(masks, decayed)
-    taken, _ = _parameters("name", optim.name, OPTIMIZERS)
-    ours = {name: ours[name] for name in ours if name in taken}
-    chain = [_call("name", optim.name, OPTIMIZERS, optim.options, ours)]
-    if optim.weight_decay and "weight_decay" not in taken:
+    chain = [_call("name", OPTIMIZERS, optim.name, optim.options, ours, fill=True)]
+    own_decay = "weight_decay" in inspect.signature(OPTIMIZERS[optim.name]).parameters
+    if optim.weight_decay and not own_decay:
         # As the gradient of an L2 penalty.
         chain.insert(0, optax.add_decayed_weights(optim.weight_decay, mask=decayed))
     if optim.clip_norm is not None:
@@ -109,7 +107,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optimizer if config.ema is None else keep_average(optimizer, config.ema)
 
 
-_Functions = Mapping[str, Callable[..., Any]]
 _FLAGS = {"name": "--optim.options", "schedule": "--optim.schedule-options"}
 # Values that Optax takes for something else in silence, or that lead to none.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -124,47 +121,47 @@ _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _parameters(
-    field: str, name: str, functions: _Functions
-) -> tuple[list[str], list[str]]:
-    """Return the keywords of a function, all and those that it needs."""
+def _call(
+    field: str,
+    functions: Mapping[str, Callable[..., Any]],
+    name: str,
+    options: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    *,
+    fill: bool,
+) -> Any:
+    """Call a function by its name with a user's keywords, and ours below them.
+
+    Ours are given wherever the function takes them with `fill`, else where it has to
+    be given them.
+    """
     if name not in functions:
         raise SettingError(
             f"--optim.{field} {name}: Optax has no such function."
             f"{did_you_mean(name, functions)} Expected one of "
             f"{', '.join(sorted(functions))}."
         )
-    found = inspect.signature(functions[name]).parameters
-    return [*found], [n for n, p in found.items() if p.default is p.empty]
-
-
-def _call(
-    field: str,
-    name: str,
-    functions: _Functions,
-    options: Mapping[str, Any],
-    ours: Mapping[str, Any],
-) -> Any:
-    """Call a function by its name with a user's keywords, and ours below them."""
-    flag = _FLAGS[field]
-    taken, required = _parameters(field, name, functions)
+    parameters = inspect.signature(functions[name]).parameters
+    required = [n for n, p in parameters.items() if p.default is p.empty]
+    keywords = [n for n in parameters if n != "learning_rate"]
     for given, value in options.items():
-        if given not in taken:
+        flag = f"{_FLAGS[field]} {given}"
+        if given not in keywords:
             raise SettingError(
-                f"{flag} {given}: {name} has no such keyword."
-                f"{did_you_mean(given, taken)} It has {', '.join(taken)}."
+                f"{flag}: {name} has no such keyword.{did_you_mean(given, keywords)} "
+                f"It has {', '.join(keywords) or 'none'}."
             )
         accepts, expected = _RANGES.get(given, (None, ""))
         if accepts and not (isinstance(value, int | float | None) and accepts(value)):
-            raise SettingError(f"{flag} {given}={value}: expected {expected}.")
-    options = {**ours, **options}
-    if missing := [each for each in required if each not in options]:
+            raise SettingError(f"{flag}={value}: expected {expected}.")
+    filled = {n: ours[n] for n in (parameters if fill else required) if n in ours}
+    if missing := [n for n in required if n not in {**filled, **options}]:
         raise SettingError(
             f"--optim.{field} {name} needs {', '.join(missing)}: add "
-            f"{flag} {missing[0]}=VALUE."
+            f"{_FLAGS[field]} {missing[0]}=VALUE."
         )
     try:
-        return functions[name](**options)
+        return functions[name](**{**filled, **options})
     except Exception as error:
         raise _failed(field, name, options, error) from error
 
@@ -172,7 +169,7 @@ def _call(
 def _failed(
     field: str, name: str, options: Mapping[str, Any], error: Exception
 ) -> SettingError:
-    given = ", ".join(f"{k}={v}" for k, v in options.items() if not callable(v))
+    given = ", ".join(f"{name}={value}" for name, value in options.items())
     return SettingError(
         f"--optim.{field} {name}({given}) fails: {first_line(error)}. Expected one "
         "that needs gradients, parameters and a schedule, and values that it takes."

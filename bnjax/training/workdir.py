@@ -144,7 +144,8 @@ def read_config(workdir: Path) -> Config:
         RunError: the folder is no run, or its config.json is damaged.
     """
     record = _read(workdir)
-    made_by = record.get("versions", {}).get("bnjax")
+    versions = record.get("versions")
+    made_by = versions.get("bnjax") if isinstance(versions, dict) else None
     return from_json(record["config"], str(workdir / CONFIG), made_by)
 
 

@@ -310,7 +310,7 @@ PIECEWISE = {"schedule": "piecewise_constant_schedule"}
         ({"schedule": "cosine"}, "--optim.schedule cosine: .*cosine_decay_schedule"),
         (
             {"options": {"b1": 0.9}},
-            "--optim.options b1: sgd .* It has learning_rate, mo",
+            "--optim.options b1: sgd .* It has momentum",
         ),
         ({"options": {"momentum": 1.0}}, r"momentum=1.0: expected a number in \[0, 1"),
         ({"options": {"momentum": "big"}}, "--optim.options momentum=big: expected"),

@@ -138,7 +138,7 @@ class OptimizerConfig:
     constant_schedule, cosine_decay_schedule, exponential_decay, ..."""
     schedule_options: Options = dataclasses.field(default_factory=dict)
     """Its keywords, such as decay_rate=0.96 transition_steps=1000.
-    Required ones left out: from --learning-rate to 0, in the steps after the warm-up."""
+    Required ones left out: from --learning-rate to 0, in the steps that are left."""
     warmup_steps: int = 0
     """Steps over which the rate first rises on a line to --learning-rate.
     The schedule starts after them."""

@@ -1,4 +1,4 @@
-"""Train a network with batch normalization.
+"""Train a network with batch normalization: `bnjax train`.
 
 python train.py                        the paper's network on embedded digits, seconds
 python train.py mnist                  section 4.1 of the paper
@@ -11,22 +11,13 @@ docs/training.md says what a run writes.
 import sys
 from collections.abc import Sequence
 
-from bnjax.cli import run_reporting
+from bnjax.cli import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; return the exit status."""
-
-    def run() -> None:
-        from bnjax.training.presets import parse
-
-        preset, config = parse(sys.argv[1:] if argv is None else argv)
-
-        from bnjax.training.loop import train
-
-        train(preset, config)
-
-    return run_reporting(run)
+    words = sys.argv[1:] if argv is None else argv
+    return run_command("train", words, prog="python train.py")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from bnjax.data.config import SettingError
 from bnjax.data.sources import Source, open_source
 from bnjax.training.config import Config
 from bnjax.training.loop import Run
-from bnjax.training.presets import mnist
+from bnjax.training.presets import PRESETS
 
 ASKED = {"flax loop": 1.2, "torch loop": 3.5}
 TakeSteps = Callable[[int], None]
@@ -64,7 +64,7 @@ class State(TrainState):
 
 def preset(seed: int) -> Config:
     """Return the configuration of the preset `mnist`."""
-    return dataclasses.replace(mnist(), seed=seed)
+    return dataclasses.replace(PRESETS["mnist"].config, seed=seed)
 
 
 def train_loop(source: Source, config: Config) -> TakeSteps:

@@ -1,12 +1,128 @@
-"""How an error that a person can put right reaches them: one line, a status."""
+"""The command line: one function a command, whose signature tyro reads as its flags.
 
+bnjax --help            every command
+bnjax COMMAND --help    its flags
+
+`python -m bnjax`, train.py and eval.py call the same functions. What only a command
+needs is imported in it, so that help comes at once. docs/command-line.md says more.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import itertools
+import json as json_format
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+
+import bnjax
+from bnjax._files import check_output, write_output
+from bnjax._validate import did_you_mean
+
+try:
+    import tyro
+except ModuleNotFoundError:
+    raise SystemExit(
+        "error: the package tyro is not installed, and the command line needs it: "
+        "pip install -r requirements.txt, or pip install 'bnjax[train]'."
+    ) from None
+
+if TYPE_CHECKING:
+    from bnjax.training.config import Config, OptimizerConfig, Preset
 
 USAGE = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Runs = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[RUN ...]")
+]
+Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+File = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+Images = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what the command line says; return the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words in (["--help"], ["-h"]):
+        print(_overview())
+        return 0
+    if words == ["--version"]:
+        print(bnjax.__version__)
+        return 0
+    name, *rest = words or [""]
+    return run_command(name, rest, prog=f"bnjax {name}")
+
+
+def run_command(name: str, words: Sequence[str], *, prog: str) -> int:
+    """Run a command by its name; return the exit status.
+
+    Args:
+        name: of the command.
+        words: its arguments.
+        prog: what its help calls it.
+
+    Raises:
+        SystemExit: status 0 after --help, 2 after a flag that tyro refuses.
+
+    Example:
+        >>> run_command("inspct", ["runs/a"], prog="bnjax inspct")
+        2
+    """
+
+    def run() -> None:
+        command, given = _find(name), list(words)
+        if command is train:
+            train(given, prog=prog)
+            return
+        if command is import_torch and "--" in given:
+            place = given.index("--")
+            command = functools.partial(command, flags=tuple(given[place + 1 :]))
+            del given[place:]
+        tyro.cli(command, prog=prog, args=given)
+
+    return run_reporting(run)
+
+
+def _find(name: str) -> Callable[..., None]:
+    from bnjax.data.config import SettingError
+
+    if name not in COMMANDS:
+        given = f"there is no command {name!r}." if name else "no command is given."
+        raise SettingError(
+            f"{given}{did_you_mean(name, COMMANDS)} Expected one of: "
+            f"{', '.join(COMMANDS)}. bnjax --help says what they do.",
+        )
+    return COMMANDS[name]
+
+
+def _overview() -> str:
+    """Return what --help prints: the first line of each command's docstring."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = (
+        f"  {name:{width}}{(command.__doc__ or '').partition(chr(10))[0]}"
+        for name, command in COMMANDS.items()
+    )
+    return "\n".join(
+        (
+            "usage: bnjax COMMAND ...",
+            "",
+            *lines,
+            "",
+            "Its arguments and flags: bnjax COMMAND --help.",
+        )
+    )
 
 
 def run_reporting(main: Callable[[], None]) -> int:
@@ -17,15 +133,13 @@ def run_reporting(main: Callable[[], None]) -> int:
     """
     try:
         main()
-    except ValueError as error:
-        status = _status(error)
-        if status is None:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        from bnjax.training.hosts import leave_hosts
-
-        leave_hosts(status)
-        return status
+    except BrokenPipeError:
+        # Whoever read the output has left; Python would flush to them at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("bnjax"):
             raise
@@ -35,18 +149,15 @@ def run_reporting(main: Callable[[], None]) -> int:
             file=sys.stderr,
         )
         return 1
-    except BrokenPipeError:
-        # Whoever read the output has left; Python would flush to them at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
     except Exception as error:
         status = _status(error)
         if status is None:
             raise
-        print(error, file=sys.stderr)
+        label = "error: " if isinstance(error, ValueError) else ""
+        print(f"{label}{error}", file=sys.stderr)
+        from bnjax.training.hosts import leave_hosts
+
+        leave_hosts(status)
         return status
     return 0
 
@@ -69,3 +180,700 @@ def _status(error: Exception) -> int | None:
     if isinstance(error, DataError | ExportError | TorchError | RunError | BuildError):
         return 1
     return None
+
+
+# train
+
+
+def train(words: Sequence[str], *, prog: str = "bnjax train") -> None:
+    """Train a network; bnjax train --help lists the presets."""
+    preset, config = parse_train(words, prog=prog)
+
+    from bnjax.training import loop
+
+    loop.train(preset, config)
+
+
+def parse_train(
+    words: Sequence[str], *, prog: str = "bnjax train"
+) -> tuple[str, "Config"]:
+    """Read `[PRESET] [--flags]`.
+
+    A `--model` other than the preset's starts from its own options; one of the user's
+    own also from the defaults of `--bn`, and its module may lie in the current folder.
+
+    Args:
+        words: the arguments.
+        prog: what --help calls the program.
+
+    Returns:
+        The preset's name and its configuration with the flags applied.
+
+    Raises:
+        SettingError: the preset is unknown, or a value is one no run can use.
+        SystemExit: status 0 after --help, 2 after a flag tyro refuses.
+
+    Example:
+        >>> name, config = parse_train(["mnist", "--steps", "10", "--no-batch-norm"])
+        >>> name, config.steps, config.batch_norm, config.batch_size
+        ('mnist', 10, False, 60)
+    """
+    from bnjax.data.config import SettingError
+    from bnjax.training.config import Config, is_import_path, validate
+    from bnjax.training.presets import DEFAULT, PRESETS
+
+    named = bool(words) and not words[0].startswith("-")
+    name, flags = (words[0], words[1:]) if named else (DEFAULT, words)
+    if name not in PRESETS:
+        raise SettingError(
+            f"preset {name!r} is unknown.{did_you_mean(name, PRESETS)} "
+            f"Expected one of: {', '.join(PRESETS)}.",
+        )
+    late = [
+        word
+        for before, word in itertools.pairwise(["", *flags])
+        if word in PRESETS and before not in _MODEL_FLAGS
+    ]
+    if late and not named:
+        raise SettingError(
+            f"preset {late[0]!r} comes after a flag; the preset goes first: "
+            f"{prog} {late[0]} [--flags].",
+        )
+    preset = PRESETS[name]
+    default = _with_model(preset.config, flags)
+    _check_flags(default, flags)
+    config = tyro.cli(
+        Config,
+        prog=f"{prog} {name if named else '[PRESET]'}",
+        description=_describe(preset) if named else _list_presets(prog),
+        default=default,
+        args=list(flags),
+    )
+    optim = _with_options(config.optim, default.optim)
+    config = dataclasses.replace(config, optim=optim)
+    validate(config)
+    if is_import_path(config.model.name) and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return name, config
+
+
+_MODEL_FLAGS = ("--model", "--model.name")
+# What other programs call these flags.
+_OTHER_NAMES = {
+    "--epochs": "--steps, each of them a batch",
+    "--bs": "--batch-size",
+    "--momentum": "--optim.options momentum=..., or --bn.momentum",
+    "--optim.momentum": "--optim.options momentum=...",
+    "--optimizer": "--optim.name",
+    "--dataset": "--data.name",
+    "--gpus": "--devices",
+    "--output": "--workdir",
+}
+
+
+def _with_model(config: "Config", flags: Sequence[str]) -> "Config":
+    """Return the preset for the model that the flags name."""
+    from bnjax.training.config import BatchNormConfig, ModelConfig, is_import_path
+
+    name = config.model.name
+    for flag, value in itertools.pairwise([*flags, ""]):
+        if flag in _MODEL_FLAGS:
+            name = value
+        elif flag.startswith(tuple(f"{each}=" for each in _MODEL_FLAGS)):
+            name = flag.partition("=")[2]
+    if name == config.model.name:
+        return config
+    bn = BatchNormConfig() if is_import_path(name) else config.bn
+    return dataclasses.replace(config, model=ModelConfig(name=name), bn=bn)
+
+
+def _with_options(
+    given: "OptimizerConfig", preset: "OptimizerConfig"
+) -> "OptimizerConfig":
+    """Return the optimizer with the preset's keywords below those that are given.
+
+    Another optimizer or schedule than the preset's has none of its keywords.
+    """
+    changes = {}
+    for name, field in (("name", "options"), ("schedule", "schedule_options")):
+        same = getattr(given, name) == getattr(preset, name)
+        ours, theirs = getattr(preset, field), getattr(given, field)
+        # tyro gives the very default where a flag is left out.
+        changes[field] = {
+            **(ours if same else {}),
+            **({} if theirs is ours else theirs),
+        }
+    return dataclasses.replace(given, **changes)
+
+
+def _check_flags(config: "Config", words: Sequence[str]) -> None:
+    """Refuse a flag by another program's name, or without the group that it is in."""
+    from bnjax.data.config import SettingError
+    from bnjax.training.config import flag_values
+
+    flags = [f"--{name}".replace("_", "-") for name in flag_values(config)]
+    grouped = {f"--{flag.rpartition('.')[2]}": flag for flag in flags if "." in flag}
+    right = grouped | dict.fromkeys([*flags, "--model"], "") | _OTHER_NAMES
+    for word in words:
+        given = word.partition("=")[0]
+        if meant := right.get(given):
+            raise SettingError(f"there is no flag {given}. Did you mean {meant}?")
+
+
+def _describe(preset: "Preset") -> str:
+    """Return a preset's text: its command, what it is, what to expect.
+
+    Example:
+        >>> from bnjax.training.presets import PRESETS
+        >>> print(_describe(PRESETS["lenet-mnist"]))
+        lenet-mnist: `python train.py lenet-mnist`.
+        <BLANKLINE>
+        The same network and settings on MNIST.
+        Test accuracy about 98.6 %, ...
+    """
+    said = f"{preset.expectation} {preset.time}".strip()
+    return f"{preset.name}: `{preset.command}`.\n\n{preset.summary}\n{said}"
+
+
+def _list_presets(prog: str) -> str:
+    """Return the text that --help opens with: each preset in a line."""
+    from bnjax.training.presets import DEFAULT, PRESETS
+
+    lines = []
+    for summary, group in itertools.groupby(PRESETS.values(), lambda p: p.summary):
+        first, *rest = (preset.name for preset in group)
+        names = f"{first} to {rest[-1].rpartition('-')[2]}" if rest else first
+        lines.append(f"  {names}: {summary}")
+    return "\n".join(
+        (
+            "Train a network. PRESET is one of:",
+            *lines,
+            "",
+            f"What to expect of one, and its settings: {prog} PRESET --help.",
+            f"Without a preset it is {DEFAULT}, whose settings follow:",
+        )
+    )
+
+
+# eval
+
+
+def evaluate(
+    run: Run,
+    others: Runs = (),
+    crops: int = 1,
+    batch_stats_from: int | None = None,
+    output: Path | None = None,
+    trust: Flag = False,
+    data_dir: Path | None = None,
+) -> None:
+    """Score the newest checkpoint of a run on its test set.
+
+    With several runs, each and their ensemble: class probabilities averaged.
+
+    Args:
+        run: A folder that train.py wrote.
+        others: More of them, for an ensemble.
+        crops: Of each image: 1 as the run itself evaluated, 10, or 144.
+        batch_stats_from: Score by the moving averages of training, and by
+            population statistics over this many training batches.
+        output: JSON goes here. None: to RUN/eval.json; an ensemble's nowhere.
+        trust: Import the code that a run names as its network.
+        data_dir: Where tfds sets are. None: where the run had them.
+    """
+    from bnjax.training.evaluation import evaluate_runs
+
+    evaluate_runs(
+        [run, *others],
+        crops=crops,
+        batch_stats_from=batch_stats_from,
+        output=output,
+        data_dir=data_dir,
+        trust=trust,
+    )
+
+
+# predict
+
+
+def predict(
+    run: Run,
+    images: Images,
+    top: int = 5,
+    json: Flag = False,
+    output: Path | None = None,
+    force: Flag = False,
+    trust: Flag = False,
+) -> None:
+    """Classify images.
+
+    The newest checkpoint is given them prepared as the run's test images.
+
+    Args:
+        run: A folder that train.py wrote.
+        images: Files, or folders that are searched for them.
+        top: How many classes to give for each, the most probable ones.
+        json: Print JSON in place of the table.
+        output: JSON goes to this file too.
+        force: Replace --output if it is there.
+        trust: Import the code that the run names as its network.
+    """
+    from bnjax.data.config import SettingError
+    from bnjax.training.evaluation import load_run
+    from bnjax.training.runs import classify, format_table, list_images
+
+    if top < 1:
+        raise SettingError(f"--top {top}: expected 1 or more.")
+    if output is not None:
+        check_output(output, overwrite=force)
+    files = list_images(images)
+    opened = load_run(run, trust=trust, examples=False)
+    step, described, unreadable = classify(opened, files, top)
+    result = {"workdir": str(run), "step": step, "images": described}
+    text = _to_text({**result, "unreadable": unreadable})
+    if output is not None:
+        write_output(output, text.encode(), overwrite=force)
+    if json:
+        print(text, end="")
+        return
+    rows = [
+        (
+            each["file"],
+            *(f"{p['class']} {p['probability']:.2%}" for p in each["predictions"]),
+        )
+        for each in described
+    ]
+    print(format_table(("image", *map(str, range(1, len(rows[0])))), rows))
+
+
+# export
+
+
+def export(
+    run: Run,
+    out: Out,
+    fold: bool = True,
+    platforms: tuple[Literal["cpu", "cuda", "tpu", "rocm"], ...] = (
+        "cpu",
+        "cuda",
+        "tpu",
+    ),
+    inputs: Literal["pixels", "floats"] = "pixels",
+    softmax: Flag = False,
+    batch_size: int | None = None,
+    force: Flag = False,
+    trust: Flag = False,
+) -> None:
+    """Write the network as StableHLO, which JAX alone runs.
+
+    The file holds the weights, takes any number of images, and needs JAX alone:
+    jax.export.deserialize(bytearray(open(OUT, "rb").read())).call(images).
+
+    Args:
+        run: A folder that train.py wrote.
+        out: The file to write, which ends in .stablehlo.
+        fold: Fold BN into the layer before it, where there is one.
+        platforms: What it is to run on; none of them is needed here.
+        inputs: pixels: uint8, as the data set stores them, scaled inside.
+            floats: float32, scaled as in training by the caller.
+        softmax: Give class probabilities in place of logits.
+        batch_size: The only number of images it takes. None: any.
+        force: Replace OUT if it is there.
+        trust: Import the code that the run names as its network.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from bnjax.data.config import SettingError
+    from bnjax.data.pipeline import make_to_inputs
+    from bnjax.interop.export import check_export, export_inference, save
+    from bnjax.training.config import RunError
+    from bnjax.training.evaluation import load_run
+    from bnjax.training.runs import fold_state
+
+    check_export(out, overwrite=force)
+    if batch_size is not None and batch_size < 1:
+        raise SettingError(f"--batch-size {batch_size}: expected 1 or more.")
+    opened = load_run(run, trust=trust, examples=False)
+    program, state = opened.restore()
+    to_inputs = make_to_inputs(opened.config.data, opened.source.max_value)
+    if fold and state.batch_stats:
+        try:
+            network, _ = fold_state(program, state, opened.source.image_shape)
+        except RunError as error:
+            raise RunError(f"{error} Or export it as it is: --no-fold.") from error
+    else:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        network = functools.partial(program.model.apply, variables, train=False)
+
+    def inference(images: jax.Array) -> jax.Array:
+        logits: Any = network(to_inputs(images) if inputs == "pixels" else images)
+        if not softmax:
+            return logits
+        return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, "float32")))
+
+    dtype = jnp.uint8 if inputs == "pixels" else jnp.float32
+    exported = export_inference(
+        inference,
+        None,
+        jax.ShapeDtypeStruct((1, *opened.source.image_shape), dtype),
+        platforms=platforms,
+        batch_size=batch_size,
+    )
+    save(exported, out, overwrite=force)
+    [given], [result] = exported.in_avals, exported.out_avals
+    pixels = f", pixels from 0 to {opened.source.max_value}"
+    print(
+        f"{out}: {out.stat().st_size:,} bytes, step {int(state.step):,} of {run}\n"
+        f"takes {given.dtype} of shape ({', '.join(map(str, given.shape))})"
+        f"{pixels if inputs == 'pixels' else ''}\n"
+        f"gives {result.dtype} of shape ({', '.join(map(str, result.shape))}), "
+        f"{'probabilities' if softmax else 'logits'}\n"
+        f"on {', '.join(exported.platforms)}"
+    )
+
+
+# fold
+
+WEIGHT_SUFFIXES = (".npz", ".safetensors")
+
+
+def fold(
+    run: Run,
+    out: Out,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    force: Flag = False,
+    trust: Flag = False,
+) -> None:
+    """Write the weights with batch normalization folded into them.
+
+    What was folded into what, or why not, is printed, and written as JSON beside OUT.
+
+    Args:
+        run: A folder that train.py wrote.
+        out: The file to write, .npz or .safetensors.
+        dtype: Of the weights. None: as the network has them.
+        force: Replace files that are there.
+        trust: Import the code that the run names as its network.
+    """
+    from flax.traverse_util import flatten_dict
+
+    from bnjax.data.config import SettingError
+    from bnjax.interop.torch_files import write_state_dict
+    from bnjax.training.evaluation import load_run
+    from bnjax.training.runs import EXAMPLES, fold_state
+
+    if out.suffix not in WEIGHT_SUFFIXES:
+        raise SettingError(
+            f"{out} ends in {out.suffix!r}; expected {' or '.join(WEIGHT_SUFFIXES)}."
+            f"{did_you_mean(out.suffix, WEIGHT_SUFFIXES)}",
+        )
+    beside = out.with_suffix(".json")
+    for path in (out, beside):
+        check_output(path, overwrite=force)
+    if out.suffix == ".npz" and dtype == "bfloat16":
+        raise SettingError(
+            f"{out}: NumPy's files have no bfloat16. Give a name that ends in "
+            ".safetensors, or --dtype float32.",
+        )
+    opened = load_run(run, trust=trust, examples=False)
+    program, state = opened.restore()
+    folded, difference = fold_state(program, state, opened.source.image_shape, dtype)
+    weights = {
+        "/".join(path): np.asarray(leaf)
+        for path, leaf in flatten_dict(folded.variables).items()
+    }
+    described = {
+        "workdir": str(run),
+        "step": int(state.step),
+        "largest_difference": difference,
+        "weights": {
+            name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+            for name, leaf in weights.items()
+        },
+        "layers": [dataclasses.asdict(layer) for layer in folded.report],
+    }
+    if out.suffix == ".npz":
+        file = io.BytesIO()
+        np.savez(file, **weights)  # pyright: ignore[reportArgumentType]
+        write_output(out, file.getvalue(), overwrite=force)
+    else:
+        write_state_dict(out, weights, overwrite=force)
+    write_output(beside, _to_text(described).encode(), overwrite=force)
+    print(
+        f"{folded.report}\n"
+        f"{out}: {len(weights)} arrays, {out.stat().st_size:,} bytes, "
+        f"step {int(state.step):,} of {run}\n"
+        f"logits of {EXAMPLES} random inputs differ by at most {difference:.2g}"
+    )
+
+
+# inspect
+
+
+def inspect(
+    run: Run,
+    json: Flag = False,
+    scale_below: float = 1e-3,
+    var_below: float | None = None,
+    trust: Flag = False,
+) -> None:
+    """Show the parameters and statistics of every BN layer.
+
+    A unit is dead where its scale or its variance is next to nothing: what goes in
+    hardly changes what comes out.
+
+    Args:
+        run: A folder that train.py wrote.
+        json: Print JSON in place of the table.
+        scale_below: A unit is dead where |scale| is below this.
+        var_below: And where var is below this. None: the run's epsilon.
+        trust: Import the code that the run names as its network.
+    """
+    from bnjax.data.config import SettingError
+    from bnjax.training.evaluation import load_run
+    from bnjax.training.runs import find_layers, format_table
+
+    for flag, value in (("scale", scale_below), ("var", var_below)):
+        if value is not None and not value >= 0:
+            raise SettingError(f"--{flag}-below {value}: expected 0 or more.")
+    opened = load_run(run, trust=trust, examples=False)
+    _, state = opened.restore()
+    var_below = opened.config.bn.epsilon if var_below is None else var_below
+    layers = find_layers(
+        state.params, state.batch_stats, scale_below=scale_below, var_below=var_below
+    )
+    if json:
+        described = {
+            "workdir": str(run),
+            "step": int(state.step),
+            "scale_below": scale_below,
+            "var_below": var_below,
+            "layers": layers,
+        }
+        print(_to_text(described), end="")
+        return
+    title = f"{run}, step {int(state.step):,}"
+    if not layers:
+        print(f"{title}: no layer has a running mean and variance.")
+        return
+    print(f"{title}: {len(layers)} BN layer{'s' if len(layers) > 1 else ''}")
+    header = ("layer", "features", "scale", "bias", "mean", "var", "dead")
+    rows = [
+        (
+            layer["path"],
+            f"{layer['features']:,}",
+            *(_range(layer[name]) for name in header[2:6]),
+            f"{layer['dead']:,}",
+        )
+        for layer in layers
+    ]
+    print(format_table(header, rows))
+    dead, units = (sum(layer[n] for layer in layers) for n in ("dead", "features"))
+    print(
+        f"{dead:,} of {units:,} units are dead: |scale| below {scale_below:g} or var "
+        f"below {var_below:g}."
+    )
+
+
+def _range(values: dict[str, float] | None) -> str:
+    return "-" if values is None else f"{values['min']:.3g} to {values['max']:.3g}"
+
+
+# recompute-stats
+
+
+def recompute_stats(
+    run: Run,
+    output: Path,
+    batches: int = 100,
+    method: Literal["paper", "pooled"] = "paper",
+    layers: tuple[str, ...] = (),
+    force: Flag = False,
+    trust: Flag = False,
+    data_dir: Path | None = None,
+) -> None:
+    """Estimate the population statistics again, as a new run.
+
+    They are those over batches of the training set, augmented as in the training's
+    first steps. The parameters are those of the newest checkpoint. eval.py and the
+    other commands read the result.
+
+    Args:
+        run: A folder that train.py wrote.
+        output: The folder to write.
+        batches: How many, of the run's batch size, from its first step on.
+        method: paper: Algorithm 2, means of the batches' statistics.
+            pooled: statistics of all their values, more exact for small batches.
+        layers: Names or patterns of the layers, such as bn_0 "block1/*". Without: all.
+        force: Replace a run that is in --output.
+        trust: Import the code that the run names as its network.
+        data_dir: Where tfds sets are. None: where the run had them.
+    """
+    from bnjax.data.config import SettingError
+    from bnjax.training.checkpoint import open_checkpoints
+    from bnjax.training.config import RunError
+    from bnjax.training.evaluation import PopulationEstimator, load_run
+    from bnjax.training.metrics import ProgressReporter
+    from bnjax.training.program import Program, make_run_feed
+    from bnjax.training.runs import check_new_run, describe_change, write_run
+    from bnjax.training.sharding import evaluation_parallel
+    from bnjax.training.workdir import read_record
+
+    if batches < 1:
+        raise SettingError(f"--batches {batches}: expected 1 or more.")
+    check_new_run(output, force=force)
+    if output.resolve() == run.resolve():
+        raise SettingError(f"--output {output} is the run itself. Give another folder.")
+    opened = load_run(run, data_dir, trust=trust)
+    config, source = opened.config, opened.source
+    if config.ema is not None:
+        raise RunError(
+            f"{run} was trained with --ema: eval.py takes its statistics again "
+            "each time, over --batch-stats-from batches."
+        )
+    program = Program(config, source)
+    with open_checkpoints(run, config, read_only=True) as found:
+        state, metadata = found.restore(program.initial_state())
+    if not state.batch_stats:
+        raise RunError(
+            f"{run} was trained without batch normalization: it has no statistics."
+        )
+    report = ProgressReporter(source.name, seconds=5, verb="estimating from")
+    with contextlib.closing(make_run_feed(config, source)) as feed:
+        parallel = evaluation_parallel(config)
+        new = PopulationEstimator(config, program, feed, parallel).estimate(
+            state, batches, method=method, layers=layers or None, report=report
+        )
+    write_run(
+        output,
+        read_record(run).get("preset", ""),
+        dataclasses.replace(config, workdir=output),
+        source,
+        new,
+        {
+            "command": "recompute-stats",
+            "run": str(run),
+            "batches": batches,
+            "method": method,
+            "layers": layers,
+        },
+        metadata=dataclasses.replace(metadata, test_accuracy=None),
+        force=force,
+    )
+    print(describe_change(state.batch_stats, new.batch_stats))
+    print(
+        f"{output} holds step {int(state.step):,} with statistics over {batches:,} "
+        f"batches of {config.batch_size:,}: python eval.py {output}"
+    )
+
+
+# import-torch
+
+
+def import_torch(
+    file: File,
+    output: Path,
+    preset: str,
+    model: str | None = None,
+    mapping: Path | None = None,
+    names: tuple[str, ...] = (),
+    ignore: tuple[str, ...] = (),
+    keep: tuple[str, ...] = (),
+    confirm: Flag = False,
+    image_shape: tuple[int, ...] | None = None,
+    force: Flag = False,
+    data_dir: Path | None = None,
+    flags: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
+) -> None:
+    """Make a run of weights from PyTorch.
+
+    Residual networks of torchvision and timm are known by their names; of a network of
+    your own a mapping is proposed, which --confirm takes. Where the data set is not
+    there, the number of classes is that of the weights. After -- may follow flags of
+    train.py that the preset needs, such as --data.name.
+
+    Args:
+        file: Of PyTorch: .safetensors, or a state_dict() in .pt, .pth or .bin.
+        output: The folder to write.
+        preset: Of train.py: says which network, and on which data.
+        model: Another network than the preset's.
+        mapping: Which layer is which, a JSON file. None: as the network has it.
+        names: More of the mapping, such as linear=logits.
+        ignore: Layers or tensors of PyTorch that go nowhere.
+        keep: Layers or arrays of ours that keep their first values.
+        confirm: Take the mapping that was proposed.
+        image_shape: Height, width, channels, where the data set is not there.
+        force: Replace a run that is in --output.
+        data_dir: Where the data set is. None: $TFDS_DATA_DIR, else
+            ~/tensorflow_datasets.
+        flags: What follows --.
+    """
+    from bnjax.interop.torch import from_torch, known_mapping
+    from bnjax.interop.torch_files import read_mapping, read_state_dict
+    from bnjax.interop.torch_proposal import propose_mapping, trace
+    from bnjax.training.program import Program
+    from bnjax.training.runs import check_new_run, write_run
+    from bnjax.training.transfer import source_of_weights, unconfirmed
+
+    if model is not None:
+        flags = ("--model", model, *flags)
+    if data_dir is not None:
+        flags = ("--data-dir", str(data_dir), *flags)
+    told: dict[str, Any] = {**dict(map(_pair, names)), **dict.fromkeys(ignore)}
+    check_new_run(output, force=force)
+    preset, config = parse_train([preset, *flags])
+    tensors = read_state_dict(file)
+    given = None if mapping is None else read_mapping(mapping)
+    source = source_of_weights(config, tensors, {**told, **(given or {})}, image_shape)
+    program = Program(config, source)
+    initial = program.initial_state()
+    variables = {"params": initial.params, "batch_stats": initial.batch_stats}
+    layers = given or known_mapping(config.model.name, source.image_shape)
+    if layers is None:
+        called = trace(program.model, program.images, train=False)
+        layers = propose_mapping(tensors, variables, called, told)
+        if not confirm:
+            raise unconfirmed(file, config, layers, variables)
+    imported = from_torch(tensors, variables, {**told, **layers, **told}, keep=keep)
+    write_run(
+        output,
+        preset,
+        dataclasses.replace(config, workdir=output),
+        source,
+        dataclasses.replace(initial, **imported),
+        {"command": "import-torch", "file": str(file)},
+        force=force,
+    )
+    print(
+        f"{file}: {len(tensors)} tensors of {config.model.name}\n"
+        f"{output} holds the network as of step 0: python eval.py {output}"
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    from bnjax.data.config import SettingError
+
+    theirs, _, ours = text.partition("=")
+    if not theirs or not ours:
+        raise SettingError(
+            f"--names {text}: expected THEIRS=OURS, a layer of PyTorch and the path of "
+            "ours, such as linear=logits."
+        )
+    return theirs, ours
+
+
+def _to_text(value: Any) -> str:
+    return json_format.dumps(value, indent=2) + "\n"
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "export": export,
+    "fold": fold,
+    "inspect": inspect,
+    "recompute-stats": recompute_stats,
+    "import-torch": import_torch,
+}

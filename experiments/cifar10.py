@@ -65,8 +65,9 @@ def networks() -> dict[str, Config]:
 
 def shortened(config: Config, steps: int) -> Config:
     """Return a shorter run whose learning rate decays as far."""
-    decay_steps = round(config.optim.decay_steps * steps / config.steps)
-    return changed(config, {"steps": steps, "optim.decay_steps": decay_steps})
+    decay = dict(config.optim.schedule_options)
+    decay["transition_steps"] = round(decay["transition_steps"] * steps / config.steps)
+    return changed(config, {"steps": steps, "optim.schedule_options": decay})
 
 
 def trained(config: Config) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def reproduce(seeds: int = 3) -> None:
         "in_a_fifth_of_the_steps": {
             name: {
                 "steps": config.steps,
-                "decay_steps": config.optim.decay_steps,
+                "decay_steps": config.optim.schedule_options["transition_steps"],
                 "accuracy": [run["final_test_accuracy"] for run in short_runs[name]],
             }
             for name, config in fifth.items()

@@ -26,6 +26,8 @@ def variants() -> dict[str, Config]:
     """Return BN-x5, and BN-x5 without each of its changes."""
     base, ours = networks()["Inception"], networks()[REFERENCE]
 
+    decay = ours.optim.schedule_options
+    slower = {**decay, "transition_steps": 6 * decay["transition_steps"]}
     crops = {"data.image_size": 32, "data.augment.kind": "crop"}
     full = {"data.augment.strength": base.data.augment.strength}
     changes = {
@@ -33,7 +35,7 @@ def variants() -> dict[str, Config]:
         "the lower learning rate": {"learning_rate": base.learning_rate},
         "dropout": {"model.dropout": base.model.dropout},
         "the larger L2 weight": {"optim.weight_decay": base.optim.weight_decay},
-        "the slower decay": {"optim.decay_steps": 6 * ours.optim.decay_steps},
+        "the slower decay": {"optim.schedule_options": slower},
         "local response normalization": {"model.local_response_norm": True},
         "batches that always meet": {"data.shuffle": base.data.shuffle},
         CROPPED: crops,

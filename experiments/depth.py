@@ -35,8 +35,8 @@ def networks(steps: int, width: float) -> dict[str, Config]:
         "log_every": 25,
         "compilation_cache": CACHE,
         "model.width": width,
-        "optim.schedule": "constant",
-        "optim.boundaries": (),
+        "optim.schedule": "constant_schedule",
+        "optim.schedule_options": {},
         "optim.warmup_steps": 0,
     }
     return {

@@ -39,7 +39,7 @@ DIGITS = 6
 
 def preset(name: str, changes: dict[str, Any] | None = None) -> Config:
     """Return the configuration of a preset, with the changes of `changed`."""
-    config = PRESETS[name]()
+    config = PRESETS[name].config
     data = {"data.name": CIFAR10} if name.startswith("cifar10-") else {}
     return changed(config, data | (changes or {}))
 
@@ -72,7 +72,8 @@ def once(
         The record, with "seed", "seconds", "commit" and "date" added.
     """
     path = RUNS / f"{experiment}.jsonl"
-    settings = json.dumps(result_config(config), sort_keys=True)
+    given = {**result_config(config), "steps": config.steps}
+    settings = json.dumps(given, sort_keys=True)
     key = hashlib.sha256(settings.encode()).hexdigest()
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():

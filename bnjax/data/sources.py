@@ -352,6 +352,46 @@ class Source:
     resize: CentralCrop | None = None
     class_names: tuple[str, ...] | None = None
 
+    @classmethod
+    def from_description(
+        cls, data: DataConfig, description: Mapping[str, Any]
+    ) -> "Source":
+        """Return a data set without examples: all that a network needs to know of it.
+
+        Args:
+            data: How the set is read.
+            description: As `description` returned it.
+
+        Example:
+            >>> description = {"image_shape": [32, 32, 3], "classes": 10}
+            >>> source = Source.from_description(DataConfig("cifar10"), description)
+            >>> source.image_shape, source.sizes
+            ((32, 32, 3), {})
+        """
+        shape = tuple(description["image_shape"])
+        names = description.get("class_names")
+        return cls(
+            name=description.get("name", data.name),
+            splits={},
+            classes=description["classes"],
+            image_shape=shape,
+            decode=_decoder(data, shape[2] if len(shape) == 3 else 1),
+            max_value=description.get("max_value", 255),
+            resize=_resize(data),
+            class_names=tuple(names) if names else None,
+        )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Return what a run's config.json says of its data, as JSON holds it."""
+        return {
+            "name": self.name,
+            "image_shape": list(self.image_shape),
+            "classes": self.classes,
+            "max_value": self.max_value,
+            "class_names": list(self.class_names) if self.class_names else None,
+        }
+
     @property
     def sizes(self) -> dict[str, int]:
         """Return how many examples each split has."""

@@ -4,17 +4,20 @@ tyro reads these classes for the command line; the sentence under each field is 
 `--help` shows. `bnjax.training.config` refuses what no run can use.
 """
 
+import ast
 import dataclasses
 import math
+import operator
 import re
 import types
 import typing
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+import bnjax
 from bnjax import models
 from bnjax._validate import ACTIVATIONS, did_you_mean
 from bnjax.data.config import INCIDENTAL as DATA_INCIDENTAL
@@ -83,54 +86,59 @@ class BatchNormConfig:
     None: all that --bn.sync puts together."""
 
 
+def read_options(words: Sequence[str]) -> dict[str, Any]:
+    """Read keywords for a function of Optax.
+
+    Args:
+        words: NAME=VALUE each; a value is a literal of Python's, or else a string.
+
+    Example:
+        >>> read_options(["b1=0.9", "nesterov=True", "accumulator_dtype=bfloat16"])
+        {'b1': 0.9, 'nesterov': True, 'accumulator_dtype': 'bfloat16'}
+    """
+    options = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name.isidentifier() and equals):
+            raise ValueError(f"{word!r} given; expected NAME=VALUE, such as b1=0.9.")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            options[name] = value
+    return options
+
+
+Options = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE ...",
+        instance_from_str=read_options,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda options: [f"{k}={v}" for k, v in options.items()],
+    ),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """The optimizer and its learning rate over time."""
 
-    name: Literal[
-        "sgd",
-        "momentum",
-        "nesterov",
-        "adagrad",
-        "rmsprop",
-        "adam",
-        "adamw",
-        "lamb",
-        "lars",
-    ] = "sgd"
-    """The rule: plain SGD, SGD with (Nesterov's) momentum, or one of Optax's others."""
-    momentum: float = 0.9
-    """Of momentum, nesterov and lars: the weight of the old direction."""
-    beta1: float = 0.9
-    """Of adam, adamw and lamb: the weight of the old mean of gradients."""
-    beta2: float = 0.999
-    """Of adam, adamw and lamb: the weight of the old mean of squared gradients."""
-    rms_decay: float = 0.9
-    """Of rmsprop: the weight of the old mean of squared gradients."""
-    epsilon: float = 1e-8
-    """Of adagrad, rmsprop, adam, adamw and lamb: added to the denominator."""
+    name: str = "sgd"
+    """An optimizer of Optax by its name there: sgd, adam, adamw, lion, lars, ..."""
+    options: Options = dataclasses.field(default_factory=dict)
+    """Its keywords, such as momentum=0.9 nesterov=True; others stay the preset's."""
     weight_decay: float = 0.0
     """L2 penalty on weights, never on biases or BN's scale.
-    Its gradient is added to the loss's; in adamw and lamb, to the step."""
+    An optimizer with a weight_decay of its own, such as adamw, is given it instead."""
     clip_norm: float | None = None
     """Gradients of a larger global norm are scaled down to this. None: as they are."""
-    schedule: Literal["constant", "exponential", "cosine", "step", "linear"] = (
-        "constant"
-    )
-    """What the learning rate does after the warm-up.
-    constant: stays as it is.
-    exponential: times decay-rate every decay-steps.
-    cosine: half a cosine, down to 0 at the last step.
-    step: times decay-rate at each of --optim.boundaries.
-    linear: a line, down to 0 at the last step."""
-    decay_rate: float = 0.96
-    """Of exponential and step: the factor."""
-    decay_steps: int = 1000
-    """Of exponential: how many steps apart."""
-    staircase: bool = True
-    """Of exponential: all of a decay at once; else a little of it every step."""
-    boundaries: tuple[int, ...] = ()
-    """Of step: the steps at which the rate drops, such as 30000 60000."""
+    schedule: str = "constant_schedule"
+    """What the learning rate does after the warm-up, by its name in Optax.
+    constant_schedule, cosine_decay_schedule, exponential_decay, ..."""
+    schedule_options: Options = dataclasses.field(default_factory=dict)
+    """Its keywords, such as decay_rate=0.96 transition_steps=1000.
+    Required ones left out: from --learning-rate to 0, in the steps that are left."""
     warmup_steps: int = 0
     """Steps over which the rate first rises on a line to --learning-rate.
     The schedule starts after them."""
@@ -159,7 +167,7 @@ class Config:
     """How many steps to train."""
     batch_size: int
     """Examples in a step."""
-    learning_rate: float
+    learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])]
     """Learning rate that the schedule starts from."""
     seed: int = 0
     """Of all randomness: first weights, order of the data, augmentation."""
@@ -222,9 +230,33 @@ class Config:
     """A folder where compiled programs are kept for the next run. None: not kept."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    optim: OptimizerConfig = OptimizerConfig()
+    optim: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     bn: BatchNormConfig = BatchNormConfig()
     hosts: HostsConfig = HostsConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A run by name.
+
+    Args:
+        name: as the command line has it.
+        summary: what it is, in a line.
+        expectation: the test accuracy, and where that comes from.
+        config: the settings.
+        time: how long it takes. Empty: it was not run.
+    """
+
+    name: str
+    summary: str
+    expectation: str
+    config: Config
+    time: str = ""
+
+    @property
+    def command(self) -> str:
+        """Return what trains it."""
+        return f"python train.py {self.name}"
 
 
 INCIDENTAL = frozenset(
@@ -280,12 +312,12 @@ def refuse_options(model: ModelConfig, known: Collection[str]) -> None:
         known: the names of the options it has.
 
     Raises:
-        RunError: naming the option, and those that there are.
+        SettingError: naming the option, and those that there are.
 
     Example:
         >>> refuse_options(ModelConfig(name="lenet", width=0.5), ("pool",))
         Traceback (most recent call last):
-        bnjax.training.config.RunError: --model.width 0.5: lenet has no such option;
+        bnjax.data.config.SettingError: --model.width 0.5: lenet has no such option;
         it has --model.pool.
     """
     for name, value in set_options(model).items():
@@ -302,73 +334,100 @@ def to_json(config: Any) -> Any:
     """Return a configuration as JSON holds it.
 
     Example:
-        >>> from bnjax.training.presets import digits
-        >>> to_json(digits())["bn"]["momentum"]
-        0.9
-        >>> from_json(to_json(digits()), "config.json") == digits()
-        True
+        >>> to_json(OptimizerConfig(options={"momentum": 0.9}))["options"]
+        {'momentum': 0.9}
     """
     if dataclasses.is_dataclass(config):
         fields = dataclasses.fields(config)
         return {field.name: to_json(getattr(config, field.name)) for field in fields}
-    if isinstance(config, tuple):
+    if isinstance(config, dict):
+        return {str(name): to_json(value) for name, value in config.items()}
+    if isinstance(config, tuple | list):
         return [to_json(item) for item in config]
     return str(config) if isinstance(config, Path) else config
 
 
-def from_json(value: Any, where: str) -> Config:
+def from_json(value: Any, where: str, made_by: str | None = None) -> Config:
     """Read a configuration back, exactly as it was.
 
     Args:
         value: what `to_json` gave.
         where: the file, for messages.
+        made_by: the version of bnjax that wrote it, where that is known.
 
     Raises:
         RunError: a field is missing, unknown or of another type, or its value is one
             that no run can use.
+
+    Example:
+        >>> config = Config(steps=9, batch_size=8, learning_rate=0.1)
+        >>> from_json(to_json(config), "config.json") == config
+        True
+        >>> from_json({"steps": 9}, "config.json", made_by="0.0.1")
+        Traceback (most recent call last):
+        bnjax.training.config.RunError: config.json was made by bnjax 0.0.1; this is ...
     """
     try:
         config = _read(Config, value, "")
         validate(config)
-    except (TypeError, ValueError, RunError) as error:
-        raise RunError(
-            f"{where} is damaged or from another version of bnjax: {error} "
-            "Restore the file, or train again."
-        ) from error
+    except (TypeError, ValueError) as error:
+        if made_by not in (None, bnjax.__version__):
+            problem = f"was made by bnjax {made_by}; this is {bnjax.__version__}"
+            advice = "Use that version, or train again."
+        else:
+            problem = "is damaged"
+            advice = "Restore the file, or train again."
+        raise RunError(f"{where} {problem}: {error} {advice}") from error
     return config
 
 
 def result_config(config: Config) -> dict[str, Any]:
-    """Return the part of the configuration that results depend on, as JSON."""
+    """Return what the state after a step depends on, as JSON.
+
+    `steps` is left out: a resumed run may be given more.
+    """
     value = to_json(config)
-    data = value["data"]
-    value["data"] = {n: data[n] for n in data if n not in DATA_INCIDENTAL}
-    return {name: value[name] for name in value if name not in INCIDENTAL}
+    value["data"] = {n: v for n, v in value["data"].items() if n not in DATA_INCIDENTAL}
+    return {n: v for n, v in value.items() if n not in {*INCIDENTAL, "steps"}}
 
 
 def differences(recorded: Config, given: Config) -> list[str]:
-    """Name each flag by which two runs would have different results.
+    """Name each flag that keeps a run from being resumed.
 
     Example:
-        >>> from bnjax.training.presets import digits
-        >>> import dataclasses
-        >>> differences(digits(), dataclasses.replace(digits(), seed=1, keep=9))
+        >>> recorded = Config(steps=9, batch_size=8, learning_rate=0.1)
+        >>> differences(recorded, dataclasses.replace(recorded, seed=1, keep=9))
         ['--seed: the run has 0, 1 was given']
+        >>> differences(recorded, dataclasses.replace(recorded, steps=10))
+        []
+        >>> differences(recorded, dataclasses.replace(recorded, steps=8))
+        ['--steps: the run has 9, 8 was given']
     """
-    before, now = (_flatten(result_config(config)) for config in (recorded, given))
+    before, now = flag_values(recorded), flag_values(given)
+    incidental = {*INCIDENTAL, *(f"data.{name}" for name in DATA_INCIDENTAL)}
+    if given.steps > recorded.steps:
+        incidental.add("steps")
     return [
         f"--{name.replace('_', '-')}: the run has {before[name]}, {now[name]} was given"
         for name in before
         if before[name] != now[name]
+        and incidental.isdisjoint({name, name.partition(".")[0]})
     ]
 
 
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, item in value.items():
-        path = f"{prefix}{name}"
-        flat |= _flatten(item, f"{path}.") if isinstance(item, dict) else {path: item}
-    return flat
+def flag_values(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the value of each flag, without dashes.
+
+    Example:
+        >>> flag_values(BatchNormConfig(), "bn.")["bn.momentum"]
+        0.99
+    """
+    values = {}
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        nested = dataclasses.is_dataclass(value)
+        values |= flag_values(value, f"{name}.") if nested else {name: value}
+    return values
 
 
 def _read(kind: Any, value: Any, path: str) -> Any:
@@ -380,6 +439,8 @@ def _read(kind: Any, value: Any, path: str) -> Any:
         return value
     if origin is tuple and isinstance(value, list):
         return tuple(_read(choices[0], item, path) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {name: _read_option(item) for name, item in value.items()}
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _read(choices[0], value, path)
     if kind is Path and isinstance(value, str):
@@ -391,6 +452,13 @@ def _read(kind: Any, value: Any, path: str) -> Any:
     raise TypeError(f"{path} is {value!r}; expected {kind}.")
 
 
+def _read_option(value: Any) -> Any:
+    """Return a keyword's value; JSON has made strings of the keys of a dict."""
+    if isinstance(value, dict):
+        return {int(k) if k.isdigit() else k: v for k, v in value.items()}
+    return value
+
+
 def _read_fields(kind: Any, value: Any, path: str) -> Any:
     names = {field.name for field in dataclasses.fields(kind)}
     if not isinstance(value, dict) or set(value) != names:
@@ -399,49 +467,88 @@ def _read_fields(kind: Any, value: Any, path: str) -> Any:
             f"{path or 'the configuration'} has {given}; expected {sorted(names)}."
         )
     hints = typing.get_type_hints(kind)
-    return kind(
-        **{
-            name: _read(hints[name], value[name], f"{path}.{name}".lstrip("."))
-            for name in names
-        }
-    )
+    read = {n: _read(hints[n], value[n], f"{path}.{n}".lstrip(".")) for n in names}
+    return kind(**read)
+
+
+# Of each field, whether a value is accepted, and what was expected. None is not
+# checked: where a field may be None, that is its default.
+_RULES: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+    (
+        (
+            "steps batch_size accumulate batch_stats_from log_every eval_every "
+            "checkpoint_every eval_batch_size keep"
+        ),
+        lambda n: n >= 1,
+        "a whole number of 1 or more",
+    ),
+    ("seed", lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1"),
+    ("devices hosts.count", lambda n: n >= 1, "1 or more"),
+    ("hosts.timeout", lambda n: n >= 1, "1 or more seconds"),
+    ("bn.virtual_batch_size", lambda n: n >= 2, "2 or more"),
+    (
+        "learning_rate bn.epsilon optim.clip_norm model.weight_scale model.width",
+        lambda x: 0 < x < math.inf,
+        "a positive number",
+    ),
+    (
+        "optim.weight_decay model.weight_std",
+        lambda x: 0 <= x < math.inf,
+        "a number of 0 or more",
+    ),
+    ("ema", lambda x: 0 <= x < 1, "a number in [0, 1), the weight of the old average"),
+    (
+        "bn.momentum",
+        lambda x: 0 <= x <= 1,
+        "a number in [0, 1], the weight of the old value (PyTorch's 0.1 is 0.9 here)",
+    ),
+    ("model.dropout", lambda x: 0 <= x < 1, "a rate in [0, 1)"),
+    ("model.hidden", lambda ns: min(ns, default=0) > 0, "one or more positive widths"),
+    (
+        "bn.sync",
+        re.compile(r"global|per-device|group:[1-9]\d*").fullmatch,
+        "global, per-device, or group:K, such as group:2",
+    ),
+    (
+        "hosts.coordinator",
+        re.compile(r"auto|.+:\d{1,5}").fullmatch,
+        'ADDRESS:PORT, or "auto"',
+    ),
+)
 
 
 def validate(config: Config) -> None:
     """Refuse values no run can use.
 
     Raises:
-        RunError: naming the flag, what was given and what was expected.
+        SettingError: naming the flag, what was given and what was expected.
     """
-    _integers(config)
-    _numbers(config)
-    _optimizer(config)
+    for names, accepts, expected in _RULES:
+        for name in names.split():
+            value = operator.attrgetter(name)(config)
+            if value is not None and not accepts(value):
+                _refuse(name, value, expected)
     validate_data(config.data)
+    _check_model(config.model)
+    _check_hosts(config.hosts)
+    _check_batch_norm(config)
+    if not 0 <= config.optim.warmup_steps < config.steps:
+        expected = f"0 or more, and fewer than the {config.steps} --steps"
+        _refuse("optim.warmup_steps", config.optim.warmup_steps, expected)
+    if config.batch_size % config.accumulate:
+        _refuse("accumulate", config.accumulate, f"a divisor of {config.batch_size}")
     if config.resume and config.workdir is None:
         raise SettingError(
             "--resume needs the folder of the run to continue: add --workdir."
-        )
-    _model(config.model)
-    if config.batch_norm and config.batch_size < 2:
-        raise SettingError(
-            "--batch-size 1: batch normalization in training needs at least 2 examples "
-            "to take statistics over. Give a larger batch, or --no-batch-norm.",
-        )
-    if config.batch_norm and config.bn.implementation == "flax" and config.bn.unbiased:
-        raise SettingError(
-            "--bn.implementation flax keeps the biased variance only: "
-            "add --bn.no-unbiased.",
         )
     if config.init_stats != "adapt" and config.init_from is None:
         raise SettingError(
             f"--init-stats {config.init_stats}: there are no statistics to start from; "
             "add --init-from.",
         )
-    _statistics(config)
-    _hosts(config.hosts)
 
 
-def _model(model: ModelConfig) -> None:
+def _check_model(model: ModelConfig) -> None:
     if not is_import_path(model.name):
         if model.name not in MODELS:
             expected = (
@@ -451,116 +558,41 @@ def _model(model: ModelConfig) -> None:
             hint = did_you_mean(model.name, MODELS)
             _refuse("model.name", model.name, expected, hint)
         refuse_options(model, models.options(model.name))
-    if model.hidden is not None and min(model.hidden, default=0) <= 0:
-        _refuse("model.hidden", model.hidden, "one or more positive widths")
-    for name in ("weight_scale", "width"):
-        value = getattr(model, name)
-        if value is not None and not 0 < value < math.inf:
-            _refuse(f"model.{name}", value, "a positive number")
-    if model.weight_std is not None and not 0 <= model.weight_std < math.inf:
-        _refuse("model.weight_std", model.weight_std, "a number of 0 or more")
-    if model.dropout is not None and not 0 <= model.dropout < 1:
-        _refuse("model.dropout", model.dropout, "a rate in [0, 1)")
     if model.activation is not None and model.activation not in ACTIVATIONS:
         hint = did_you_mean(model.activation, ACTIVATIONS)
         expected = f"one of {', '.join(ACTIVATIONS)}"
         _refuse("model.activation", model.activation, expected, hint)
 
 
-def _hosts(hosts: HostsConfig) -> None:
-    if hosts.count < 1:
-        _refuse("hosts.count", hosts.count, "1 or more")
+def _check_hosts(hosts: HostsConfig) -> None:
     if not 0 <= hosts.index < hosts.count:
-        _refuse(
-            "hosts.index", hosts.index, f"from 0 to --hosts.count {hosts.count} - 1"
-        )
-    if hosts.timeout < 1:
-        _refuse("hosts.timeout", hosts.timeout, "1 or more seconds")
+        expected = f"from 0 to --hosts.count {hosts.count} - 1"
+        _refuse("hosts.index", hosts.index, expected)
     if hosts.coordinator is None and hosts.count > 1:
         _refuse("hosts.coordinator", None, "ADDRESS:PORT of host 0 for several hosts")
-    if hosts.coordinator not in (None, "auto") and not re.fullmatch(
-        r".+:\d{1,5}", hosts.coordinator or ""
-    ):
-        _refuse("hosts.coordinator", hosts.coordinator, 'ADDRESS:PORT, or "auto"')
 
 
-def _statistics(config: Config) -> None:
-    sync, virtual = config.bn.sync, config.bn.virtual_batch_size
-    if not re.fullmatch(r"global|per-device|group:[1-9]\d*", sync):
-        _refuse("bn.sync", sync, "global, per-device, or group:K, such as group:2")
-    if virtual is not None and virtual < 2:
-        _refuse("bn.virtual_batch_size", virtual, "2 or more")
-    if config.devices is not None and config.devices < 1:
-        _refuse("devices", config.devices, "1 or more")
-    if config.batch_size % config.accumulate:
-        _refuse("accumulate", config.accumulate, f"a divisor of {config.batch_size}")
-    plain = sync == "global" and virtual is None and config.accumulate == 1
-    if config.batch_norm and config.bn.implementation == "flax" and not plain:
+def _check_batch_norm(config: Config) -> None:
+    if not config.batch_norm:
+        return
+    if config.batch_size < 2:
+        raise SettingError(
+            "--batch-size 1: batch normalization in training needs at least 2 examples "
+            "to take statistics over. Give a larger batch, or --no-batch-norm.",
+        )
+    if config.bn.implementation != "flax":
+        return
+    if config.bn.unbiased:
+        raise SettingError(
+            "--bn.implementation flax keeps the biased variance only: "
+            "add --bn.no-unbiased.",
+        )
+    given = (config.bn.sync, config.bn.virtual_batch_size, config.accumulate)
+    if given != ("global", None, 1):
         raise SettingError(
             "--bn.implementation flax has the statistics of a whole batch only: leave "
             "out --bn.sync, --bn.virtual-batch-size and --accumulate.",
         )
-
-
-def _integers(config: Config) -> None:
-    for name in (
-        "steps",
-        "batch_size",
-        "accumulate",
-        "batch_stats_from",
-        "log_every",
-        "eval_every",
-        "checkpoint_every",
-        "eval_batch_size",
-        "keep",
-    ):
-        value = getattr(config, name)
-        if value <= 0:
-            _refuse(name, value, "a whole number of 1 or more")
-    if not 0 <= config.seed < 2**32:
-        _refuse("seed", config.seed, "a whole number from 0 to 2**32 - 1")
-
-
-def _numbers(config: Config) -> None:
-    positive = {
-        "learning_rate": config.learning_rate,
-        "bn.epsilon": config.bn.epsilon,
-    }
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            _refuse(name, value, "a positive number")
-    if config.ema is not None and not 0 <= config.ema < 1:
-        expected = "a number in [0, 1), the weight of the old average"
-        _refuse("ema", config.ema, expected)
-    if not 0 <= config.bn.momentum <= 1:
-        expected = (
-            "a number in [0, 1], the weight of the old value (PyTorch's 0.1 is 0.9 "
-            "here)"
-        )
-        _refuse("bn.momentum", config.bn.momentum, expected)
-
-
-def _optimizer(config: Config) -> None:
-    optim = config.optim
-    for name in ("momentum", "beta1", "beta2", "rms_decay"):
-        value = getattr(optim, name)
-        if not 0 <= value < 1:
-            _refuse(f"optim.{name}", value, "a number in [0, 1)")
-    for name in ("epsilon", "decay_rate", "clip_norm"):
-        value = getattr(optim, name)
-        if value is not None and not 0 < value < math.inf:
-            _refuse(f"optim.{name}", value, "a positive number")
-    if not 0 <= optim.weight_decay < math.inf:
-        _refuse("optim.weight_decay", optim.weight_decay, "a number of 0 or more")
-    if optim.decay_steps <= 0:
-        _refuse("optim.decay_steps", optim.decay_steps, "1 or more")
-    if not 0 <= optim.warmup_steps < config.steps:
-        expected = f"0 or more, and fewer than the {config.steps} --steps"
-        _refuse("optim.warmup_steps", optim.warmup_steps, expected)
-    rising = sorted({step for step in optim.boundaries if step > 0})
-    if list(optim.boundaries) != rising or (optim.schedule == "step") != bool(rising):
-        expected = "rising steps with --optim.schedule step, none with another"
-        _refuse("optim.boundaries", optim.boundaries, expected)
 
 
 def _refuse(field: str, value: object, expected: str, hint: str = "") -> None:

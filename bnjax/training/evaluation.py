@@ -25,7 +25,7 @@ from bnjax.data.pipeline import Feed, ToInputs, make_to_inputs
 from bnjax.data.sources import Arrays, Report, Source, open_data
 from bnjax.population import Layers, Method, recompute_batch_stats
 from bnjax.training.checkpoint import open_checkpoints
-from bnjax.training.config import Config, RunError
+from bnjax.training.config import Config, RunError, is_import_path
 from bnjax.training.metrics import ProgressReporter
 from bnjax.training.optimizer import AveragedState, average_of
 from bnjax.training.program import Program, make_run_feed
@@ -41,10 +41,12 @@ from bnjax.training.step import (
 )
 from bnjax.training.workdir import (
     CHECKPOINTS,
+    CONFIG,
     EVALUATION,
     SUMMARY,
     read_config,
     read_json,
+    read_record,
     write_json,
 )
 
@@ -482,24 +484,51 @@ class LoadedRun:
         return self.source.cache_key("test")
 
 
-def load_run(workdir: Path, data_dir: Path | None = None) -> LoadedRun:
+def load_run(
+    workdir: Path,
+    data_dir: Path | None = None,
+    *,
+    trust: bool = False,
+    examples: bool = True,
+) -> LoadedRun:
     """Open a run from its folder alone, reading no example.
+
+    A run is data: code that it names as its network is not imported unless it is
+    trusted.
 
     Args:
         workdir: The folder that train.py wrote.
         data_dir: Where the data set is, if no longer where the run found it.
+        trust: Import the code that the run names.
+        examples: The data set has to be there. Otherwise the run's description of its
+            images and classes is enough.
 
     Raises:
-        RunError: The folder is no run, or something in it is damaged.
+        RunError: The folder is no run, something in it is damaged, or it names code.
         DataError: The data set is not there.
     """
     config = read_config(workdir)
+    if is_import_path(config.model.name) and not trust:
+        raise RunError(
+            f"the network of {workdir} is code of its own, {config.model.name}, which "
+            "was not run. If you trust who made it, add --trust; the module is looked "
+            "for among what is installed and in PYTHONPATH."
+        )
     if not (workdir / CHECKPOINTS).is_dir():
         raise RunError(
             f"{workdir} has no {CHECKPOINTS}: the run ended before its first one. "
             "Train again in a new --workdir."
         )
-    source = open_data(config.data, data_dir or config.data_dir)
+    if examples:
+        source = open_data(config.data, data_dir or config.data_dir)
+    else:
+        try:
+            source = Source.from_description(config.data, read_record(workdir)["data"])
+        except (KeyError, TypeError) as error:
+            raise RunError(
+                f"{workdir / CONFIG} is damaged: its 'data' lacks {error}. Restore the "
+                "file, or train again."
+            ) from error
     return LoadedRun(workdir, config, source)
 
 
@@ -510,6 +539,7 @@ def evaluate_runs(
     batch_stats_from: int | None = None,
     output: Path | None = None,
     data_dir: Path | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, or of several as an ensemble.
 
@@ -521,6 +551,7 @@ def evaluate_runs(
         output: Where the result is written. If None, eval.json in the only workdir, and
             nowhere for an ensemble.
         data_dir: Where the data set is, if no longer where the runs found it.
+        trust: See `load_run`.
 
     Returns:
         The result: scores, crops and step, or in place of the step the members. With
@@ -532,7 +563,7 @@ def evaluate_runs(
         SettingError: The crops cannot be had, or `output` cannot be written.
     """
     _check_arguments(workdirs, output, batch_stats_from)
-    runs = [load_run(workdir, data_dir) for workdir in workdirs]
+    runs = [load_run(workdir, data_dir, trust=trust) for workdir in workdirs]
     _check_same_test_set(runs)
     blocks = crop_blocks(runs[0].source, crops)
     restored = [run.restore() for run in runs]

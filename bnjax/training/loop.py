@@ -1,6 +1,7 @@
 """Training from a configuration to a summary: read it from top to bottom."""
 
 import contextlib
+import dataclasses
 import shlex
 import sys
 import time
@@ -13,7 +14,7 @@ import numpy as np
 
 from bnjax.data.blocks import load_test
 from bnjax.data.config import SettingError
-from bnjax.data.sources import Source, open_data
+from bnjax.data.sources import Source, absolute_name, open_data
 from bnjax.training.checkpoint import CheckpointMetadata, Checkpoints, open_checkpoints
 from bnjax.training.config import Config
 from bnjax.training.evaluation import Evaluation, Evaluator, PopulationEstimator
@@ -53,6 +54,7 @@ from bnjax.training.workdir import (
     claim,
     default_workdir,
     describe,
+    read_record,
     write_json,
     writing,
 )
@@ -83,18 +85,23 @@ def _train(preset: str, config: Config) -> dict[str, Any]:
     check_hosts_agree(settings(preset, config))
     if config.compilation_cache is not None:
         keep_compiled(config.compilation_cache)
+    # A run finds its folder of images from any working directory.
+    config = dataclasses.replace(config, data=absolute_name(config.data))
     source = open_data(config.data, config.data_dir)
+    described = describe(preset, config, source)
     _check_batch_size(config, source)
     parallel = make_parallel(config)
     workdir = config.workdir or default_workdir(preset, config.data.name)
     with contextlib.ExitStack() as stack:
         resuming = stack.enter_context(claim(workdir, resume=config.resume))
         if resuming:
-            check_same(workdir, preset, config)
+            check_same(workdir, described, config)
         run = Run(config, source, parallel, resuming=resuming)
         stack.callback(run.close)
-        if not resuming:
-            write_json(workdir / CONFIG, describe(preset, config))
+        if resuming:
+            # --steps may have grown.
+            described = read_record(workdir) | {"config": described["config"]}
+        write_json(workdir / CONFIG, described)
         checkpoints = stack.enter_context(open_checkpoints(workdir, config))
         if config.resume:
             run.resume(checkpoints)

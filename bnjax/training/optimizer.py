@@ -1,12 +1,197 @@
-"""Optimizers and learning-rate schedules by name; optax builds each."""
+"""Optimizers and schedules of Optax, by their names and keywords there."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from bnjax._validate import did_you_mean, first_line
+from bnjax.data.config import SettingError
 from bnjax.training.config import Config
+
+OPTIMIZERS = {
+    name: function
+    for name, function in vars(optax).items()
+    if inspect.isfunction(function)
+    and not name.startswith(("_", "scale_by_"))
+    and next(iter(inspect.signature(function).parameters), "") == "learning_rate"
+}
+SCHEDULES = {
+    name: function
+    for name, function in vars(optax.schedules).items()
+    if inspect.isfunction(function)
+    and inspect.signature(function).return_annotation == optax.Schedule
+}
+UNDECAYED = frozenset({"bias", "scale"})
+
+
+def make_schedule(config: Config) -> optax.Schedule:
+    """Return the learning rate as a function of the step, counted from 0.
+
+    Raises:
+        SettingError: Optax has no such schedule, or one with other keywords.
+
+    Example:
+        >>> from bnjax.training.config import Config, OptimizerConfig
+        >>> options = {"decay_rate": 0.5, "transition_steps": 10, "staircase": True}
+        >>> halving = OptimizerConfig(
+        ...     schedule="exponential_decay", schedule_options=options, warmup_steps=4
+        ... )
+        >>> config = Config(steps=30, batch_size=8, learning_rate=0.8, optim=halving)
+        >>> [round(float(make_schedule(config)(t)), 3) for t in (0, 1, 3, 4, 13, 14)]
+        [0.2, 0.4, 0.8, 0.8, 0.8, 0.4]
+    """
+    optim, rate = config.optim, config.learning_rate
+    warmup, left = optim.warmup_steps, config.steps - optim.warmup_steps
+    options = optim.schedule_options
+    if optim.schedule.startswith("piecewise"):
+        drops = options.get("boundaries_and_scales")
+        steps = drops if isinstance(drops, dict) else {}
+        if not steps or not all(isinstance(t, int) and t > 0 for t in steps):
+            raise SettingError(
+                f"--optim.schedule-options boundaries_and_scales={drops}: expected "
+                "steps and the factors there, such as "
+                "'boundaries_and_scales={30000: 0.1, 60000: 0.1}'."
+            )
+        # They count from the start of the run, Optax's from the end of the warm-up.
+        moved = {step - warmup: factor for step, factor in steps.items()}
+        options = {**options, "boundaries_and_scales": moved}
+    ours = {"value": rate, "init_value": rate, "peak_value": rate, "end_value": 0.0}
+    ours |= {"transition_steps": left, "decay_steps": left}
+    after = _call("schedule", SCHEDULES, optim.schedule, options, ours, fill=False)
+    if warmup == 0:
+        return after
+    # It starts above zero: no step is without effect.
+    rising = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
+    return optax.join_schedules([rising, after], [warmup])
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Return the optimizer that follows `make_schedule`'s learning rate.
+
+    Gradients are clipped by their global norm first, before any weight decay. With
+    `config.ema` it keeps an average of the parameters.
+
+    Raises:
+        SettingError: Optax has no such optimizer or schedule, one with other keywords,
+            or one that needs more than gradients and parameters.
+
+    Example:
+        >>> from bnjax.training.config import Config, OptimizerConfig
+        >>> optim = OptimizerConfig("sgd", {"momentun": 0.9})
+        >>> make_optimizer(Config(1, batch_size=8, learning_rate=0.1, optim=optim))
+        Traceback (most recent call last):
+        bnjax.data.config.SettingError: --optim.options momentun: sgd has no such
+        keyword. Did you mean 'momentum'? It has ...
+    """
+    optim = config.optim
+    masks = ("mask", "weight_decay_mask", "trust_ratio_mask")
+    ours = {"learning_rate": make_schedule(config), "weight_decay": optim.weight_decay}
+    ours |= dict.fromkeys(masks, decayed)
+    chain = [_call("name", OPTIMIZERS, optim.name, optim.options, ours, fill=True)]
+    own_decay = "weight_decay" in inspect.signature(OPTIMIZERS[optim.name]).parameters
+    if optim.weight_decay and not own_decay:
+        # As the gradient of an L2 penalty.
+        chain.insert(0, optax.add_decayed_weights(optim.weight_decay, mask=decayed))
+    if optim.clip_norm is not None:
+        chain.insert(0, optax.clip_by_global_norm(optim.clip_norm))
+    optimizer = optax.chain(*chain) if len(chain) > 1 else chain[0]
+    params = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+    try:
+        jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+    except Exception as error:
+        raise _failed("name", optim.name, optim.options, error) from error
+    return optimizer if config.ema is None else keep_average(optimizer, config.ema)
+
+
+_FLAGS = {"name": "--optim.options", "schedule": "--optim.schedule-options"}
+# Values that Optax takes for something else in silence, or that lead to none.
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("momentum", "b1", "b2", "b3", "decay"),
+        (lambda x: x is None or 0 <= x < 1, "a number in [0, 1)"),
+    ),
+    **dict.fromkeys(
+        ("eps", "decay_rate", "transition_steps", "decay_steps"),
+        (lambda x: x is not None and x > 0, "a positive number"),
+    ),
+}
+
+
+def _call(
+    field: str,
+    functions: Mapping[str, Callable[..., Any]],
+    name: str,
+    options: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    *,
+    fill: bool,
+) -> Any:
+    """Call a function by its name with a user's keywords, and ours below them.
+
+    Ours are given wherever the function takes them with `fill`, else where it has to
+    be given them.
+    """
+    if name not in functions:
+        raise SettingError(
+            f"--optim.{field} {name}: Optax has no such function."
+            f"{did_you_mean(name, functions)} Expected one of "
+            f"{', '.join(sorted(functions))}."
+        )
+    parameters = inspect.signature(functions[name]).parameters
+    required = [n for n, p in parameters.items() if p.default is p.empty]
+    keywords = [n for n in parameters if n != "learning_rate"]
+    for given, value in options.items():
+        flag = f"{_FLAGS[field]} {given}"
+        if given not in keywords:
+            raise SettingError(
+                f"{flag}: {name} has no such keyword.{did_you_mean(given, keywords)} "
+                f"It has {', '.join(keywords) or 'none'}."
+            )
+        accepts, expected = _RANGES.get(given, (None, ""))
+        if accepts and not (isinstance(value, int | float | None) and accepts(value)):
+            raise SettingError(f"{flag}={value}: expected {expected}.")
+    filled = {n: ours[n] for n in (parameters if fill else required) if n in ours}
+    if missing := [n for n in required if n not in {**filled, **options}]:
+        raise SettingError(
+            f"--optim.{field} {name} needs {', '.join(missing)}: add "
+            f"{_FLAGS[field]} {missing[0]}=VALUE."
+        )
+    try:
+        return functions[name](**{**filled, **options})
+    except Exception as error:
+        raise _failed(field, name, options, error) from error
+
+
+def _failed(
+    field: str, name: str, options: Mapping[str, Any], error: Exception
+) -> SettingError:
+    given = ", ".join(f"{name}={value}" for name, value in options.items())
+    return SettingError(
+        f"--optim.{field} {name}({given}) fails: {first_line(error)}. Expected one "
+        "that needs gradients, parameters and a schedule, and values that it takes."
+    )
+
+
+def decayed(params: Any) -> Any:
+    """Return which parameters weight decay reaches: not biases, nor BN's scale.
+
+    The name decides and not the rank: stacked and grouped layers have scales and
+    biases of two dimensions and more.
+
+    Example:
+        >>> layer = {"kernel": jnp.ones((4, 3, 2)), "bias": jnp.ones((4, 2))}
+        >>> decayed({"dense": layer, "bn": {"scale": jnp.ones((4, 2))}})
+        {'bn': {'scale': False}, 'dense': {'bias': False, 'kernel': True}}
+    """
+
+    def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
+        return jax.tree_util.keystr(path[-1:], simple=True) not in UNDECAYED
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 class AveragedState(NamedTuple):
@@ -59,7 +244,6 @@ def average_of(state: AveragedState, decay: float) -> Any:
         decay: as given there.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> optimizer = keep_average(optax.sgd(1.0), decay=0.5)
         >>> params = jnp.array(8.0)
         >>> state = optimizer.init(params)
@@ -70,128 +254,3 @@ def average_of(state: AveragedState, decay: float) -> Any:
         0.0 2.0
     """
     return optax.tree.bias_correction(state.average.ema, decay, state.average.count)
-
-
-UNDECAYED = frozenset({"bias", "scale"})
-
-# After the warm-up: each takes the configuration and the steps that are left.
-_SCHEDULES: dict[str, Callable[[Config, int], optax.Schedule]] = {
-    "constant": lambda c, _: optax.constant_schedule(c.learning_rate),
-    "exponential": lambda c, _: optax.exponential_decay(
-        c.learning_rate,
-        c.optim.decay_steps,
-        c.optim.decay_rate,
-        staircase=c.optim.staircase,
-    ),
-    "cosine": lambda c, left: optax.cosine_decay_schedule(c.learning_rate, left),
-    "step": lambda c, _: optax.piecewise_constant_schedule(
-        c.learning_rate,
-        {
-            boundary - c.optim.warmup_steps: c.optim.decay_rate
-            for boundary in c.optim.boundaries
-        },
-    ),
-    "linear": lambda c, left: optax.linear_schedule(c.learning_rate, 0.0, left),
-}
-
-_Rule = Callable[[Config, optax.Schedule], optax.GradientTransformation]
-
-# Weight decay comes before the rule, as the gradient of an L2 penalty.
-_COUPLED: dict[str, _Rule] = {
-    "sgd": lambda _, rate: optax.sgd(rate),
-    "momentum": lambda c, rate: optax.sgd(rate, momentum=c.optim.momentum),
-    "nesterov": lambda c, rate: optax.sgd(
-        rate, momentum=c.optim.momentum, nesterov=True
-    ),
-    "adagrad": lambda c, rate: optax.adagrad(rate, eps=c.optim.epsilon),
-    "rmsprop": lambda c, rate: optax.rmsprop(
-        rate, decay=c.optim.rms_decay, eps=c.optim.epsilon
-    ),
-    "adam": lambda c, rate: optax.adam(
-        rate, b1=c.optim.beta1, b2=c.optim.beta2, eps=c.optim.epsilon
-    ),
-}
-
-# The rule has a weight decay of its own.
-_OWN_DECAY: dict[str, _Rule] = {
-    "adamw": lambda c, rate: optax.adamw(
-        rate,
-        b1=c.optim.beta1,
-        b2=c.optim.beta2,
-        eps=c.optim.epsilon,
-        weight_decay=c.optim.weight_decay,
-        mask=decayed,
-    ),
-    "lamb": lambda c, rate: optax.lamb(
-        rate,
-        b1=c.optim.beta1,
-        b2=c.optim.beta2,
-        eps=c.optim.epsilon,
-        weight_decay=c.optim.weight_decay,
-        mask=decayed,
-    ),
-    "lars": lambda c, rate: optax.lars(
-        rate,
-        weight_decay=c.optim.weight_decay,
-        weight_decay_mask=decayed,
-        trust_ratio_mask=decayed,
-        momentum=c.optim.momentum,
-    ),
-}
-
-
-def make_schedule(config: Config) -> optax.Schedule:
-    """Return the learning rate as a function of the step, counted from 0.
-
-    Example:
-        >>> from bnjax.training.config import Config, OptimizerConfig
-        >>> halving = OptimizerConfig(
-        ...     schedule="exponential", decay_rate=0.5, decay_steps=10, warmup_steps=4
-        ... )
-        >>> config = Config(steps=30, batch_size=8, learning_rate=0.8, optim=halving)
-        >>> [round(float(make_schedule(config)(t)), 3) for t in (0, 1, 3, 4, 13, 14)]
-        [0.2, 0.4, 0.8, 0.8, 0.8, 0.4]
-    """
-    warmup, rate = config.optim.warmup_steps, config.learning_rate
-    after = _SCHEDULES[config.optim.schedule](config, config.steps - warmup)
-    if warmup == 0:
-        return after
-    # It starts above zero: no step is without effect.
-    rising = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
-    return optax.join_schedules([rising, after], [warmup])
-
-
-def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Return the optimizer that follows `make_schedule`'s learning rate.
-
-    Gradients are clipped by their global norm first, before any weight decay. With
-    `config.ema` it keeps an average of the parameters.
-    """
-    schedule, optim = make_schedule(config), config.optim
-    chain = []
-    if optim.clip_norm is not None:
-        chain.append(optax.clip_by_global_norm(optim.clip_norm))
-    if optim.weight_decay and optim.name in _COUPLED:
-        chain.append(optax.add_decayed_weights(optim.weight_decay, mask=decayed))
-    rule = (_COUPLED | _OWN_DECAY)[optim.name](config, schedule)
-    optimizer = optax.chain(*chain, rule) if chain else rule
-    return optimizer if config.ema is None else keep_average(optimizer, config.ema)
-
-
-def decayed(params: Any) -> Any:
-    """Return which parameters weight decay reaches: not biases, nor BN's scale.
-
-    The name decides and not the rank: stacked and grouped layers have scales and
-    biases of two dimensions and more.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> layer = {"kernel": jnp.ones((4, 3, 2)), "bias": jnp.ones((4, 2))}
-        >>> decayed({"dense": layer, "bn": {"scale": jnp.ones((4, 2))}})
-        {'bn': {'scale': False}, 'dense': {'bias': False, 'kernel': True}}
-    """
-
-    def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
-        return jax.tree_util.keystr(path[-1:], simple=True) not in UNDECAYED
-
-    return jax.tree_util.tree_map_with_path(is_decayed, params)

@@ -63,8 +63,8 @@ def make_sharing(config: Config, devices: int, axis_name: str | None) -> Sharing
     Example:
         >>> import dataclasses
         >>> from bnjax.training.config import BatchNormConfig
-        >>> from bnjax.training.presets import digits
-        >>> config = dataclasses.replace(digits(), batch_size=64)
+        >>> from bnjax.training.presets import PRESETS
+        >>> config = dataclasses.replace(PRESETS["digits"].config, batch_size=64)
         >>> make_sharing(config, 8, "data").axis_name
         'data'
         >>> pairs = BatchNormConfig(sync="group:2")
@@ -395,8 +395,8 @@ def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
             statistics are asked for that they cannot have.
 
     Example:
-        >>> from bnjax.training.presets import digits
-        >>> parallel = make_parallel(digits(), jax.devices()[:1])
+        >>> from bnjax.training.presets import PRESETS
+        >>> parallel = make_parallel(PRESETS["digits"].config, jax.devices()[:1])
         >>> type(parallel).__name__, len(parallel.devices)
         ('Spmd', 1)
     """

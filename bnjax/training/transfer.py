@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.data.augment import CentralCrop
-from bnjax.data.config import DataConfig, SettingError
-from bnjax.data.sources import Source
+from bnjax.data.config import DataError, SettingError
+from bnjax.data.sources import Source, open_data
 from bnjax.interop.torch import (
     SAME_NAMES,
+    LayerMapping,
     TorchError,
     classes_in,
     from_torch,
     known_mapping,
 )
-from bnjax.interop.torch_files import read_state_dict
-from bnjax.interop.torch_proposal import trace
+from bnjax.interop.torch_files import format_mapping, read_state_dict
+from bnjax.interop.torch_proposal import alike, trace
 from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import Config
 from bnjax.training.program import Program
@@ -122,42 +122,6 @@ def read_weights(
     return found["params"], found["batch_stats"]
 
 
-def describe_data(source: Source) -> dict[str, Any]:
-    """Return what a network is to be told of its data set, as JSON holds it."""
-    return {
-        "name": source.name,
-        "image_shape": source.image_shape,
-        "classes": source.classes,
-        "max_value": source.max_value,
-        "class_names": source.class_names,
-    }
-
-
-def described_source(data: DataConfig, described: Mapping[str, Any]) -> Source:
-    """Return a data set without examples, for a run whose own is not there.
-
-    Args:
-        data: of the run.
-        described: as `describe_data` gave it.
-
-    Example:
-        >>> described = {"image_shape": [32, 32, 3], "classes": 10}
-        >>> source = described_source(DataConfig(name="cifar10"), described)
-        >>> source.image_shape, source.sizes
-        ((32, 32, 3), {})
-    """
-    names, size = described.get("class_names"), data.image_size
-    return Source(
-        name=described.get("name", data.name),
-        splits={},
-        classes=described["classes"],
-        image_shape=tuple(described["image_shape"]),
-        max_value=described.get("max_value", 255),
-        resize=CentralCrop(size, data.central_crop) if size else None,
-        class_names=tuple(names) if names else None,
-    )
-
-
 def adopt(
     own: Tree, given: Tree, classes: int | None, source: str
 ) -> tuple[Tree, list[str]]:
@@ -217,4 +181,58 @@ def _tells_other_classes(own: Any, given: Any, classes: int | None) -> bool:
         own.shape != given.shape
         and own.shape[:-1] == given.shape[:-1]
         and own.shape[-1] == classes
+    )
+
+
+def source_of_weights(
+    config: Config,
+    state: Mapping[str, Any],
+    mapping: LayerMapping,
+    image_shape: Sequence[int] | None,
+) -> Source:
+    """Return the data set, without examples where it is not there.
+
+    The weights say how many classes there are, and `image_shape` or --data.image-size
+    which images the network takes.
+    """
+    if image_shape is not None:
+        if len(image_shape) not in (2, 3) or min(image_shape) < 1:
+            raise SettingError(
+                f"--image-shape {' '.join(map(str, image_shape))}: expected a height, "
+                "a width and the channels, such as 224 224 3."
+            )
+        shape, absent = tuple(image_shape), None
+    else:
+        try:
+            return open_data(config.data, config.data_dir)
+        except DataError as error:
+            absent = error
+        if (size := config.data.image_size) is None:
+            raise DataError(
+                f"{absent}\nOr say which images the network takes, and the weights "
+                "tell the rest: --image-shape HEIGHT WIDTH CHANNELS."
+            ) from absent
+        shape = (size, size, 3)
+    known = known_mapping(config.model.name, shape) or {}
+    classes = classes_in(state, {**mapping, **known, **mapping})
+    if classes is None:
+        raise absent or SettingError(
+            "--image-shape: no tensor goes to the layer logits, and the number of "
+            "classes is not known. Prepare the data set, and leave the flag out."
+        )
+    description = {"image_shape": shape, "classes": classes}
+    return Source.from_description(config.data, description)
+
+
+def unconfirmed(
+    file: Path, config: Config, proposed: LayerMapping, variables: Mapping[str, Any]
+) -> TorchError:
+    """Return the error that shows a proposed mapping, to be confirmed."""
+    by_order = ", ".join(alike(proposed, variables)) or "none"
+    return TorchError(
+        f"{file} was not imported: no mapping is known for {config.model.name}. By the "
+        f"shapes of its arrays it could be:\n{format_mapping(proposed)}\n"
+        f"By order alone, since others have the same shapes: {by_order}. If all of it "
+        "is right, add --confirm; else write it to a file, put it right, and give "
+        "--mapping FILE."
     )

@@ -18,7 +18,7 @@ import jax
 import bnjax
 from bnjax._files import replacing
 from bnjax.data.config import SettingError
-from bnjax.data.sources import is_folder
+from bnjax.data.sources import Source, is_folder
 from bnjax.training.config import Config, RunError, differences, from_json, to_json
 
 try:
@@ -167,11 +167,12 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
-def describe(preset: str, config: Config) -> dict[str, Any]:
+def describe(preset: str, config: Config, source: Source) -> dict[str, Any]:
     """Return what config.json holds: all that the run is a function of."""
     return {
         "preset": preset,
         "config": to_json(config),
+        "data": source.description,
         "versions": {
             "bnjax": bnjax.__version__,
             "flax": flax.__version__,
@@ -188,17 +189,20 @@ def read_config(workdir: Path) -> Config:
     Raises:
         RunError: the folder is no run, or its config.json is damaged.
     """
-    return from_json(_read(workdir)["config"], str(workdir / CONFIG))
+    record = read_record(workdir)
+    versions = record.get("versions")
+    made_by = versions.get("bnjax") if isinstance(versions, dict) else None
+    return from_json(record["config"], str(workdir / CONFIG), made_by)
 
 
 def written_by(workdir: Path) -> str:
     """Return the version of bnjax that started a run, as a message names it."""
-    versions = _read(workdir).get("versions")
+    versions = read_record(workdir).get("versions")
     version = versions.get("bnjax") if isinstance(versions, dict) else None
     return f"bnjax {version}" if version else "an earlier version of bnjax"
 
 
-def check_same(workdir: Path, preset: str, config: Config) -> None:
+def check_same(workdir: Path, described: dict[str, Any], config: Config) -> None:
     """Refuse to go on with a run under another configuration.
 
     Other versions or another device are named on standard error, since the results
@@ -213,7 +217,7 @@ def check_same(workdir: Path, preset: str, config: Config) -> None:
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. "
             "Give the flags it was started with, or another --workdir.",
         )
-    before, now = _read(workdir), describe(preset, config)
+    before, now = read_record(workdir), described
     for name in ("versions", "device"):
         if before.get(name) != now[name]:
             print(
@@ -223,7 +227,8 @@ def check_same(workdir: Path, preset: str, config: Config) -> None:
             )
 
 
-def _read(workdir: Path) -> dict[str, Any]:
+def read_record(workdir: Path) -> dict[str, Any]:
+    """Return what config.json holds; see `describe`."""
     record = read_json(workdir / CONFIG)
     if not isinstance(record, dict) or "config" not in record:
         raise RunError(

@@ -18,14 +18,14 @@ from bnjax.data.config import DataConfig
 from bnjax.data.records import Arrays, Example
 from bnjax.data.sources import open_source
 from bnjax.training.evaluation import Evaluator
-from bnjax.training.presets import digits
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import Program
 from tests.data import image_folder
 
 
 @pytest.fixture(scope="module")
 def program():
-    return Program(digits(), open_source("digits"))
+    return Program(PRESETS["digits"].config, open_source("digits"))
 
 
 @pytest.fixture(scope="module")

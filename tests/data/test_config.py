@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
+from bnjax.cli import parse_train
 from bnjax.data.config import AugmentConfig, DataConfig, SettingError, validate_data
 from bnjax.training.config import Config, differences, from_json, to_json
-from bnjax.training.presets import parse
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from bnjax.training.presets import parse
 )
 def test_values_no_run_can_use(flags, message):
     with pytest.raises(SettingError) as caught:
-        parse(flags)
+        parse_train(flags)
     assert message in str(caught.value)
 
 

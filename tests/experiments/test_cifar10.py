@@ -60,7 +60,7 @@ def test_one_change_at_a_time():
         "the lower learning rate": {"learning_rate"},
         "dropout": {"model.dropout"},
         "the larger L2 weight": {"optim.weight_decay"},
-        "the slower decay": {"optim.decay_steps"},
+        "the slower decay": {"optim.schedule_options"},
         "local response normalization": {"model.local_response_norm"},
         "batches that always meet": {"data.shuffle"},
         "BN-x5 on crops": crops,
@@ -90,7 +90,8 @@ def test_every_run_is_one_that_train_py_takes():
 def test_the_data_are_named_here_whatever_the_preset_has(monkeypatch):
     name = "cifar10-bn-x5"
     other = runs.changed(runs.preset(name), {"data.name": "cifar10", "steps": 7})
-    monkeypatch.setitem(runs.PRESETS, name, lambda: other)
+    named = dataclasses.replace(runs.PRESETS[name], config=other)
+    monkeypatch.setitem(runs.PRESETS, name, named)
     config = runs.preset(name, {"model.width": 0.5, "model.dropout": 0.1})
     assert (config.data.name, config.steps) == ("cifar10_jpeg", 7)
     assert (config.model.width, config.model.dropout) == (0.5, 0.1)

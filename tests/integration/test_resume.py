@@ -24,7 +24,7 @@ FLAGS = {
     "resident": [
         *("--steps", 2400, "--log-every", 25, "--eval-every", 60),
         *("--checkpoint-every", 40, "--model.hidden", 16),
-        *("--optim.name", "momentum", "--learning-rate", 0.02),
+        *("--optim.options", "momentum=0.9", "--learning-rate", 0.02),
     ],
     "streaming": [
         *("--steps", 400, "--log-every", 25, "--eval-every", 60),

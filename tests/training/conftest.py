@@ -6,7 +6,7 @@ import pytest
 from bnjax.data.sources import open_source
 from bnjax.training.config import ModelConfig
 from bnjax.training.loop import keep_compiled, train
-from bnjax.training.presets import digits
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import Program
 
 
@@ -22,7 +22,7 @@ def compiled_once(tmp_path_factory):
 def small_config():
     """A run of a few steps on digits."""
     return dataclasses.replace(
-        digits(),
+        PRESETS["digits"].config,
         steps=60,
         parallel="single",
         batch_size=50,

@@ -7,31 +7,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from bnjax.data.sources import open_source
 from bnjax.training.evaluation import Evaluator, average_params, evaluate_runs
 from bnjax.training.loop import Run, train
-from bnjax.training.optimizer import average_of, keep_average
 from bnjax.training.step import Stream, stream_key, tree_sha256
 
 DECAY = 0.9
-
-
-def test_it_is_the_weighted_mean_of_the_parameters():
-    params = {"kernel": jnp.arange(6.0).reshape(2, 3)}
-    optimizer = keep_average(optax.adam(0.3), DECAY)
-    state, seen = optimizer.init(params), []
-    for step in range(7):
-        gradients = jax.tree.map(lambda leaf, step=step: jnp.sin(leaf + step), params)
-        updates, state = optimizer.update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
-        seen.append(np.asarray(params["kernel"], np.float64))
-    weights = DECAY ** np.arange(7)[::-1]
-    expected = np.tensordot(weights, seen, 1) / weights.sum()
-    found = average_of(state, DECAY)["kernel"]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_training_does_not_notice(small_config):

@@ -204,7 +204,9 @@ def test_a_signal_in_the_last_dispatch_changes_nothing(run_small, stop_at):
 def test_a_resumed_run_is_the_run_never_stopped(
     run_small, small_config, stop_at, tmp_path, step, resumed, capsys
 ):
-    optim = OptimizerConfig(name="adam", schedule="cosine", warmup_steps=5)
+    optim = OptimizerConfig(
+        name="adam", schedule="cosine_decay_schedule", warmup_steps=5
+    )
     changes = {"optim": optim, "checkpoint_every": 20, "learning_rate": 0.01}
     whole, expected = run_small(**changes)
     stop_at(step, crash)

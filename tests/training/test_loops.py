@@ -9,7 +9,7 @@ from bnjax.data.config import DataConfig
 from bnjax.data.sources import open_data
 from bnjax.training.config import ModelConfig
 from bnjax.training.loop import Run
-from bnjax.training.presets import digits
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import Program
 
 needs_cpu = pytest.mark.skipif(
@@ -19,7 +19,7 @@ needs_cpu = pytest.mark.skipif(
 
 def lenet():
     return dataclasses.replace(
-        digits(),
+        PRESETS["digits"].config,
         batch_size=8,
         parallel="single",
         model=ModelConfig(name="lenet"),
@@ -39,4 +39,6 @@ def test_the_steps_of_a_convolutional_network_are_single_calls():
 
 
 def test_the_steps_of_a_fully_connected_one_are_scanned():
-    assert Program(digits(), open_data(digits().data)).scans
+    assert Program(
+        PRESETS["digits"].config, open_data(PRESETS["digits"].config.data)
+    ).scans

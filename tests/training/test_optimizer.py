@@ -6,8 +6,15 @@ import numpy as np
 import optax
 import pytest
 
+from bnjax.data.config import SettingError
 from bnjax.training.config import Config, OptimizerConfig
-from bnjax.training.optimizer import decayed, make_optimizer, make_schedule
+from bnjax.training.optimizer import (
+    average_of,
+    decayed,
+    keep_average,
+    make_optimizer,
+    make_schedule,
+)
 
 RATE = 0.2
 START = {
@@ -159,41 +166,45 @@ def lars(name):
     return rule
 
 
-MOMENTS = {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-3}
-COUPLED = {
-    "sgd": ({}, sgd),
-    "momentum": ({"momentum": 0.8}, momentum),
-    "nesterov": ({"momentum": 0.8}, lambda name: momentum(name, nesterov=True)),
-    "adagrad": ({"epsilon": 1e-3}, adagrad),
-    "rmsprop": ({"epsilon": 1e-3, "rms_decay": 0.7}, rmsprop),
-    "adam": (MOMENTS, adam),
+MOMENTS = {"b1": 0.8, "b2": 0.95, "eps": 1e-3}
+L2 = {
+    "sgd": ("sgd", {}, sgd),
+    "momentum": ("sgd", {"momentum": 0.8}, momentum),
+    "nesterov": (
+        "sgd",
+        {"momentum": 0.8, "nesterov": True},
+        lambda name: momentum(name, nesterov=True),
+    ),
+    "adagrad": ("adagrad", {"eps": 1e-3}, adagrad),
+    "rmsprop": ("rmsprop", {"eps": 1e-3, "decay": 0.7}, rmsprop),
+    "adam": ("adam", MOMENTS, adam),
 }
 OWN_DECAY = {
-    "adamw": (MOMENTS, adamw),
-    "lamb": (MOMENTS, lamb),
-    "lars": ({"momentum": 0.8}, lars),
+    "adamw": ("adamw", MOMENTS, adamw),
+    "lamb": ("lamb", MOMENTS, lamb),
+    "lars": ("lars", {"momentum": 0.8}, lars),
 }
 
 
-@pytest.mark.parametrize("name", COUPLED)
-def test_the_rule(name):
-    options, rule = COUPLED[name]
-    found = trajectory(make_optimizer(config(name=name, **options)))
-    compare(found, numpy_trajectory(rule))
+@pytest.mark.parametrize(
+    ("case", "weight_decay"),
+    [
+        *((c, d) for c in L2.values() for d in (0.0, 0.3)),
+        *((c, 0.3) for c in OWN_DECAY.values()),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else str(value),
+)
+def test_the_rule(case, weight_decay):
+    name, options, rule = case
+    optim = config(name=name, options=options, weight_decay=weight_decay)
+    l2 = weight_decay if case in L2.values() else 0
+    compare(trajectory(make_optimizer(optim)), numpy_trajectory(rule, l2=l2))
 
 
-@pytest.mark.parametrize("name", COUPLED)
-def test_the_rule_with_l2_on_the_weights_alone(name):
-    options, rule = COUPLED[name]
-    optimizer = make_optimizer(config(name=name, weight_decay=0.3, **options))
-    compare(trajectory(optimizer), numpy_trajectory(rule, l2=0.3))
-
-
-@pytest.mark.parametrize("name", OWN_DECAY)
-def test_the_rule_with_a_decay_of_its_own(name):
-    options, rule = OWN_DECAY[name]
-    optimizer = make_optimizer(config(name=name, weight_decay=0.3, **options))
-    compare(trajectory(optimizer), numpy_trajectory(rule))
+def test_a_keyword_of_the_optimizers_own_wins():
+    options = {**MOMENTS, "weight_decay": 0.3}
+    found = trajectory(make_optimizer(config(name="adamw", options=options)))
+    compare(found, numpy_trajectory(adamw))
 
 
 @pytest.mark.parametrize("limit", [0.5, 100.0])
@@ -237,19 +248,20 @@ def cosine(step, left):
     return 0.1 * (1 + math.cos(math.pi * min(step, left) / left))
 
 
+DECAY = {"decay_rate": 0.5, "transition_steps": 10}
 SCHEDULES = {
-    "constant": ({}, lambda step, left: 0.2),
-    "exponential": (
-        {"decay_rate": 0.5, "decay_steps": 10},
+    "constant_schedule": ({}, lambda step, left: 0.2),
+    "exponential_decay": (DECAY, lambda step, left: 0.2 * 0.5 ** (step / 10)),
+    "cosine_decay_schedule": ({}, cosine),
+    "linear_schedule": ({}, lambda step, left: 0.2 * (1 - min(step, left) / left)),
+    "polynomial_schedule": (
+        {"power": 2, "end_value": 0.1},
+        lambda step, left: 0.1 + 0.1 * (1 - min(step, left) / left) ** 2,
+    ),
+    "exponential_decay in stairs": (
+        {**DECAY, "staircase": True},
         lambda step, left: 0.2 * 0.5 ** (step // 10),
     ),
-    "smooth": (
-        {"schedule": "exponential", "decay_rate": 0.5, "decay_steps": 10}
-        | {"staircase": False},
-        lambda step, left: 0.2 * 0.5 ** (step / 10),
-    ),
-    "cosine": ({}, cosine),
-    "linear": ({}, lambda step, left: 0.2 * (1 - min(step, left) / left)),
 }
 
 
@@ -257,8 +269,10 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules(name, warmup):
     options, expected = SCHEDULES[name]
-    options = {"schedule": name, "warmup_steps": warmup, **options}
-    schedule = make_schedule(config(**options))
+    name = name.partition(" ")[0]
+    schedule = make_schedule(
+        config(schedule=name, schedule_options=options, warmup_steps=warmup)
+    )
     for step in range(40):
         if step < warmup:
             value = 0.2 * (step + 1) / warmup
@@ -270,7 +284,85 @@ def test_schedules(name, warmup):
 
 @pytest.mark.parametrize("warmup", [0, 8])
 def test_steps_drop_at_their_boundaries_counted_from_the_start(warmup):
-    options = {"boundaries": (10, 25), "decay_rate": 0.1, "warmup_steps": warmup}
-    schedule = make_schedule(config(schedule="step", **options))
+    options = {"boundaries_and_scales": {10: 0.1, 25: 0.1}}
+    schedule = make_schedule(
+        config(
+            schedule="piecewise_constant_schedule",
+            schedule_options=options,
+            warmup_steps=warmup,
+        )
+    )
     found = [float(schedule(step)) for step in (9, 10, 24, 25, 39)]
     np.testing.assert_allclose(found, [0.2, 0.02, 0.02, 0.002, 0.002], rtol=1e-5)
+
+
+PIECEWISE = {"schedule": "piecewise_constant_schedule"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"name": "lasr"},
+            r"--optim.name lasr: Optax .* mean 'lars'\? Expected one of",
+        ),
+        ({"name": "scale_by_adam"}, "Optax has no such function"),
+        ({"schedule": "cosine"}, "--optim.schedule cosine: .*cosine_decay_schedule"),
+        (
+            {"options": {"b1": 0.9}},
+            "--optim.options b1: sgd .* It has momentum",
+        ),
+        ({"options": {"momentum": 1.0}}, r"momentum=1.0: expected a number in \[0, 1"),
+        ({"options": {"momentum": "big"}}, "--optim.options momentum=big: expected"),
+        (
+            {"name": "adam", "options": {"b2": 1}},
+            r"b2=1: expected a number in \[0, 1\)",
+        ),
+        ({"name": "adam", "options": {"eps": 0}}, "eps=0: expected a positive number"),
+        (
+            {"name": "adam", "options": {"mu_dtype": "x"}},
+            r"adam\(.*mu_dtype=x.*\) fails",
+        ),
+        ({"name": "lbfgs"}, r"--optim.name lbfgs\(\) fails: .*'value'"),
+        ({"name": "rprop"}, r"--optim.name rprop\(\) fails"),
+        (
+            {"schedule": "exponential_decay"},
+            "needs decay_rate: add --optim.schedule-op",
+        ),
+        (
+            {"schedule": "exponential_decay", "schedule_options": {"decay_rate": 0}},
+            "--optim.schedule-options decay_rate=0: expected a positive number",
+        ),
+        (
+            {
+                "schedule": "linear_schedule",
+                "schedule_options": {"transition_steps": 0},
+            },
+            "transition_steps=0: expected a positive number",
+        ),
+        (PIECEWISE, "boundaries_and_scales=None: expected steps and the factors there"),
+        (
+            {**PIECEWISE, "schedule_options": {"boundaries_and_scales": {-5: 0.1}}},
+            "boundaries_and_scales={-5: 0.1}: expected steps",
+        ),
+    ],
+)
+def test_what_optax_does_not_take(options, message):
+    with pytest.raises(SettingError, match=message):
+        make_optimizer(config(**options))
+
+
+def test_the_average_is_the_weighted_mean_of_the_parameters():
+    decay, seen = 0.9, []
+    params = {"kernel": jnp.arange(6.0).reshape(2, 3)}
+    optimizer = keep_average(optax.adam(0.3), decay)
+    state = optimizer.init(params)
+    for step in range(7):
+        gradients = jax.tree.map(lambda leaf, step=step: jnp.sin(leaf + step), params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(np.asarray(params["kernel"], np.float64))
+    weights = decay ** np.arange(7)[::-1]
+    expected = np.tensordot(weights, seen, 1) / weights.sum()
+    found = average_of(state, decay)["kernel"]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -8,10 +8,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from bnjax.cli import parse_train
 from bnjax.data.config import SettingError
 from bnjax.data.sources import open_source
 from bnjax.training.loop import train
-from bnjax.training.presets import parse
 from bnjax.training.program import Program
 from bnjax.training.sharding import Pmap, Spmd, make_parallel
 
@@ -21,7 +21,7 @@ SHORT = ("--steps", "30", "--batch-size", "64", "--log-every", "30")
 
 
 def configured(name, *flags):
-    return parse([*SHORT, "--model", name, *map(str, flags)])[1]
+    return parse_train([*SHORT, "--model", name, *map(str, flags)])[1]
 
 
 def summary(tmp_path, name, *flags):
@@ -64,25 +64,31 @@ class TestItTrains:
         assert parts["test_loss"] == pytest.approx(whole["test_loss"], rel=1e-4)
 
     @pytest.mark.slow
-    def test_eval_finds_it_in_the_current_folder(self, tmp_path):
+    def test_train_finds_it_in_the_current_folder(self, tmp_path):
         shutil.copy(ROOT / "tests/training/own_nets.py", tmp_path / "my_nets.py")
 
-        def program(name, *args):
-            return subprocess.run(
+        def program(name, *args, path=()):
+            done = subprocess.run(
                 [sys.executable, str(ROOT / name), *args],
                 cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, *path))),
+                    "XLA_FLAGS": "",
+                },
                 capture_output=True,
                 text=True,
                 timeout=120,
                 check=False,
             )
+            return done.returncode, done.stderr
 
         flags = (*SHORT, "--workdir", "run", "--model", "my_nets:Net")
-        done = program("train.py", *flags)
-        assert done.returncode == 0, done.stderr
-        done = program("eval.py", "run")
-        assert done.returncode == 0, done.stderr
+        status, errors = program("train.py", *flags)
+        assert status == 0, errors
+        assert program("eval.py", "run")[0] == 1
+        status, errors = program("eval.py", "run", "--trust", path=[tmp_path])
+        assert status == 0, errors
         written = json.loads((tmp_path / "run" / "summary.json").read_text())
         evaluated = json.loads((tmp_path / "run" / "eval.json").read_text())
         assert evaluated["test_loss"] == written["test_loss"]

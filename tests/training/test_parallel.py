@@ -7,15 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bnjax.cli import parse_train
 from bnjax.data.config import SettingError
 from bnjax.training.config import BatchNormConfig, validate
-from bnjax.training.presets import digits, parse
+from bnjax.training.presets import PRESETS
 from bnjax.training.sharding import Pmap, Sharing, Spmd, make_parallel
 
 
 def config(batch_size=64, sync="global", virtual=None, **changes):
     bn = BatchNormConfig(sync=sync, virtual_batch_size=virtual)
-    return dataclasses.replace(digits(), batch_size=batch_size, bn=bn, **changes)
+    return dataclasses.replace(
+        PRESETS["digits"].config, batch_size=batch_size, bn=bn, **changes
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_what_does_not_divide_is_refused(changes, message):
 )
 def test_wrong_flags_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
-        parse(flags)
+        parse_train(flags)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,12 @@
-"""Runs by name, and the command line that changes them."""
+"""Runs by name: `PRESETS["mnist"].config` is the paper's section 4.1."""
 
-from bnjax.training.presets.command_line import parse as parse
-from bnjax.training.presets.registry import DEFAULT as DEFAULT
-from bnjax.training.presets.registry import PRESETS as PRESETS
-from bnjax.training.presets.small import digits as digits
-from bnjax.training.presets.small import mnist as mnist
+from bnjax.training.config import Preset
+from bnjax.training.presets import cifar10, imagenet, small
+
+DEFAULT = "digits"
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (*small.PRESETS, *imagenet.PRESETS, *cifar10.PRESETS)
+}
+"""Every preset by its name."""

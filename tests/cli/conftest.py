@@ -4,7 +4,7 @@ import jax
 import pytest
 
 import train as train_program
-from bnjax.__main__ import main
+from bnjax.cli import main
 from bnjax.training.loop import keep_compiled
 from tests.data import image_folder
 

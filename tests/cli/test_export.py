@@ -78,7 +78,7 @@ def test_faults(trained, fails, tmp_path, monkeypatch):
     assert "jax2onnx" in onnx
     assert "is no run" in fails("export", tmp_path, tmp_path / "new.stablehlo")
     with monkeypatch.context() as patched:
-        patched.setattr("bnjax.commands.fold.fold_batch_norm", refuse)
+        patched.setattr("bnjax.training.runs.fold_batch_norm", refuse)
         message = fails("export", trained("digits"), tmp_path / "new.stablehlo")
     assert "the network cannot be folded: no layer. Or export" in message
     flags = ["--no-fold", "--batch-size", 0]

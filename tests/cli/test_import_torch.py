@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 import eval as eval_program
+from bnjax.cli import parse_train
 from bnjax.data.config import DataConfig
+from bnjax.data.sources import Source
 from bnjax.interop.torch import Layer, to_torch
 from bnjax.interop.torch_files import format_mapping, write_state_dict
 from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.evaluation import load_run
 from bnjax.training.program import Program
-from bnjax.training.transfer import described_source
 from bnjax.training.workdir import read_config
-from tests.commands.conftest import FLAGS
+from tests.cli.conftest import FLAGS
 
 
 def evaluated(workdir, tmp_path):
@@ -147,11 +148,9 @@ def test_without_the_data_set(run, fails, tmp_path, monkeypatch):
     flags = ["--model.width", "0.25"]
 
     def program_of(config):
-        return Program(config, described_source(config.data, described))
+        return Program(config, Source.from_description(config.data, described))
 
-    from bnjax.training.presets import parse
-
-    _, config = parse(["cifar10-resnet20", *flags])
+    _, config = parse_train(["cifar10-resnet20", *flags])
     state = program_of(config).initial_state()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     rng = np.random.default_rng(0)
@@ -172,18 +171,18 @@ def test_without_the_data_set(run, fails, tmp_path, monkeypatch):
     shape = ["--image-shape", 32, 32, 3]
     assert "expected a height" in fails(*argv, "--image-shape", 32, status=2)
     run(*argv, *shape, "--", *flags)
-    recorded = json.loads((new / "config.json").read_text())["made_by"]["data"]
+    recorded = json.loads((new / "config.json").read_text())["data"]
     assert recorded["image_shape"] == [32, 32, 3]
     assert recorded["classes"] == 7
     config = read_config(new)
-    assert config.data.name == "cifar10_jpeg"
+    assert config.data.name == "cifar10"
     program = program_of(config)
     with open_checkpoints(new, config, read_only=True) as found:
         state, _ = found.restore(program.initial_state())
     jax.tree.map(np.testing.assert_array_equal, state.params, variables["params"])
     # The size of images may be the configuration's.
     run(*argv, "--force", "--", *flags, "--data.image-size", 40)
-    recorded = json.loads((new / "config.json").read_text())["made_by"]["data"]
+    recorded = json.loads((new / "config.json").read_text())["data"]
     assert recorded["image_shape"] == [40, 40, 3]
-    source = described_source(DataConfig(image_size=40), recorded)
+    source = Source.from_description(DataConfig(image_size=40), recorded)
     assert (source.resize.size, source.classes, source.max_value) == (40, 7, 255)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from bnjax.commands.inspect import find_layers
 from bnjax.training.evaluation import load_run
+from bnjax.training.runs import find_layers
 
 
 def test_figures_are_those_of_the_checkpoint(trained, run):
@@ -56,18 +56,19 @@ def test_layers_of_all_kinds():
     scale = np.float32([[[0, 0], [0, -3]]])
     params = {"block": {"bn_9": {"scale": scale, "bias": ones}}}
     layers = find_layers(params, stats)
-    assert [each.path for each in layers] == ["block/bn_9", "block/bn_10", "plain"]
+    assert [each["path"] for each in layers] == ["block/bn_9", "block/bn_10", "plain"]
     nine, ten, plain = layers
-    assert (nine.scale_near_zero, nine.dead, str(nine.scale)) == (1, 1, "-3 to 0")
-    assert (ten.scale, ten.bias, ten.dead) == (None, None, 0)
-    assert (plain.var_near_zero, plain.dead) == (1, 1)
+    assert (nine["scale_near_zero"], nine["dead"]) == (1, 1)
+    assert nine["scale"] == {"min": -3, "max": 0}
+    assert (ten["scale"], ten["bias"], ten["dead"]) == (None, None, 0)
+    assert (plain["var_near_zero"], plain["dead"]) == (1, 1)
     [top] = find_layers({}, {"mean": ones, "var": ones})
-    assert top.path == "(top level)"
+    assert top["path"] == "(top level)"
 
 
 def test_a_network_without_batch_norm(trained, run, monkeypatch):
     assert find_layers({"dense_0": {"kernel": np.ones(3)}}, {}) == []
-    monkeypatch.setattr("bnjax.commands.inspect.find_layers", lambda *a, **k: [])
+    monkeypatch.setattr("bnjax.training.runs.find_layers", lambda *a, **k: [])
     assert "no layer has a running mean" in run("inspect", trained("digits"))
     assert run("inspect", trained("digits"), "--json")["layers"] == []
 

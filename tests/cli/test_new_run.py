@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import eval as eval_program
-from bnjax.commands.new_run import check_new_run, write_run
 from bnjax.data.pipeline import make_feed
 from bnjax.training.evaluation import load_run
+from bnjax.training.runs import check_new_run, write_run
 from bnjax.training.step import Stream
 
 

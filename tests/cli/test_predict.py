@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import eval as eval_program
-from bnjax.__main__ import main
-from bnjax.commands.predict import list_images
+from bnjax.cli import main
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import open_source
 from bnjax.training.evaluation import load_run
+from bnjax.training.runs import list_images
 from tests.data import image_folder, prepared_set
 
 
@@ -89,7 +89,7 @@ def test_table_and_file(trained, digits, run, tmp_path):
 def test_many_batches(trained, digits, run, monkeypatch):
     folder, _ = digits
     expected = run("predict", trained("digits"), folder, "--json")
-    monkeypatch.setattr("bnjax.commands.predict.BATCH", 2)
+    monkeypatch.setattr("bnjax.training.runs.BATCH", 2)
     found = run("predict", trained("digits"), folder, "--json")
     for one, other in zip(found["images"], expected["images"], strict=True):
         assert one["file"] == other["file"]

@@ -34,7 +34,7 @@ class ModelConfig:
     """The network. An option of None has the model's own default."""
 
     name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "mlp"
-    """mlp, lenet, inception, resnet20, resnet56, resnet110 or resnet50.
+    """mlp, lenet, inception, or resnet and 18, 20, 34, 50, 56, 101, 110 or 152.
     my_package.nets:make_net: a function of your own."""
     hidden: tuple[int, ...] | None = None
     """Of mlp: width of each hidden layer."""

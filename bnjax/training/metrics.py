@@ -112,7 +112,7 @@ class MetricsWriter:
         self, workdir: Path, step: int = 0, *, tensorboard: bool = False
     ) -> None:
         self._path = workdir / METRICS
-        self._board = None
+        self._board: Any = None
         with writing(self._path):
             _drop_after(self._path, step)
             self._file = self._path.open("a", encoding="utf-8")

@@ -244,7 +244,7 @@ def test_a_host_that_dies_ends_the_other_within_a_minute(killed, port, tmp_path)
 EIGHT = [
     *("--steps", "40", "--log-every", "10", "--eval-every", "40", "--batch-size", "64"),
     *("--checkpoint-every", "20", "--model.hidden", "12", "--model.weight-std", "0.1"),
-    *("--optim.name", "momentum", "--parallel", "pmap"),
+    *("--optim.options", "momentum=0.9", "--parallel", "pmap"),
 ]
 
 

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ CHUNK_BYTES = 2**26
 REPLACEMENTS = 50
 
 
-class Feed(Protocol):
+class Feed:
     """The batches of a run, in order."""
 
     constants: Any
@@ -39,41 +39,30 @@ class Feed(Protocol):
     """The most steps that one chunk should hold."""
 
     def chunk(self, step: int, steps: int) -> Any:
-        """Return what `steps` steps take after `step` others, as arrays on the host.
-
-        Returns:
-            A tree of arrays of shape (steps, local batch, ...).
-        """
-        ...
+        """Return a tree of arrays (steps, local batch, ...), on the host, from `step`."""
+        raise NotImplementedError
 
     def spec(self, steps: int) -> Any:
         """Return the shapes and dtypes of a chunk, drawing none."""
-        ...
+        raise NotImplementedError
 
     def batch(self, constants: Any, item: Any, key: jax.Array) -> dict[str, jax.Array]:
-        """Make one item of a chunk a batch; a pure function of its arguments.
+        """Make one item of a chunk, or a device's part of it, a batch; it is pure.
 
-        Args:
-            constants: the feed's, on the device.
-            item: one step's part of a chunk, or a device's part of that.
-            key: of the step's randomness, the same on every device.
-
-        Returns:
-            "image", shape (batch, ...) and floating, and "label", shape (batch,).
+        The constants are on the device. The key is the step's, the same everywhere.
+        "image" is floating, of shape (batch, ...), and "label" of shape (batch,).
         """
-        ...
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs beside the step, as JSON holds it."""
-        ...
+        return {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to where `state` was taken."""
-        ...
 
     def close(self) -> None:
         """Let go of files and worker processes."""
-        ...
 
 
 def make_feed(
@@ -89,41 +78,18 @@ def make_feed(
     """Return what feeds the steps of a run.
 
     An epoch has as many steps as there are whole batches and meets no example twice.
-    The examples left over are others in every epoch, except with fixed batches.
-
-    Args:
-        data: how the set is read.
-        source: the data set.
-        batch_size: examples in a step, of all hosts together.
-        key: of the order of the examples; that of an epoch is folded from it.
-        shards: how many hosts share a batch.
-        shard: which of them this is, counted from 0.
-        report: called with examples read and their total, where that takes a while.
-
-    Returns:
-        A feed whose chunks hold this host's part of each batch: the hosts' parts, one
-        after the other, are the batch.
-
-    Raises:
-        DataError: the data cannot be read.
-        SettingError: the settings do not fit them.
-
-    Example:
-        >>> from bnjax.data.sources import open_source
-        >>> source, key = open_source("digits"), jax.random.key(0)
-        >>> feed = make_feed(DataConfig(), source, batch_size=100, key=key)
-        >>> feed.chunk(0, 3).shape, feed.steps_per_epoch
-        ((3, 100), 14)
-        >>> batch = feed.batch(feed.constants, feed.chunk(0, 1)[0], jax.random.key(0))
-        >>> batch["image"].shape, batch["label"].shape
-        ((100, 8, 8), (100,))
+    The examples left over are others in every epoch, except with fixed batches. The key
+    of an epoch's order is folded from `key`. Each of `shards` hosts has its part of a
+    batch of `batch_size`: the parts, one after the other, are the batch.
     """
     check_images(data, source.image_shape)
     local = batch_size // shards
     # What the host draws follows from the key of epoch 0.
     words = np.asarray(jax.random.key_data(jax.random.fold_in(key, 0)))
     seed = tuple(words.tolist())
-    if choose_path(data, source) == "streaming":
+    size = source.sizes["train"] * math.prod(source.image_shape)
+    fits = size <= data.resident_bytes and data.augment.kind != "crop"
+    if data.path == "streaming" or (data.path == "auto" and not fits):
         # Batches of a host's size, every `shards`-th of them.
         batches = stream_batches(data, source, batch_size, local, seed)
         steps = source.sizes["train"] // batch_size
@@ -136,26 +102,8 @@ def make_feed(
             return permutation(jax.random.fold_in(key, epoch), examples)
         return epoch_rows(data, examples, batch_size, seed, epoch)
 
-    return ResidentFeed(
-        arrays, order, make_to_batch(data, source), batch_size, local, shard
-    )
-
-
-def choose_path(data: DataConfig, source: Source) -> Literal["resident", "streaming"]:
-    """Return the path that is asked for, or that the size of the set calls for.
-
-    Example:
-        >>> from bnjax.data.sources import open_source
-        >>> choose_path(DataConfig(), open_source("digits"))
-        'resident'
-        >>> choose_path(DataConfig(resident_bytes=10_000), open_source("digits"))
-        'streaming'
-    """
-    if data.path != "auto":
-        return data.path
-    size = source.sizes["train"] * math.prod(source.image_shape)
-    fits = size <= data.resident_bytes and data.augment.kind != "crop"
-    return "resident" if fits else "streaming"
+    to_batch = make_to_batch(data, source)
+    return ResidentFeed(arrays, order, to_batch, batch_size, local, shard)
 
 
 # --- On the device ------------------------------------------------------------------
@@ -163,24 +111,7 @@ def choose_path(data: DataConfig, source: Source) -> Literal["resident", "stream
 
 @dataclasses.dataclass(frozen=True)
 class ToInputs:
-    """Makes stored pixels the numbers that the network is given.
-
-    Args:
-        max_value: what becomes 1; 0 becomes 0.
-        binarize: give 1 above half of the range and 0 elsewhere.
-        mean: subtracted after that, one number or one a channel.
-        std: what is then divided by, one number or one a channel.
-
-    Example:
-        >>> import numpy as np
-        >>> pixels = np.array([0, 127, 128, 255], np.uint8)
-        >>> ToInputs(255, binarize=True)(pixels).tolist()
-        [0.0, 0.0, 1.0, 1.0]
-        >>> ToInputs(16)(np.array([0, 4, 16], np.uint8)).tolist()
-        [0.0, 0.25, 1.0]
-        >>> ToInputs(16, mean=(0.5,), std=(0.25,))(np.array([0, 8, 16])).tolist()
-        [-2.0, 0.0, 2.0]
-    """
+    """Makes pixels from 0 to `max_value` the network's inputs; see `DataConfig`."""
 
     max_value: int
     binarize: bool = False
@@ -205,7 +136,7 @@ def make_to_inputs(data: DataConfig, max_value: int) -> ToInputs:
 def make_to_batch(
     data: DataConfig, source: Source
 ) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
-    """Return what the device does to images, labels and rows to make them a batch.
+    """Return what makes a batch of images, labels, rows and the step's key.
 
     The randomness of an example follows from the step's key and its row, wherever in
     the batch, and on whichever device, it is.
@@ -257,12 +188,6 @@ def permutation(key: jax.Array, examples: int) -> np.ndarray:
     """Return `jax.random.permutation(key, examples)`, sorted by NumPy.
 
     XLA's sort takes a tenth of an epoch's time on a CPU, NumPy's a twentieth of that.
-
-    Example:
-        >>> permutation(jax.random.key(0), 5).tolist()
-        [0, 1, 4, 3, 2]
-        >>> jax.random.permutation(jax.random.key(0), 5).tolist()
-        [0, 1, 4, 3, 2]
     """
     order = np.arange(examples, dtype=np.int32)
     places = np.arange(examples, dtype=np.uint64)
@@ -309,17 +234,8 @@ def epoch_rows(
     return np.concatenate([batches.ravel(), rows[kept:]])
 
 
-class ResidentFeed:
-    """The whole set on the device; a chunk holds indices.
-
-    Args:
-        arrays: the training set.
-        order: returns the indices of all examples in the order of an epoch.
-        to_batch: makes a batch of images, labels, rows and the step's key.
-        batch_size: examples in a step, of all hosts together.
-        local: of them, those of one host.
-        shard: which host this is.
-    """
+class ResidentFeed(Feed):
+    """The whole set on the device; a chunk holds indices."""
 
     chunk_steps = 2**30
 
@@ -330,7 +246,7 @@ class ResidentFeed:
         to_batch: Callable[[Any, jax.Array], dict[str, jax.Array]],
         batch_size: int,
         local: int,
-        shard: int = 0,
+        shard: int,
     ) -> None:
         self.constants = arrays
         self.steps_per_epoch = len(arrays.labels) // batch_size
@@ -361,16 +277,6 @@ class ResidentFeed:
         images = jnp.asarray(constants.images)[item]
         labels = jnp.asarray(constants.labels)[item]
         return self._to_batch({"image": images, "label": labels, "row": item}, key)
-
-    def state(self) -> dict[str, Any]:
-        """Return nothing: the step says it all."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Have nothing to go back to."""
-
-    def close(self) -> None:
-        """Hold nothing open."""
 
 
 # --- Streaming: read by grain as the run goes ---------------------------------------
@@ -410,9 +316,8 @@ def _read_batch(
 ) -> dict[str, Any]:
     """Read and augment some examples; the next one takes a damaged one's place.
 
-    Returns:
-        "image", uint8 of shape (local batch, ...); "label" and "row", the example's
-        number in the set, int32; "problems", what is wrong with damaged rows.
+    "row" is the example's number in the set, and "problems" what is wrong with damaged
+    rows.
     """
     records = source.splits["train"]
     batch: dict[str, Any] = {
@@ -421,8 +326,8 @@ def _read_batch(
         "row": rows.astype(np.int32),
         "problems": {},
     }
-    for i, example in enumerate(records.read(rows.tolist())):
-        row, (image, label, problem) = int(rows[i]), example
+    for i, (image, label, problem) in enumerate(records.read(rows.tolist())):
+        row = int(rows[i])
         if image is None:
             batch["problems"][row] = problem
             row, image, label = _replacement(records, row)
@@ -452,12 +357,9 @@ def _replacement(records: Records, damaged: int) -> tuple[int, np.ndarray, int]:
 
 
 def read_ahead(dataset: Any, *, workers: int = 0, prefetch: int = 2) -> Any:
-    """Return an iterator of a `grain.MapDataset` that keeps items ready.
+    """Return an iterator of a `grain.MapDataset` that keeps `prefetch` items ready.
 
-    Args:
-        dataset: what is read.
-        workers: processes that read; 0 for threads of this one.
-        prefetch: items that each of them keeps ready.
+    So does each of `workers` processes; where there are none, threads of this one read.
     """
     import grain
     from absl import flags
@@ -493,16 +395,8 @@ def _start_worker(index: int, count: int) -> None:  # noqa: ARG001
     threading.Thread(target=watch, daemon=True).start()
 
 
-class StreamingFeed:
-    """Batches read ahead by grain; a chunk holds images, the device converts them.
-
-    Args:
-        data: how the set is read.
-        source: the data set.
-        batches: this host's, by step, a `grain.MapDataset`.
-        local: examples in each.
-        steps_per_epoch: how many an epoch has.
-    """
+class StreamingFeed(Feed):
+    """Batches read ahead by grain; a chunk holds images, the device converts them."""
 
     constants = ()
 
@@ -525,12 +419,7 @@ class StreamingFeed:
         self._next = -1
 
     def chunk(self, step: int, steps: int) -> dict[str, np.ndarray]:
-        """Return images, labels and rows, of shape (steps, local batch, ...).
-
-        Raises:
-            DataError: examples cannot be read, too many images are damaged, or a
-                worker process died.
-        """
+        """Return images, labels and rows."""
         if step != self._next:
             self.close()
             self._iterator = read_ahead(
@@ -538,10 +427,20 @@ class StreamingFeed:
                 workers=self._data.workers,
                 prefetch=self._data.prefetch,
             )
-        batches = [self._draw() for _ in range(steps)]
+        batches = []
+        for _ in range(steps):
+            try:
+                batches.append(next(self._iterator))
+            except DataError:
+                raise
+            except RuntimeError as error:
+                raise DataError(
+                    f"reading the data failed: {first_line(error)} If memory ran out, "
+                    "give fewer --data.workers or a smaller --data.prefetch."
+                ) from error
+            self._damage.add(batches[-1].pop("problems"))
         self._next = step + steps
-        names = ("image", "label", "row")
-        return {name: np.stack([b[name] for b in batches]) for name in names}
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
     def spec(self, steps: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes of a chunk."""
@@ -571,16 +470,3 @@ class StreamingFeed:
         if self._iterator is not None:
             self._iterator.close()
         self._iterator, self._next = None, -1
-
-    def _draw(self) -> dict[str, Any]:
-        try:
-            batch = next(self._iterator)
-        except DataError:
-            raise
-        except RuntimeError as error:
-            raise DataError(
-                f"reading the data failed: {first_line(error)} If memory ran out, give "
-                "fewer --data.workers or a smaller --data.prefetch."
-            ) from error
-        self._damage.add(batch["problems"])
-        return batch

@@ -39,7 +39,7 @@ class Feed:
     """The most steps that one chunk should hold."""
 
     def chunk(self, step: int, steps: int) -> Any:
-        """Return a tree of arrays (steps, local batch, ...), on the host, from `step`."""
+        """Return host arrays, (steps, local batch, ...), for the steps from `step`."""
         raise NotImplementedError
 
     def spec(self, steps: int) -> Any:
@@ -326,8 +326,8 @@ def _read_batch(
         "row": rows.astype(np.int32),
         "problems": {},
     }
-    for i, (image, label, problem) in enumerate(records.read(rows.tolist())):
-        row = int(rows[i])
+    for i, example in enumerate(records.read(rows.tolist())):
+        row, (image, label, problem) = int(rows[i]), example
         if image is None:
             batch["problems"][row] = problem
             row, image, label = _replacement(records, row)

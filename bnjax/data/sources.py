@@ -1,11 +1,10 @@
 """Where examples come from: digits, a tfds set, an image folder, random pixels."""
 
-import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bnjax._files import cache_dir
+from bnjax._files import cache_dir, replacing_bytes
 from bnjax._validate import did_you_mean, first_line
 from bnjax.data.config import DataConfig, DataError, SettingError
 from bnjax.data.images import SUFFIXES, CentralCrop, decode_image, printable
@@ -53,20 +52,14 @@ def find_data_dir(data_dir: Path | None = None) -> Path:
 def _find_prepared(name: str, data_dir: Path | None) -> Path:
     """Find a prepared set by looking at the folders alone.
 
-    tfds itself would try to download what it does not find, for minutes.
-
-    Args:
-        name: as tfds has it: "mnist", "mnist:3.0.1", "name/config".
-        data_dir: see `find_data_dir`; or the set's own folder.
-
-    Raises:
-        DataError: it is not there.
+    tfds itself would try to download what it does not find, for minutes. The name is
+    "mnist", "mnist:3.0.1", "name/config"; `data_dir` may be the set's own folder.
     """
     root = find_data_dir(data_dir)
     base, _, version = name.partition(":")
-    own = data_dir is not None and root.name == base.rpartition("/")[2]
     if data_dir is not None and (root / "dataset_info.json").is_file():
         return root
+    own = data_dir is not None and root.name == base.rpartition("/")[2]
     parent = root if own else root / base
     versions = [
         path
@@ -90,11 +83,7 @@ def _find_prepared(name: str, data_dir: Path | None) -> Path:
 
 
 def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
-    """Open the prepared set whose dataset_info.json lies in `folder`.
-
-    Raises:
-        DataError: it is damaged, or is no set of encoded images with labels.
-    """
+    """Open the prepared set whose dataset_info.json lies in `folder`."""
     import tensorflow_datasets as tfds
 
     where = f"data set {name!r} in {folder}"
@@ -111,10 +100,9 @@ def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
             f"TensorFlow needs. {how_to_prepare(name)}"
         )
     features: Any = info.features
-    features = dict(features)
-    shape: Any = getattr(features.get("image"), "shape", ())
-    classes = getattr(features.get("label"), "num_classes", None)
-    names = getattr(features.get("label"), "names", None)
+    image, label = (dict(features).get(name) for name in ("image", "label"))
+    shape: Any = getattr(image, "shape", ())
+    classes, names = (getattr(label, n, None) for n in ("num_classes", "names"))
     if len(shape) != 3 or shape[-1] not in (1, 3) or not classes:
         raise DataError(
             f"{where} has the features {info.features}; expected an image of 1 or 3 "
@@ -124,10 +112,8 @@ def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
         raise DataError(f"{where} has one class, from which nothing can be learned.")
     full, decode = info.full_name, _decoder(data, shape[-1])
     splits = {
-        split: PreparedRecords(
-            full, folder, split, info.splits[split].num_examples, decode
-        )
-        for split in info.splits
+        name: PreparedRecords(full, folder, name, split.num_examples, decode)
+        for name, split in info.splits.items()
     }
     return Source(
         name=full,
@@ -151,14 +137,8 @@ LAYOUT = (
 def _open_folder(root: Path, data: DataConfig) -> "Source":
     """List the images of every split, opening none.
 
-    Args:
-        root: holds a folder for each split, with one for each class; or the folders of
-            the classes, where `data.validation_share` says how to split them.
-        data: how it is read.
-
-    Raises:
-        DataError: a folder is missing, empty or unreadable, the splits have different
-            classes, or there is one class alone.
+    `root` holds a folder for each split, with one for each class; or the folders of the
+    classes, where `data.validation_share` says how to split them.
     """
     where, share = printable(root), data.validation_share
     names = [entry.name for entry in _scan(root) if _is_folder(entry)]
@@ -170,8 +150,8 @@ def _open_folder(root: Path, data: DataConfig) -> "Source":
                 f"--data.validation-share {share}: {where} is split already, into "
                 f"{', '.join(splits)}. Leave the flag out."
             )
+        folders = dict.fromkeys(("train", "validation"), root)
         listed = _divide(_list_classes(root, left_out), share)
-        folders = dict.fromkeys(listed, root)
     elif "train" in splits and len(splits) > 1:
         folders = {"validation" if s == "val" else s: root / s for s in splits}
         listed = {s: _list_classes(folders[s], left_out) for s in folders}
@@ -246,16 +226,12 @@ def _divide(
     listed: dict[str, list[str]], share: float
 ) -> dict[str, dict[str, list[str]]]:
     """Return the images of the classes as two splits, "train" and "validation"."""
-    masks = {n: stratified_test_mask(np.zeros(len(listed[n])), share) for n in listed}
-    return {
-        split: {
-            name: [
-                f for f, test in zip(files, masks[name], strict=True) if test == wanted
-            ]
-            for name, files in listed.items()
-        }
-        for split, wanted in (("train", False), ("validation", True))
-    }
+    splits: dict[str, dict[str, list[str]]] = {"train": {}, "validation": {}}
+    for name, files in listed.items():
+        mask = stratified_test_mask(np.zeros(len(files)), share)
+        splits["train"][name] = list(itertools.compress(files, ~mask))
+        splits["validation"][name] = list(itertools.compress(files, mask))
+    return splits
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
@@ -281,12 +257,13 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 # --- Decoded arrays, kept between runs ----------------------------------------------
 
 
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, NotImplementedError)
+
+
 def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
     """Return the arrays kept under `key`, or make them and keep them.
 
-    Args:
-        key: names the file; it must change whenever what `make` returns does.
-        make: gives the arrays where there is no sound entry.
+    The key must change whenever what `make` returns does.
     """
     path = cache_dir() / f"{key}.npz"
     if path.exists():
@@ -294,27 +271,14 @@ def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as entry:
                 return Arrays(entry["images"], entry["labels"])
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-        ) as error:
+        except (*_UNREADABLE, zipfile.BadZipFile) as error:
             note(f"cache {path} is damaged and is made again ({error})")
     arrays = make()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, images=arrays.images, labels=arrays.labels)
-            Path(partial).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(partial).unlink()
-            raise
+        # Private, as the XDG specification has it: images may be.
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        with replacing_bytes(path) as file:
+            np.savez(file, images=arrays.images, labels=arrays.labels)
     except OSError as error:
         note(f"cache {path} could not be written; the next run decodes again: {error}")
     return arrays
@@ -332,15 +296,8 @@ _SYNTHETIC = re.compile(
 class Source:
     """A data set that is there, not yet read.
 
-    Args:
-        name: what it is called in messages.
-        splits: the examples of "train" and of "test".
-        classes: how many labels there are, counted from 0.
-        image_shape: of one example, as the model is given it.
-        decode: makes an image of an encoded one, of the set or of a user's own.
-        max_value: the largest value a pixel can take.
-        resize: what makes a stored image one of `image_shape`; None where it is.
-        class_names: what the labels stand for; None where nothing says.
+    `splits` has the examples of "train" and of "test". `image_shape` is what the model
+    is given; `resize`, where there is one, gives it to a stored image.
     """
 
     name: str
@@ -356,18 +313,7 @@ class Source:
     def from_description(
         cls, data: DataConfig, description: Mapping[str, Any]
     ) -> "Source":
-        """Return a data set without examples: all that a network needs to know of it.
-
-        Args:
-            data: How the set is read.
-            description: As `description` returned it.
-
-        Example:
-            >>> description = {"image_shape": [32, 32, 3], "classes": 10}
-            >>> source = Source.from_description(DataConfig("cifar10"), description)
-            >>> source.image_shape, source.sizes
-            ((32, 32, 3), {})
-        """
+        """Return a data set without examples: all that a network needs to know of it."""
         shape = tuple(description["image_shape"])
         names = description.get("class_names")
         return cls(
@@ -408,15 +354,7 @@ class Source:
     def load(self, split: str, report: Report) -> Arrays:
         """Read a whole split, from the cache where it was decoded before.
 
-        Damaged images are left out.
-
-        Args:
-            split: "train" or "test".
-            report: called with examples read and their total.
-
-        Raises:
-            DataError: it cannot be read, too many images are damaged, one has another
-                shape or a wrong label, or all training examples are of one class.
+        Damaged images are left out. `report` is called with examples read and total.
         """
         records = self.splits[split]
         make = functools.partial(self._decode_all, split, report)
@@ -450,11 +388,7 @@ class Source:
         return Arrays(images[:kept], labels[:kept])
 
     def fit(self, image: np.ndarray, where: str) -> np.ndarray:
-        """Return an image as evaluations see it.
-
-        Raises:
-            DataError: it has another size, and none are resized.
-        """
+        """Return an image as evaluations see it; refuse another size."""
         image = self.resize(image) if self.resize else image
         check_shape(image, self.image_shape, where)
         return image
@@ -467,47 +401,24 @@ def open_data(data: DataConfig, data_dir: Path | None = None) -> Source:
         data: names it, and says how it is read.
         data_dir: where tfds sets are prepared, see `find_data_dir`; or where a set that
             was named by its folder is now: the folder itself, or the one above.
-
-    Raises:
-        DataError: the data set is not there, or cannot be used here.
-        SettingError: the settings do not fit it.
-
-    Example:
-        >>> source = open_data(DataConfig(name="digits"))
-        >>> source.sizes, source.image_shape, source.classes
-        ({'train': 1442, 'test': 355}, (8, 8), 10)
     """
-    made = data.name == "digits" or data.name.partition(":")[0] == "synthetic"
-    if made and data.image_size:
-        raise SettingError(
-            f"--data.image-size {data.image_size}: {data.name} is of one size; "
-            "give none.",
-        )
-    if made:
+    if data.name == "digits" or data.name.partition(":")[0] == "synthetic":
+        if data.image_size:
+            raise SettingError(
+                f"--data.image-size {data.image_size}: {data.name} is of one size; "
+                "give none.",
+            )
         return _open_digits() if data.name == "digits" else _open_synthetic(data.name)
-    if is_folder(data.name):
-        folder = _find_folder(Path(data.name).expanduser(), data_dir)
-        name = printable(folder)
-    else:
-        folder, name = _find_prepared(data.name, data_dir), data.name
-    if (folder / "dataset_info.json").is_file() or not is_folder(data.name):
-        return _open_prepared(folder, name, data)
+    if not is_folder(data.name):
+        return _open_prepared(_find_prepared(data.name, data_dir), data.name, data)
+    folder = _find_folder(Path(data.name).expanduser(), data_dir)
+    if (folder / "dataset_info.json").is_file():
+        return _open_prepared(folder, printable(folder), data)
     return _open_folder(folder, data)
 
 
 def open_source(name: str, data_dir: Path | None = None, **settings: Any) -> Source:
-    """Find a data set by its name; see `open_data`.
-
-    Args:
-        name: see `DataConfig.name`.
-        data_dir: see `open_data`.
-        **settings: other fields of `DataConfig`.
-
-    Example:
-        >>> source = open_source("synthetic:16x16x3:5:100")
-        >>> source.sizes, source.image_shape, source.classes
-        ({'train': 100, 'test': 100}, (16, 16, 3), 5)
-    """
+    """Find a data set by its name, with other fields of `DataConfig`."""
     return open_data(DataConfig(name=name, **settings), data_dir)
 
 
@@ -522,17 +433,9 @@ def is_folder(name: str) -> bool:
 
 
 def absolute_name(data: DataConfig) -> DataConfig:
-    """Return a configuration that finds its folder from any working directory.
-
-    Example:
-        >>> absolute_name(DataConfig(name="/data/a/../flowers")).name
-        '/data/flowers'
-        >>> absolute_name(DataConfig(name="mnist")).name
-        'mnist'
-    """
-    if not is_folder(data.name):
-        return data
-    return dataclasses.replace(data, name=str(_absolute(Path(data.name))))
+    """Return a configuration that finds its folder from any working directory."""
+    name = str(_absolute(Path(data.name))) if is_folder(data.name) else data.name
+    return dataclasses.replace(data, name=name)
 
 
 def _absolute(path: Path) -> Path:
@@ -548,11 +451,10 @@ def _find_folder(named: Path, data_dir: Path | None) -> Path:
     """
     if data_dir is None:
         return named
-    root, parts = Path(data_dir).expanduser(), _absolute(named).parts[1:]
-    below = [root.joinpath(*parts[i:]) for i in range(len(parts))]
-    found = [path for path in below if path.is_dir()]
-    if found:
-        return found[0]
+    root, parts = data_dir.expanduser(), _absolute(named).parts[1:]
+    for i in range(len(parts)):
+        if (below := root.joinpath(*parts[i:])).is_dir():
+            return below
     marks = (root / "train", root / "dataset_info.json")
     if root.name == named.name or any(mark.exists() for mark in marks):
         return root
@@ -575,7 +477,7 @@ def _resize(data: DataConfig) -> CentralCrop | None:
 def _choose(splits: dict[str, S], test_split: str, where: str) -> dict[str, S]:
     """Return the splits to train and to test on."""
     test = test_split
-    if test == "test" and "test" not in splits:
+    if test == "test" and test not in splits:
         test = "validation"
     if "train" not in splits or test not in splits:
         raise DataError(
@@ -591,13 +493,12 @@ def _given_shape(
     """Return the shape of the images that the model is given."""
     if data.image_size:
         return (data.image_size, data.image_size, stored[-1] or CHANNELS)
-    fixed = tuple(side for side in stored if side is not None)
-    if len(fixed) != len(stored):
+    if None in stored:
         raise SettingError(
             f"{where} holds images of many sizes: say with --data.image-size how high "
             "and wide the network is to be given them, such as 224.",
         )
-    return fixed
+    return stored
 
 
 def stratified_test_mask(labels: np.ndarray, share: float = 0.2) -> np.ndarray:
@@ -605,17 +506,6 @@ def stratified_test_mask(labels: np.ndarray, share: float = 0.2) -> np.ndarray:
 
     No random number is drawn, so that the split is the same for every seed, machine
     and version of any library.
-
-    Args:
-        labels: shape (examples,).
-        share: of the examples that is marked; 0.2 is every fifth.
-
-    Returns:
-        Booleans, shape (examples,): True for the test set.
-
-    Example:
-        >>> stratified_test_mask(np.array([0, 1, 0, 1, 0, 0]), share=0.5).tolist()
-        [False, False, True, True, False, True]
     """
     mask = np.zeros(labels.shape, bool)
     for label in np.unique(labels):

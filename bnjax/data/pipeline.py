@@ -32,11 +32,15 @@ REPLACEMENTS = 50
 class Feed:
     """The batches of a run, in order."""
 
-    constants: Any
+    constants: Any = ()
     """Arrays that every dispatch is given: the resident set, or nothing."""
     steps_per_epoch: int
     chunk_steps: int
     """The most steps that one chunk should hold."""
+
+    def __init__(self, data: DataConfig, source: Source) -> None:
+        self._data = data
+        self._to_inputs = make_to_inputs(data, source.max_value)
 
     def chunk(self, step: int, steps: int) -> Any:
         """Return host arrays, (steps, local batch, ...), for the steps from `step`."""
@@ -53,6 +57,18 @@ class Feed:
         "image" is floating, of shape (batch, ...), and "label" of shape (batch,).
         """
         raise NotImplementedError
+
+    def _to_batch(
+        self, image: jax.Array, label: jax.Array, row: jax.Array, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        augment = self._data.augment
+        if augment.kind == "shift":
+            # An example's randomness is the same anywhere in the batch, on any device.
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
+            image = shift_and_mirror(
+                image, keys, padding=augment.padding, flip=augment.flip
+            )
+        return {"image": self._to_inputs(image), "label": label}
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs beside the step, as JSON holds it."""
@@ -97,13 +113,18 @@ def make_feed(
     arrays = source.load("train", report)
     examples = len(arrays.labels)
 
-    def order(epoch: int) -> np.ndarray:
+    # Two epochs: a chunk may end in the next.
+    @functools.lru_cache(maxsize=2)
+    def local_rows(epoch: int) -> np.ndarray:
         if data.shuffle == "global":
-            return permutation(jax.random.fold_in(key, epoch), examples)
-        return epoch_rows(data, examples, batch_size, seed, epoch)
+            rows = permutation(jax.random.fold_in(key, epoch), examples)
+        else:
+            rows = epoch_rows(data, examples, batch_size, seed, epoch)
+        steps = examples // batch_size
+        rows = rows[: steps * batch_size].astype(np.int32)
+        return rows.reshape(steps, shards, local)[:, shard]
 
-    to_batch = make_to_batch(data, source)
-    return ResidentFeed(arrays, order, to_batch, batch_size, local, shard)
+    return ResidentFeed(data, source, arrays, local_rows)
 
 
 # --- On the device ------------------------------------------------------------------
@@ -131,28 +152,6 @@ class ToInputs:
 def make_to_inputs(data: DataConfig, max_value: int) -> ToInputs:
     """Return what makes stored pixels the network's inputs."""
     return ToInputs(max_value, binarize=data.binarize, mean=data.mean, std=data.std)
-
-
-def make_to_batch(
-    data: DataConfig, source: Source
-) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
-    """Return what makes a batch of images, labels, rows and the step's key.
-
-    The randomness of an example follows from the step's key and its row, wherever in
-    the batch, and on whichever device, it is.
-    """
-    to_inputs = make_to_inputs(data, source.max_value)
-
-    def to_batch(item: Any, key: jax.Array) -> dict[str, jax.Array]:
-        images = item["image"]
-        if data.augment.kind == "shift":
-            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(item["row"])
-            images = shift_and_mirror(
-                images, keys, padding=data.augment.padding, flip=data.augment.flip
-            )
-        return {"image": to_inputs(images), "label": item["label"]}
-
-    return to_batch
 
 
 def make_gather(
@@ -235,36 +234,26 @@ def epoch_rows(
 
 
 class ResidentFeed(Feed):
-    """The whole set on the device; a chunk holds indices."""
+    """The whole set on the device; a chunk holds indices, `rows` those of an epoch."""
 
     chunk_steps = 2**30
 
     def __init__(
         self,
+        data: DataConfig,
+        source: Source,
         arrays: Arrays,
-        order: Callable[[int], np.ndarray],
-        to_batch: Callable[[Any, jax.Array], dict[str, jax.Array]],
-        batch_size: int,
-        local: int,
-        shard: int,
+        rows: Callable[[int], np.ndarray],
     ) -> None:
-        self.constants = arrays
-        self.steps_per_epoch = len(arrays.labels) // batch_size
-        self._batch_size, self._local, self._shard = batch_size, local, shard
-        self._to_batch = to_batch
-        # Two epochs: a chunk may end in the next.
-        self._order = functools.lru_cache(maxsize=2)(order)
+        super().__init__(data, source)
+        self.constants, self._rows = arrays, rows
         # The first draw compiles; that is no part of a step.
-        self._order(0)
+        self.steps_per_epoch, self._local = rows(0).shape
 
     def chunk(self, step: int, steps: int) -> np.ndarray:
-        """Return indices, int32 of shape (steps, local batch)."""
-        rows = np.empty((steps, self._local), np.int32)
-        for i in range(steps):
-            epoch, place = divmod(step + i, self.steps_per_epoch)
-            start = place * self._batch_size + self._shard * self._local
-            rows[i] = self._order(epoch)[start : start + self._local]
-        return rows
+        """Return indices."""
+        places = (divmod(step + i, self.steps_per_epoch) for i in range(steps))
+        return np.stack([self._rows(epoch)[place] for epoch, place in places])
 
     def spec(self, steps: int) -> jax.ShapeDtypeStruct:
         """Return the shape of the indices."""
@@ -274,9 +263,8 @@ class ResidentFeed(Feed):
         self, constants: Arrays, item: jax.Array, key: jax.Array
     ) -> dict[str, jax.Array]:
         """Gather the rows and convert them."""
-        images = jnp.asarray(constants.images)[item]
-        labels = jnp.asarray(constants.labels)[item]
-        return self._to_batch({"image": images, "label": labels, "row": item}, key)
+        images, labels = (jnp.asarray(array)[item] for array in constants)
+        return self._to_batch(images, labels, item, key)
 
 
 # --- Streaming: read by grain as the run goes ---------------------------------------
@@ -398,23 +386,14 @@ def _start_worker(index: int, count: int) -> None:  # noqa: ARG001
 class StreamingFeed(Feed):
     """Batches read ahead by grain; a chunk holds images, the device converts them."""
 
-    constants = ()
-
     def __init__(
-        self,
-        data: DataConfig,
-        source: Source,
-        batches: Any,
-        local: int,
-        steps_per_epoch: int,
+        self, data: DataConfig, source: Source, batches: Any, local: int, steps: int
     ) -> None:
-        self.steps_per_epoch = steps_per_epoch
-        self._data, self._batches = data, batches
+        super().__init__(data, source)
+        self.steps_per_epoch, self._batches = steps, batches
         self._shape = (local, *source.image_shape)
         self.chunk_steps = max(1, CHUNK_BYTES // math.prod(self._shape))
-        self._to_batch = make_to_batch(data, source)
-        self._records = source.splits["train"]
-        self._damage = Damage(self._records)
+        self._damage = Damage(source.splits["train"])
         self._iterator: Any = None
         self._next = -1
 
@@ -422,11 +401,8 @@ class StreamingFeed(Feed):
         """Return images, labels and rows."""
         if step != self._next:
             self.close()
-            self._iterator = read_ahead(
-                self._batches[step:],
-                workers=self._data.workers,
-                prefetch=self._data.prefetch,
-            )
+            options = {"workers": self._data.workers, "prefetch": self._data.prefetch}
+            self._iterator = read_ahead(self._batches[step:], **options)
         batches = []
         for _ in range(steps):
             try:
@@ -449,13 +425,11 @@ class StreamingFeed(Feed):
         return {"image": images, "label": number, "row": number}
 
     def batch(
-        self,
-        constants: Any,  # noqa: ARG002
-        item: dict[str, jax.Array],
-        key: jax.Array,
+        self, constants: Any, item: dict[str, jax.Array], key: jax.Array
     ) -> dict[str, jax.Array]:
         """Convert the images."""
-        return self._to_batch(item, key)
+        del constants
+        return self._to_batch(**item, key=key)
 
     def state(self) -> dict[str, Any]:
         """Return the damaged rows met so far; the step says the rest."""
@@ -463,7 +437,7 @@ class StreamingFeed(Feed):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Remember the damaged rows; the next chunk finds its own place."""
-        self._damage = Damage(self._records, state["damaged"])
+        self._damage.rows = dict.fromkeys(state["damaged"], "cannot be decoded")
 
     def close(self) -> None:
         """End the worker processes."""

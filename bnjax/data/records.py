@@ -199,8 +199,8 @@ def _example(decode: Callable[[Any], np.ndarray], stored: Any, label: Any) -> Ex
 class Damage:
     """The images of a split that could not be had: each named once, and counted."""
 
-    def __init__(self, records: Records, rows: Sequence[int] = ()) -> None:
-        self.rows = dict.fromkeys(rows, "cannot be decoded")
+    def __init__(self, records: Records) -> None:
+        self.rows: dict[int, str] = {}
         self._records = records
 
     def add(self, problems: Mapping[int, str]) -> None:

@@ -150,8 +150,8 @@ def _open_folder(root: Path, data: DataConfig) -> "Source":
                 f"--data.validation-share {share}: {where} is split already, into "
                 f"{', '.join(splits)}. Leave the flag out."
             )
-        folders = dict.fromkeys(("train", "validation"), root)
         listed = _divide(_list_classes(root, left_out), share)
+        folders = dict.fromkeys(listed, root)
     elif "train" in splits and len(splits) > 1:
         folders = {"validation" if s == "val" else s: root / s for s in splits}
         listed = {s: _list_classes(folders[s], left_out) for s in folders}
@@ -226,12 +226,12 @@ def _divide(
     listed: dict[str, list[str]], share: float
 ) -> dict[str, dict[str, list[str]]]:
     """Return the images of the classes as two splits, "train" and "validation"."""
-    splits: dict[str, dict[str, list[str]]] = {"train": {}, "validation": {}}
+    train, test = {}, {}
     for name, files in listed.items():
         mask = stratified_test_mask(np.zeros(len(files)), share)
-        splits["train"][name] = list(itertools.compress(files, ~mask))
-        splits["validation"][name] = list(itertools.compress(files, mask))
-    return splits
+        train[name] = list(itertools.compress(files, ~mask))
+        test[name] = list(itertools.compress(files, mask))
+    return {"train": train, "validation": test}
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
@@ -292,6 +292,9 @@ _SYNTHETIC = re.compile(
 )
 
 
+_DESCRIBED = ("name", "image_shape", "classes", "max_value", "class_names")
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A data set that is there, not yet read.
@@ -313,29 +316,23 @@ class Source:
     def from_description(
         cls, data: DataConfig, description: Mapping[str, Any]
     ) -> "Source":
-        """Return a data set without examples: all that a network needs to know of it."""
-        shape = tuple(description["image_shape"])
-        names = description.get("class_names")
-        return cls(
-            name=description.get("name", data.name),
-            splits={},
-            classes=description["classes"],
-            image_shape=shape,
-            decode=_decoder(data, shape[2] if len(shape) == 3 else 1),
-            max_value=description.get("max_value", 255),
-            resize=_resize(data),
-            class_names=tuple(names) if names else None,
-        )
+        """Return a data set without examples, as a network needs it."""
+        described: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in {"name": data.name, **description}.items()
+            if name in _DESCRIBED
+        }
+        shape = described["image_shape"]
+        decode = _decoder(data, shape[2] if len(shape) == 3 else 1)
+        return cls(splits={}, decode=decode, resize=_resize(data), **described)
 
     @property
     def description(self) -> dict[str, Any]:
         """Return what a run's config.json says of its data, as JSON holds it."""
+        described = {name: getattr(self, name) for name in _DESCRIBED}
         return {
-            "name": self.name,
-            "image_shape": list(self.image_shape),
-            "classes": self.classes,
-            "max_value": self.max_value,
-            "class_names": list(self.class_names) if self.class_names else None,
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in described.items()
         }
 
     @property
@@ -423,12 +420,7 @@ def open_source(name: str, data_dir: Path | None = None, **settings: Any) -> Sou
 
 
 def is_folder(name: str) -> bool:
-    """Return whether a source's name is a path: it is absolute, or begins with a dot.
-
-    Example:
-        >>> [is_folder(name) for name in ("./flowers", "/data/flowers", "mnist")]
-        [True, True, False]
-    """
+    """Return whether a source's name is a path: absolute, or with a dot before it."""
     return name.startswith((".", "~")) or Path(name).is_absolute()
 
 
@@ -488,7 +480,7 @@ def _choose(splits: dict[str, S], test_split: str, where: str) -> dict[str, S]:
 
 
 def _given_shape(
-    where: str, stored: tuple[int | None, ...], data: DataConfig
+    where: str, stored: tuple[Any, ...], data: DataConfig
 ) -> tuple[int, ...]:
     """Return the shape of the images that the model is given."""
     if data.image_size:

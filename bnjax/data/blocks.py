@@ -115,12 +115,8 @@ def scaled_sizes(
     The shorter side becomes 256 for 10 crops, and 256, 288, 320 and 352 for 144, where
     the network is given 224 pixels; for another `size`, in proportion and rounded.
     """
-    sides = [round(side * size / 224) for side in _SIDES[crops]]
-    shorter = min(height, width)
-    return [
-        (round(height * side / shorter), round(width * side / shorter))
-        for side in sides
-    ]
+    sides, shorter = (round(s * size / 224) for s in _SIDES[crops]), min(height, width)
+    return [(round(height * s / shorter), round(width * s / shorter)) for s in sides]
 
 
 def boxes(height: int, width: int, size: int, crops: int) -> np.ndarray:

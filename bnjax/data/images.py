@@ -77,12 +77,10 @@ def _image_size(encoded: bytes) -> tuple[int, int]:
         formats = ("BMP", "GIF", "TIFF", "WEBP")
         with Image.open(io.BytesIO(encoded), formats=formats) as image:
             return image.height, image.width
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            "has more pixels than Pillow opens, whatever --data.max-pixels is"
-        ) from error
     except Exception as error:
-        raise ImageError("cannot be decoded") from error
+        bomb = isinstance(error, Image.DecompressionBombError)
+        many = "has more pixels than Pillow opens, whatever --data.max-pixels is"
+        raise ImageError(many if bomb else "cannot be decoded") from error
 
 
 def _jpeg_size(encoded: bytes) -> tuple[int, int]:
@@ -228,11 +226,8 @@ def color_transform(
     )
     matrix, offset = same, np.zeros(3)
     for which in order:
-        shift = np.zeros(3)
-        if which == 0:
-            shift += brightness
-        elif which == 1:
-            shift += (1 - contrast) * (matrix @ mean + offset)
+        around_mean = (1 - contrast) * (matrix @ mean + offset)
+        shift = (brightness, around_mean, 0, 0)[which]
         matrix, offset = parts[which] @ matrix, parts[which] @ offset + shift
     return np.column_stack([matrix, offset])
 
@@ -297,10 +292,8 @@ def shift_and_mirror(
         place, mirror = jax.random.split(key)
         around = [(padding, padding)] * 2 + [(0, 0)] * (image.ndim - 2)
         start = jax.random.randint(place, (2,), 0, 2 * padding + 1)
-        rest = [jnp.zeros((), start.dtype)] * (image.ndim - 2)
-        cut = jax.lax.dynamic_slice(
-            jnp.pad(image, around), [*start, *rest], image.shape
-        )
+        start = jnp.pad(start, (0, image.ndim - 2))
+        cut = jax.lax.dynamic_slice(jnp.pad(image, around), start, image.shape)
         return jnp.where(flip & jax.random.bernoulli(mirror), cut[:, ::-1], cut)
 
     return jax.vmap(one)(images, keys)

@@ -1,5 +1,6 @@
 """Where examples come from: digits, a tfds set, an image folder, random pixels."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -170,18 +171,13 @@ def _open_folder(root: Path, data: DataConfig) -> "Source":
             f"{where}: {len(left_out):,} files and folders are left out, being no "
             f"images by their endings, such as {left_out[0]}"
         )
-    decode = _decoder(data, CHANNELS)
-    records = {
-        split: FolderRecords(
-            printable(root.name),
-            split,
-            folders[split],
-            tuple(f"{name}/{file}" for name in found for file in found[name]),
-            tuple(i for i, name in enumerate(found) for _ in found[name]),
-            decode,
+    decode, records = _decoder(data, CHANNELS), {}
+    for split, found in listed.items():
+        files = tuple(f"{name}/{file}" for name in found for file in found[name])
+        labels = tuple(i for i, name in enumerate(found) for _ in found[name])
+        records[split] = FolderRecords(
+            printable(root.name), split, folders[split], files, labels, decode
         )
-        for split, found in listed.items()
-    }
     class_names = tuple(map(printable, listed["train"]))
     chosen = _choose(records, data.test_split, where)
     for split, each in chosen.items():
@@ -247,11 +243,10 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
+    # A link in a circle is none.
+    with contextlib.suppress(OSError):
         return entry.is_dir()
-    except OSError:
-        # A link in a circle.
-        return False
+    return False
 
 
 # --- Decoded arrays, kept between runs ----------------------------------------------
@@ -361,8 +356,8 @@ class Source:
             arrays = cached(self.cache_key(split), make)
         else:
             arrays = make()
-        names = self.class_names or tuple(map(str, range(self.classes)))
         if not isinstance(records, FolderRecords):
+            names = self.class_names or tuple(map(str, range(self.classes)))
             check_classes(arrays.labels, names, split, self.name)
         return arrays
 
@@ -448,9 +443,8 @@ def _find_folder(named: Path, data_dir: Path | None) -> Path:
         if (below := root.joinpath(*parts[i:])).is_dir():
             return below
     marks = (root / "train", root / "dataset_info.json")
-    if root.name == named.name or any(mark.exists() for mark in marks):
-        return root
-    return root if root.is_dir() and not named.is_dir() else named
+    own = root.name == named.name or any(mark.exists() for mark in marks)
+    return root if own or (root.is_dir() and not named.is_dir()) else named
 
 
 def _decoder(data: DataConfig, channels: int) -> Decode:
@@ -468,10 +462,9 @@ def _resize(data: DataConfig) -> CentralCrop | None:
 
 def _choose(splits: dict[str, S], test_split: str, where: str) -> dict[str, S]:
     """Return the splits to train and to test on."""
-    test = test_split
-    if test == "test" and test not in splits:
-        test = "validation"
-    if "train" not in splits or test not in splits:
+    found = "test" in splits or test_split != "test"
+    test = test_split if found else "validation"
+    if not {"train", test} <= splits.keys():
         raise DataError(
             f"{where} has the splits {', '.join(splits)}; expected train and "
             f"{test_split}. Name what to test on with --data.test-split."
@@ -515,17 +508,11 @@ def _open_digits() -> Source:
     pixels = images.astype(np.uint8).reshape(-1, 8, 8)
     labels = labels.astype(np.int32)
     test = stratified_test_mask(labels)
-    return Source(
-        name="digits",
-        splits={
-            split: ArrayRecords("digits", Arrays(pixels[mask], labels[mask]))
-            for split, mask in {"train": ~test, "test": test}.items()
-        },
-        classes=10,
-        image_shape=(8, 8),
-        decode=_decoder(DataConfig(), 1),
-        max_value=16,
-    )
+    splits = {
+        split: ArrayRecords("digits", Arrays(pixels[mask], labels[mask]))
+        for split, mask in {"train": ~test, "test": test}.items()
+    }
+    return Source("digits", splits, 10, (8, 8), _decoder(DataConfig(), 1), 16)
 
 
 def _open_synthetic(name: str) -> Source:

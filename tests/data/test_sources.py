@@ -49,7 +49,7 @@ def open_tiny(folder):
 
 
 def open_small(root, **settings):
-    return open_small(root, **settings)
+    return open_source(str(root), image_size=8, **settings)
 
 
 def assert_near(image, color, atol=3):
@@ -412,7 +412,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("name", "message"),
-        [("tyni", "Did you mean 'tiny'"), ("tiny:2.0.0", r"tiny/2\.0\.0 with")],
+        [("tinny", "Did you mean 'tiny'"), ("tiny:2.0.0", r"tiny/2\.0\.0 with")],
     )
     def test_a_typo_or_a_missing_version(self, prepared, name, message):
         with pytest.raises(ValueError, match=message):

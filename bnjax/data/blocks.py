@@ -21,13 +21,7 @@ S = TypeVar("S")
 
 
 def padded_rows(examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices that meet every example once, and a mask, False where padded.
-
-    Example:
-        >>> rows, mask = padded_rows(5, 3)
-        >>> rows.tolist(), mask.tolist()
-        ([[0, 1, 2], [3, 4, 0]], [[True, True, True], [True, True, False]])
-    """
+    """Return indices that meet every example once, and a mask, False where padded."""
     batches = -(-examples // batch_size)
     places = np.arange(batches * batch_size, dtype=np.int32).reshape(batches, -1)
     mask = places < examples
@@ -47,29 +41,17 @@ class CropBlock(NamedTuple):
     images: np.ndarray
     """uint8, shape (images, ...); the crops of one example follow each other."""
     places: np.ndarray
-    """Which example of the block each is of, shape (images,)."""
+    """Which example of the block each image is of."""
     counts: np.ndarray
-    """How many equal crops each stands for, shape (images,)."""
+    """How many equal crops each image stands for."""
     labels: np.ndarray
-    """Of the examples, shape (examples,)."""
     kept: np.ndarray
-    """Which examples there are: not damaged, not there to fill up."""
+    """Labels, and which count, of the block's examples."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitBlocks:
-    """The test set in blocks of one size, decoded anew each time they are gone through.
-
-    Args:
-        source: the data set.
-        size: examples in a block; the last is filled up.
-
-    Example:
-        >>> from bnjax.data.sources import open_source
-        >>> blocks = SplitBlocks(open_source("digits"), size=100)
-        >>> [int(block.kept.sum()) for block in blocks]
-        [100, 100, 100, 55]
-    """
+    """The test set in blocks of `size`, decoded each time; the last is filled up."""
 
     source: Source
     size: int
@@ -89,12 +71,8 @@ class SplitBlocks:
     def read(self, make: Callable[[list, np.ndarray, np.ndarray], S]) -> Iterator[S]:
         """Yield what is made of each block, reading ahead; name damaged images.
 
-        Args:
-            make: is given (place in the block, image as it is stored, name) of each
-                sound example; all labels; and a mask of the sound examples.
-
-        Raises:
-            DataError: too many images are damaged, or one cannot be used.
+        `make` is given (place in the block, image as it is stored, name) of each sound
+        example; all labels; and a mask of the sound examples.
         """
         import grain
 
@@ -106,11 +84,12 @@ class SplitBlocks:
             labels, kept = np.zeros(self.size, np.int32), np.zeros(self.size, bool)
             for place, example in enumerate(records.read(rows.tolist())):
                 row = int(rows[place])
+                where = records.where(row)
                 if example.image is None:
                     problems[row] = example.problem
                     continue
-                check_label(example.label, self.source.classes, records.where(row))
-                images.append((place, example.image, records.where(row)))
+                check_label(example.label, self.source.classes, where)
+                images.append((place, example.image, where))
                 labels[place], kept[place] = example.label, True
             return make(images, labels, kept), problems
 
@@ -135,23 +114,13 @@ def scaled_sizes(
 
     The shorter side becomes 256 for 10 crops, and 256, 288, 320 and 352 for 144, where
     the network is given 224 pixels; for another `size`, in proportion and rounded.
-
-    Example:
-        >>> scaled_sizes(500, 400, 224, 144)
-        [(320, 256), (360, 288), (400, 320), (440, 352)]
-        >>> scaled_sizes(32, 32, 32, 144)
-        [(37, 37), (41, 41), (46, 46), (50, 50)]
     """
-    sides = [round(side * size / 224) for side in _SIDES[crops]]
-    shorter = min(height, width)
-    return [
-        (round(height * side / shorter), round(width * side / shorter))
-        for side in sides
-    ]
+    sides, shorter = (round(s * size / 224) for s in _SIDES[crops]), min(height, width)
+    return [(round(height * s / shorter), round(width * s / shorter)) for s in sides]
 
 
 def boxes(height: int, width: int, size: int, crops: int) -> np.ndarray:
-    """Return the crops of one image, as places in the image scaled.
+    """Return the 10 or 144 crops of one image, as places in the image scaled.
 
     10 crops: of the central square, the four corners and the centre, and each of them
     mirrored. 144 crops: at each of four scales, the left, the central and the right
@@ -160,19 +129,9 @@ def boxes(height: int, width: int, size: int, crops: int) -> np.ndarray:
     mirrored. The three squares of a square image are one and the same: its crops are
     there three times.
 
-    Args:
-        height: of the stored image.
-        width: of the stored image.
-        size: height and width that the network is given.
-        crops: 10 or 144.
-
     Returns:
         int32, shape (crops, 6): the scale's number in `scaled_sizes`, top, left,
         height and width in pixels of that scale, and 1 for a crop to be mirrored.
-
-    Example:
-        >>> boxes(300, 200, 224, 10)[:3].tolist()
-        [[0, 64, 0, 224, 224, 0], [0, 64, 0, 224, 224, 1], [0, 64, 32, 224, 224, 0]]
 
     References:
         Szegedy et al. 2015 (GoogLeNet), section 7, for the 144; Krizhevsky et al. 2012,
@@ -198,16 +157,9 @@ def boxes(height: int, width: int, size: int, crops: int) -> np.ndarray:
 
 
 def cut(image: np.ndarray, size: int, crops: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the different crops of one image, and how many equal ones each stands for.
-
-    Example:
-        >>> images, counts = cut(np.zeros((40, 40, 3), np.uint8), size=32, crops=144)
-        >>> images.shape, counts.tolist() == [3] * 48
-        ((48, 32, 32, 3), True)
-    """
+    """Return the different crops of an image, and how many equal ones each is."""
     height, width = image.shape[:2]
-    sizes = scaled_sizes(height, width, size, crops)
-    scaled = [resized(image, *each) for each in sizes]
+    scaled = [resized(image, *s) for s in scaled_sizes(height, width, size, crops)]
     different, counts = np.unique(
         boxes(height, width, size, crops), axis=0, return_counts=True
     )
@@ -222,18 +174,9 @@ def cut(image: np.ndarray, size: int, crops: int) -> tuple[np.ndarray, np.ndarra
 
 @dataclasses.dataclass(frozen=True)
 class CropBlocks:
-    """The crops of the test set in blocks, cut anew each time they are gone through.
+    """The crops (1, as the run itself evaluates, 10 or 144) of blocks of the test set.
 
-    Args:
-        split: the test set; the crops of one of its blocks are in memory together.
-        crops: of each image: 1, as the run itself evaluates, 10 or 144.
-
-    Example:
-        >>> from bnjax.data.sources import open_source
-        >>> source = open_source("synthetic:16x16x3:5:30")
-        >>> blocks = CropBlocks(SplitBlocks(source, size=20), crops=10)
-        >>> [block.images.shape for block in blocks]
-        [(200, 16, 16, 3), (100, 16, 16, 3)]
+    They are cut anew each time; those of one block are in memory together.
     """
 
     split: SplitBlocks
@@ -243,38 +186,28 @@ class CropBlocks:
         return len(self.split)
 
     def __iter__(self) -> Iterator[CropBlock]:
-        source = self.split.source
+        return self.split.read(self._make)
 
-        def crops_of(image: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    def _make(self, images: list, labels: np.ndarray, kept: np.ndarray) -> CropBlock:
+        source, none = self.split.source, np.zeros(0, np.int64)
+        # First nothing: all of a block may be damaged.
+        parts = [(np.zeros((0, *source.image_shape), np.uint8), none, none)]
+        for place, image, where in images:
             if self.crops == 1:
-                return source.fit(image, where)[None], np.ones(1, np.int64)
-            if source.resize is None:
-                check_shape(image, source.image_shape, where)
-            found, counts = cut(image, source.image_shape[0], self.crops)
-            # A cubic goes beyond the values it is given.
-            return np.minimum(found, np.uint8(source.max_value)), counts
-
-        def make(images: list, labels: np.ndarray, kept: np.ndarray) -> CropBlock:
-            # First nothing: all of a block may be damaged.
-            crops = [np.zeros((0, *source.image_shape), np.uint8)]
-            places, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-            for place, image, where in images:
-                found, times = crops_of(image, where)
-                crops.append(found)
-                places.append(np.full(len(times), place))
-                counts.append(times)
-            crops, places, counts = map(np.concatenate, (crops, places, counts))
-            return CropBlock(crops, places, counts, labels, kept)
-
-        return self.split.read(make)
+                found, counts = source.fit(image, where)[None], np.ones(1, np.int64)
+            else:
+                if source.resize is None:
+                    check_shape(image, source.image_shape, where)
+                found, counts = cut(image, source.image_shape[0], self.crops)
+                # A cubic goes beyond the values it is given.
+                found = np.minimum(found, np.uint8(source.max_value))
+            parts.append((found, np.full(len(counts), place), counts))
+        crops, places, counts = map(np.concatenate, zip(*parts, strict=True))
+        return CropBlock(crops, places, counts, labels, kept)
 
 
 def crop_blocks(source: Source, crops: int) -> CropBlocks:
-    """Return the crops of a test set, in blocks of a bounded size.
-
-    Raises:
-        SettingError: `crops` is none of `CROPS`, or the network is not given squares.
-    """
+    """Return the crops of a test set, in blocks of a bounded size."""
     if crops not in CROPS:
         raise SettingError(f"--crops {crops}: expected 1, 10 or 144.")
     height, width = source.image_shape[:2]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from typing import Literal
 
 Shuffle = Literal["global", "within-shard", "fixed-batches"]
@@ -87,73 +88,55 @@ INCIDENTAL = frozenset({"workers", "prefetch"})
 
 
 def validate_data(data: DataConfig) -> None:
-    """Refuse values no run can use.
-
-    Raises:
-        SettingError: naming the flag, what was given and what was expected.
-
-    Example:
-        >>> validate_data(DataConfig(workers=-1))
-        Traceback (most recent call last):
-        bnjax.data.config.SettingError: --data.workers -1: expected 0 or more.
-    """
-    for name, least in (
-        ("workers", 0),
-        ("prefetch", 1),
-        ("shard_size", 1),
-        ("resident_bytes", 0),
-        ("max_pixels", 1),
-    ):
-        if getattr(data, name) < least:
-            _refuse(name, getattr(data, name), f"{least} or more")
-    if data.validation_share is not None and not 0 < data.validation_share < 1:
-        _refuse("validation_share", data.validation_share, "a share between 0 and 1")
-    if data.image_size is not None and data.image_size < 1:
-        _refuse("image_size", data.image_size, "1 or more")
-    if not 0 < data.central_crop <= 1:
-        _refuse("central_crop", data.central_crop, "a share in (0, 1]")
-    if not data.mean or not all(map(math.isfinite, data.mean)):
-        _refuse("mean", data.mean, "a number, or one a channel")
-    if not data.std or not all(0 < value < math.inf for value in data.std):
-        _refuse("std", data.std, "a positive number, or one a channel")
-    augment = data.augment
-    low, high = augment.area
-    if not 0 < low <= high <= 1:
-        _refuse("augment.area", augment.area, "two rising shares in (0, 1]")
-    low, high = augment.aspect
-    if not 0 < low <= high < math.inf:
-        _refuse("augment.aspect", augment.aspect, "two rising positive numbers")
-    if not 0 <= augment.strength <= 1:
-        _refuse("augment.strength", augment.strength, "a number in [0, 1]")
-    if augment.padding < 0:
-        _refuse("augment.padding", augment.padding, "0 or more")
+    """Refuse values no run can use, naming the flag."""
+    share, size, augment = data.validation_share, data.image_size, data.augment
+    (smallest, largest), (narrowest, widest) = augment.area, augment.aspect
+    finite = data.mean and all(map(math.isfinite, data.mean))
+    positive = data.std and all(0 < value < math.inf for value in data.std)
+    _check(
+        data,
+        ("workers", data.workers >= 0, "0 or more"),
+        ("prefetch", data.prefetch >= 1, "1 or more"),
+        ("shard_size", data.shard_size >= 1, "1 or more"),
+        ("resident_bytes", data.resident_bytes >= 0, "0 or more"),
+        ("max_pixels", data.max_pixels >= 1, "1 or more"),
+        ("validation_share", share is None or 0 < share < 1, "a share between 0 and 1"),
+        ("image_size", size is None or size >= 1, "1 or more"),
+        ("central_crop", 0 < data.central_crop <= 1, "a share in (0, 1]"),
+        ("mean", finite, "a number, or one a channel"),
+        ("std", positive, "a positive number, or one a channel"),
+        ("augment.area", 0 < smallest <= largest <= 1, "two rising shares in (0, 1]"),
+        (
+            "augment.aspect",
+            0 < narrowest <= widest < math.inf,
+            "two rising positive numbers",
+        ),
+        ("augment.strength", 0 <= augment.strength <= 1, "a number in [0, 1]"),
+        ("augment.padding", augment.padding >= 0, "0 or more"),
+    )
 
 
 def check_images(data: DataConfig, image_shape: tuple[int, ...]) -> None:
-    """Refuse settings that do not fit the images of a set.
-
-    Args:
-        data: validated.
-        image_shape: (height, width) or (height, width, channels).
-
-    Raises:
-        SettingError: naming the flag, what was given and what was expected.
-    """
+    """Refuse settings that do not fit images of (height, width[, channels])."""
     channels = image_shape[2] if len(image_shape) == 3 else 1
-    for name in ("mean", "std"):
-        values = getattr(data, name)
-        if len(values) not in (1, channels):
-            expected = f"one number, or {channels} for the channels of {image_shape}"
-            _refuse(name, values, expected)
-    if data.augment.kind == "crop":
-        if data.path == "resident":
-            _refuse("path", data.path, "streaming with --data.augment.kind crop")
-        if image_shape[0] != image_shape[1]:
-            expected = f"the side of a square: the images are {image_shape}"
-            _refuse("image_size", data.image_size, expected)
+    crop, square = data.augment.kind == "crop", image_shape[0] == image_shape[1]
+    numbers = f"one number, or {channels} for the channels of {image_shape}"
+    side = f"the side of a square: the images are {image_shape}"
+    streaming = "streaming with --data.augment.kind crop"
+    _check(
+        data,
+        ("mean", len(data.mean) in (1, channels), numbers),
+        ("std", len(data.std) in (1, channels), numbers),
+        ("path", not crop or data.path != "resident", streaming),
+        ("image_size", not crop or square, side),
+    )
 
 
-def _refuse(field: str, value: object, expected: str) -> None:
-    flag = "--data." + field.replace("_", "-")
-    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    raise SettingError(f"{flag} {shown}: expected {expected}.")
+def _check(data: DataConfig, *rules: tuple[str, object, str]) -> None:
+    """Refuse the first field whose rule does not hold."""
+    for field, holds, expected in rules:
+        if not holds:
+            value = operator.attrgetter(field)(data)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            flag = "--data." + field.replace("_", "-")
+            raise SettingError(f"{flag} {shown}: expected {expected}.")

@@ -4,6 +4,7 @@ What is random draws from the generator, or the key, that it is given and from n
 else.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -36,26 +37,10 @@ class ImageError(DataError):
 def decode_image(
     encoded: bytes, channels: int, *, max_pixels: int = 2**27, apply_exif: bool = False
 ) -> np.ndarray:
-    """Decode a JPEG, PNG, BMP, GIF, TIFF or WebP, whatever its file is called.
+    """Decode a JPEG, PNG, BMP, GIF, TIFF or WebP to (height, width, channels).
 
-    Bytes after the end of an image are ignored: phones append films.
-
-    Args:
-        encoded: the file's content.
-        channels: 1 for grey, 3 for RGB.
-        max_pixels: height times width of the largest image that is decoded.
-        apply_exif: turn the image upright, as its EXIF orientation says.
-
-    Returns:
-        uint8 of shape (height, width, channels).
-
-    Raises:
-        ImageError: it is truncated, too large, or no image.
-
-    Example:
-        >>> decode_image(bytes([0xFF, 0xD8, 0xFF, 0xE0]), channels=3)
-        Traceback (most recent call last):
-        bnjax.data.images.ImageError: is truncated
+    The file's name plays no part. Bytes after the end of an image are ignored: phones
+    append films. There is 1 channel, of greys, or 3. EXIF turns images upright.
     """
     import cv2
 
@@ -68,13 +53,11 @@ def decode_image(
     kind = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     if not apply_exif:
         kind |= cv2.IMREAD_IGNORE_ORIENTATION
-    try:
+    with contextlib.suppress(cv2.error):
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), kind)
-    except cv2.error as error:
-        raise ImageError("cannot be decoded") from error
-    if image is None:
-        raise ImageError("cannot be decoded")
-    return image.reshape(*image.shape[:2], channels)
+        if image is not None:
+            return image.reshape(*image.shape[:2], channels)
+    raise ImageError("cannot be decoded")
 
 
 def _image_size(encoded: bytes) -> tuple[int, int]:
@@ -94,12 +77,10 @@ def _image_size(encoded: bytes) -> tuple[int, int]:
         formats = ("BMP", "GIF", "TIFF", "WEBP")
         with Image.open(io.BytesIO(encoded), formats=formats) as image:
             return image.height, image.width
-    except Image.DecompressionBombError as error:
-        raise ImageError(
-            "has more pixels than Pillow opens, whatever --data.max-pixels is"
-        ) from error
     except Exception as error:
-        raise ImageError("cannot be decoded") from error
+        bomb = isinstance(error, Image.DecompressionBombError)
+        many = "has more pixels than Pillow opens, whatever --data.max-pixels is"
+        raise ImageError(many if bomb else "cannot be decoded") from error
 
 
 def _jpeg_size(encoded: bytes) -> tuple[int, int]:
@@ -132,10 +113,6 @@ def read_file(path: Path, max_bytes: int = 2**30) -> bytes:
     """Return the content of a regular file, or of what a link to one names.
 
     A named pipe would keep the reader waiting, and a device may have no end.
-
-    Raises:
-        ImageError: it is not there, is no regular file, is too large, or may not be
-            read.
     """
     try:
         status = path.stat()
@@ -149,23 +126,12 @@ def read_file(path: Path, max_bytes: int = 2**30) -> bytes:
 
 
 def printable(path: Path | str) -> str:
-    r"""Return a path as text that any stream takes, whatever its bytes are.
-
-    Example:
-        >>> printable("caf\udce9.jpg")
-        'caf\\xe9.jpg'
-    """
+    """Return a path as text that any stream takes, whatever its bytes are."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return an image as evaluations resize: to smaller by areas, to larger by a cubic.
-
-    Example:
-        >>> image = np.array([[10, 20, 90, 70], [10, 40, 30, 10]], np.uint8)
-        >>> resized(image, 1, 2).tolist()
-        [[20, 50]]
-    """
+    """Return an image as evaluations resize: smaller by areas, larger by a cubic."""
     import cv2
 
     kind = cv2.INTER_AREA if height < len(image) else cv2.INTER_CUBIC
@@ -175,18 +141,13 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CentralCrop:
-    """The middle of an image, as evaluations see it.
-
-    Args:
-        size: height and width of the result.
-        share: of the shorter side that is kept; 0.875 is 224 of 256.
-    """
+    """The middle of an image; `share` of the shorter side is kept: 224 of 256."""
 
     size: int
     share: float = 0.875
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Return uint8 of shape (size, size, channels)."""
+        """Return an image of `size` by `size` pixels."""
         height, width = image.shape[:2]
         side = max(1, round(self.share * min(height, width)))
         top, left = (height - side) // 2, (width - side) // 2
@@ -249,17 +210,10 @@ def color_transform(
     .. math:: x \mapsto x + b, \quad x \mapsto \bar x + c (x - \bar x), \quad
               x \mapsto g(x) + s (x - g(x)), \quad x \mapsto R_h x
 
-    with :math:`\bar x` the image's mean colour at that point, g its grey, and
-    :math:`R_h` a rotation by h turns about the grey axis. Nothing is cut off between
-    them. The last column is the offset.
-
-    Args:
-        mean: the image's mean colour, shape (3,).
-        brightness: b, in the image's units.
-        contrast: c; 1 changes nothing.
-        saturation: s; 1 changes nothing, 0 gives greys.
-        hue: h; 0 changes nothing.
-        order: of brightness (0), contrast (1), saturation (2), hue (3).
+    with :math:`\bar x` the image's mean colour at that point, b in the image's units, g
+    its grey (s = 0 gives greys), and :math:`R_h` a rotation by h turns about the grey
+    axis. Nothing is cut off between them. `order` counts brightness as 0, contrast as
+    1, saturation as 2, hue as 3. The last column is the offset.
     """
     cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
     turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
@@ -272,11 +226,8 @@ def color_transform(
     )
     matrix, offset = same, np.zeros(3)
     for which in order:
-        shift = np.zeros(3)
-        if which == 0:
-            shift += brightness
-        elif which == 1:
-            shift += (1 - contrast) * (matrix @ mean + offset)
+        around_mean = (1 - contrast) * (matrix @ mean + offset)
+        shift = (brightness, around_mean, 0, 0)[which]
         matrix, offset = parts[which] @ matrix, parts[which] @ offset + shift
     return np.column_stack([matrix, offset])
 
@@ -309,11 +260,7 @@ def distort_colors(
 def random_resized_crop(
     image: np.ndarray, rng: np.random.Generator, size: int, augment: AugmentConfig
 ) -> np.ndarray:
-    """Return a random part, resized by a random interpolation, mirrored, recoloured.
-
-    Returns:
-        uint8 of shape (size, size, channels).
-    """
+    """Return a random part, resized by a random interpolation, mirrored, recoloured."""
     import cv2
 
     height, width = image.shape[:2]
@@ -334,17 +281,8 @@ def shift_and_mirror(
 ) -> jax.Array:
     """Pad each image with zeros, cut the old size out at a random place, mirror half.
 
-    Args:
-        images: shape (batch, height, width) or (batch, height, width, channels).
-        keys: one random key an image, shape (batch,).
-        padding: pixels on each side; an image moves by at most as many.
-        flip: mirror every other image, at random.
-
-    Example:
-        >>> keys = jax.random.split(jax.random.key(0), 2)
-        >>> images = jnp.ones((2, 8, 8, 3), jnp.uint8)
-        >>> shift_and_mirror(images, keys, padding=0).tolist() == images.tolist()
-        True
+    Images are of shape (batch, height, width[, channels]); each has its own key, and
+    moves by at most `padding` pixels.
 
     References:
         He et al. 2016 (ResNet), section 4.2, for CIFAR-10.
@@ -354,10 +292,8 @@ def shift_and_mirror(
         place, mirror = jax.random.split(key)
         around = [(padding, padding)] * 2 + [(0, 0)] * (image.ndim - 2)
         start = jax.random.randint(place, (2,), 0, 2 * padding + 1)
-        rest = [jnp.zeros((), start.dtype)] * (image.ndim - 2)
-        cut = jax.lax.dynamic_slice(
-            jnp.pad(image, around), [*start, *rest], image.shape
-        )
+        start = jnp.pad(start, (0, image.ndim - 2))
+        cut = jax.lax.dynamic_slice(jnp.pad(image, around), start, image.shape)
         return jnp.where(flip & jax.random.bernoulli(mirror), cut[:, ::-1], cut)
 
     return jax.vmap(one)(images, keys)

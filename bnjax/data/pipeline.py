@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,51 +29,56 @@ CHUNK_BYTES = 2**26
 REPLACEMENTS = 50
 
 
-class Feed(Protocol):
+class Feed:
     """The batches of a run, in order."""
 
-    constants: Any
+    constants: Any = ()
     """Arrays that every dispatch is given: the resident set, or nothing."""
     steps_per_epoch: int
     chunk_steps: int
     """The most steps that one chunk should hold."""
 
-    def chunk(self, step: int, steps: int) -> Any:
-        """Return what `steps` steps take after `step` others, as arrays on the host.
+    def __init__(self, data: DataConfig, source: Source) -> None:
+        self._data = data
+        self._to_inputs = make_to_inputs(data, source.max_value)
 
-        Returns:
-            A tree of arrays of shape (steps, local batch, ...).
-        """
-        ...
+    def chunk(self, step: int, steps: int) -> Any:
+        """Return host arrays, (steps, local batch, ...), for the steps from `step`."""
+        raise NotImplementedError
 
     def spec(self, steps: int) -> Any:
         """Return the shapes and dtypes of a chunk, drawing none."""
-        ...
+        raise NotImplementedError
 
     def batch(self, constants: Any, item: Any, key: jax.Array) -> dict[str, jax.Array]:
-        """Make one item of a chunk a batch; a pure function of its arguments.
+        """Make one item of a chunk, or a device's part of it, a batch; it is pure.
 
-        Args:
-            constants: the feed's, on the device.
-            item: one step's part of a chunk, or a device's part of that.
-            key: of the step's randomness, the same on every device.
-
-        Returns:
-            "image", shape (batch, ...) and floating, and "label", shape (batch,).
+        The constants are on the device. The key is the step's, the same everywhere.
+        "image" is floating, of shape (batch, ...), and "label" of shape (batch,).
         """
-        ...
+        raise NotImplementedError
+
+    def _to_batch(
+        self, image: jax.Array, label: jax.Array, row: jax.Array, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        augment = self._data.augment
+        if augment.kind == "shift":
+            # An example's randomness is the same anywhere in the batch, on any device.
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
+            image = shift_and_mirror(
+                image, keys, padding=augment.padding, flip=augment.flip
+            )
+        return {"image": self._to_inputs(image), "label": label}
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs beside the step, as JSON holds it."""
-        ...
+        return {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back to where `state` was taken."""
-        ...
 
     def close(self) -> None:
         """Let go of files and worker processes."""
-        ...
 
 
 def make_feed(
@@ -89,41 +94,18 @@ def make_feed(
     """Return what feeds the steps of a run.
 
     An epoch has as many steps as there are whole batches and meets no example twice.
-    The examples left over are others in every epoch, except with fixed batches.
-
-    Args:
-        data: how the set is read.
-        source: the data set.
-        batch_size: examples in a step, of all hosts together.
-        key: of the order of the examples; that of an epoch is folded from it.
-        shards: how many hosts share a batch.
-        shard: which of them this is, counted from 0.
-        report: called with examples read and their total, where that takes a while.
-
-    Returns:
-        A feed whose chunks hold this host's part of each batch: the hosts' parts, one
-        after the other, are the batch.
-
-    Raises:
-        DataError: the data cannot be read.
-        SettingError: the settings do not fit them.
-
-    Example:
-        >>> from bnjax.data.sources import open_source
-        >>> source, key = open_source("digits"), jax.random.key(0)
-        >>> feed = make_feed(DataConfig(), source, batch_size=100, key=key)
-        >>> feed.chunk(0, 3).shape, feed.steps_per_epoch
-        ((3, 100), 14)
-        >>> batch = feed.batch(feed.constants, feed.chunk(0, 1)[0], jax.random.key(0))
-        >>> batch["image"].shape, batch["label"].shape
-        ((100, 8, 8), (100,))
+    The examples left over are others in every epoch, except with fixed batches. The key
+    of an epoch's order is folded from `key`. Each of `shards` hosts has its part of a
+    batch of `batch_size`: the parts, one after the other, are the batch.
     """
     check_images(data, source.image_shape)
     local = batch_size // shards
     # What the host draws follows from the key of epoch 0.
     words = np.asarray(jax.random.key_data(jax.random.fold_in(key, 0)))
     seed = tuple(words.tolist())
-    if choose_path(data, source) == "streaming":
+    size = source.sizes["train"] * math.prod(source.image_shape)
+    fits = size <= data.resident_bytes and data.augment.kind != "crop"
+    if data.path == "streaming" or (data.path == "auto" and not fits):
         # Batches of a host's size, every `shards`-th of them.
         batches = stream_batches(data, source, batch_size, local, seed)
         steps = source.sizes["train"] // batch_size
@@ -131,31 +113,18 @@ def make_feed(
     arrays = source.load("train", report)
     examples = len(arrays.labels)
 
-    def order(epoch: int) -> np.ndarray:
+    # Two epochs: a chunk may end in the next.
+    @functools.lru_cache(maxsize=2)
+    def local_rows(epoch: int) -> np.ndarray:
         if data.shuffle == "global":
-            return permutation(jax.random.fold_in(key, epoch), examples)
-        return epoch_rows(data, examples, batch_size, seed, epoch)
+            rows = permutation(jax.random.fold_in(key, epoch), examples)
+        else:
+            rows = epoch_rows(data, examples, batch_size, seed, epoch)
+        steps = examples // batch_size
+        rows = rows[: steps * batch_size].astype(np.int32)
+        return rows.reshape(steps, shards, local)[:, shard]
 
-    return ResidentFeed(
-        arrays, order, make_to_batch(data, source), batch_size, local, shard
-    )
-
-
-def choose_path(data: DataConfig, source: Source) -> Literal["resident", "streaming"]:
-    """Return the path that is asked for, or that the size of the set calls for.
-
-    Example:
-        >>> from bnjax.data.sources import open_source
-        >>> choose_path(DataConfig(), open_source("digits"))
-        'resident'
-        >>> choose_path(DataConfig(resident_bytes=10_000), open_source("digits"))
-        'streaming'
-    """
-    if data.path != "auto":
-        return data.path
-    size = source.sizes["train"] * math.prod(source.image_shape)
-    fits = size <= data.resident_bytes and data.augment.kind != "crop"
-    return "resident" if fits else "streaming"
+    return ResidentFeed(data, source, arrays, local_rows)
 
 
 # --- On the device ------------------------------------------------------------------
@@ -163,24 +132,7 @@ def choose_path(data: DataConfig, source: Source) -> Literal["resident", "stream
 
 @dataclasses.dataclass(frozen=True)
 class ToInputs:
-    """Makes stored pixels the numbers that the network is given.
-
-    Args:
-        max_value: what becomes 1; 0 becomes 0.
-        binarize: give 1 above half of the range and 0 elsewhere.
-        mean: subtracted after that, one number or one a channel.
-        std: what is then divided by, one number or one a channel.
-
-    Example:
-        >>> import numpy as np
-        >>> pixels = np.array([0, 127, 128, 255], np.uint8)
-        >>> ToInputs(255, binarize=True)(pixels).tolist()
-        [0.0, 0.0, 1.0, 1.0]
-        >>> ToInputs(16)(np.array([0, 4, 16], np.uint8)).tolist()
-        [0.0, 0.25, 1.0]
-        >>> ToInputs(16, mean=(0.5,), std=(0.25,))(np.array([0, 8, 16])).tolist()
-        [-2.0, 0.0, 2.0]
-    """
+    """Makes pixels from 0 to `max_value` the network's inputs; see `DataConfig`."""
 
     max_value: int
     binarize: bool = False
@@ -200,28 +152,6 @@ class ToInputs:
 def make_to_inputs(data: DataConfig, max_value: int) -> ToInputs:
     """Return what makes stored pixels the network's inputs."""
     return ToInputs(max_value, binarize=data.binarize, mean=data.mean, std=data.std)
-
-
-def make_to_batch(
-    data: DataConfig, source: Source
-) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
-    """Return what the device does to images, labels and rows to make them a batch.
-
-    The randomness of an example follows from the step's key and its row, wherever in
-    the batch, and on whichever device, it is.
-    """
-    to_inputs = make_to_inputs(data, source.max_value)
-
-    def to_batch(item: Any, key: jax.Array) -> dict[str, jax.Array]:
-        images = item["image"]
-        if data.augment.kind == "shift":
-            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(item["row"])
-            images = shift_and_mirror(
-                images, keys, padding=data.augment.padding, flip=data.augment.flip
-            )
-        return {"image": to_inputs(images), "label": item["label"]}
-
-    return to_batch
 
 
 def make_gather(
@@ -257,12 +187,6 @@ def permutation(key: jax.Array, examples: int) -> np.ndarray:
     """Return `jax.random.permutation(key, examples)`, sorted by NumPy.
 
     XLA's sort takes a tenth of an epoch's time on a CPU, NumPy's a twentieth of that.
-
-    Example:
-        >>> permutation(jax.random.key(0), 5).tolist()
-        [0, 1, 4, 3, 2]
-        >>> jax.random.permutation(jax.random.key(0), 5).tolist()
-        [0, 1, 4, 3, 2]
     """
     order = np.arange(examples, dtype=np.int32)
     places = np.arange(examples, dtype=np.uint64)
@@ -309,46 +233,27 @@ def epoch_rows(
     return np.concatenate([batches.ravel(), rows[kept:]])
 
 
-class ResidentFeed:
-    """The whole set on the device; a chunk holds indices.
-
-    Args:
-        arrays: the training set.
-        order: returns the indices of all examples in the order of an epoch.
-        to_batch: makes a batch of images, labels, rows and the step's key.
-        batch_size: examples in a step, of all hosts together.
-        local: of them, those of one host.
-        shard: which host this is.
-    """
+class ResidentFeed(Feed):
+    """The whole set on the device; a chunk holds indices, `rows` those of an epoch."""
 
     chunk_steps = 2**30
 
     def __init__(
         self,
+        data: DataConfig,
+        source: Source,
         arrays: Arrays,
-        order: Callable[[int], np.ndarray],
-        to_batch: Callable[[Any, jax.Array], dict[str, jax.Array]],
-        batch_size: int,
-        local: int,
-        shard: int = 0,
+        rows: Callable[[int], np.ndarray],
     ) -> None:
-        self.constants = arrays
-        self.steps_per_epoch = len(arrays.labels) // batch_size
-        self._batch_size, self._local, self._shard = batch_size, local, shard
-        self._to_batch = to_batch
-        # Two epochs: a chunk may end in the next.
-        self._order = functools.lru_cache(maxsize=2)(order)
+        super().__init__(data, source)
+        self.constants, self._rows = arrays, rows
         # The first draw compiles; that is no part of a step.
-        self._order(0)
+        self.steps_per_epoch, self._local = rows(0).shape
 
     def chunk(self, step: int, steps: int) -> np.ndarray:
-        """Return indices, int32 of shape (steps, local batch)."""
-        rows = np.empty((steps, self._local), np.int32)
-        for i in range(steps):
-            epoch, place = divmod(step + i, self.steps_per_epoch)
-            start = place * self._batch_size + self._shard * self._local
-            rows[i] = self._order(epoch)[start : start + self._local]
-        return rows
+        """Return indices."""
+        places = (divmod(step + i, self.steps_per_epoch) for i in range(steps))
+        return np.stack([self._rows(epoch)[place] for epoch, place in places])
 
     def spec(self, steps: int) -> jax.ShapeDtypeStruct:
         """Return the shape of the indices."""
@@ -358,19 +263,8 @@ class ResidentFeed:
         self, constants: Arrays, item: jax.Array, key: jax.Array
     ) -> dict[str, jax.Array]:
         """Gather the rows and convert them."""
-        images = jnp.asarray(constants.images)[item]
-        labels = jnp.asarray(constants.labels)[item]
-        return self._to_batch({"image": images, "label": labels, "row": item}, key)
-
-    def state(self) -> dict[str, Any]:
-        """Return nothing: the step says it all."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Have nothing to go back to."""
-
-    def close(self) -> None:
-        """Hold nothing open."""
+        images, labels = (jnp.asarray(array)[item] for array in constants)
+        return self._to_batch(images, labels, item, key)
 
 
 # --- Streaming: read by grain as the run goes ---------------------------------------
@@ -410,9 +304,8 @@ def _read_batch(
 ) -> dict[str, Any]:
     """Read and augment some examples; the next one takes a damaged one's place.
 
-    Returns:
-        "image", uint8 of shape (local batch, ...); "label" and "row", the example's
-        number in the set, int32; "problems", what is wrong with damaged rows.
+    "row" is the example's number in the set, and "problems" what is wrong with damaged
+    rows.
     """
     records = source.splits["train"]
     batch: dict[str, Any] = {
@@ -452,12 +345,9 @@ def _replacement(records: Records, damaged: int) -> tuple[int, np.ndarray, int]:
 
 
 def read_ahead(dataset: Any, *, workers: int = 0, prefetch: int = 2) -> Any:
-    """Return an iterator of a `grain.MapDataset` that keeps items ready.
+    """Return an iterator of a `grain.MapDataset` that keeps `prefetch` items ready.
 
-    Args:
-        dataset: what is read.
-        workers: processes that read; 0 for threads of this one.
-        prefetch: items that each of them keeps ready.
+    So does each of `workers` processes; where there are none, threads of this one read.
     """
     import grain
     from absl import flags
@@ -493,55 +383,40 @@ def _start_worker(index: int, count: int) -> None:  # noqa: ARG001
     threading.Thread(target=watch, daemon=True).start()
 
 
-class StreamingFeed:
-    """Batches read ahead by grain; a chunk holds images, the device converts them.
-
-    Args:
-        data: how the set is read.
-        source: the data set.
-        batches: this host's, by step, a `grain.MapDataset`.
-        local: examples in each.
-        steps_per_epoch: how many an epoch has.
-    """
-
-    constants = ()
+class StreamingFeed(Feed):
+    """Batches read ahead by grain; a chunk holds images, the device converts them."""
 
     def __init__(
-        self,
-        data: DataConfig,
-        source: Source,
-        batches: Any,
-        local: int,
-        steps_per_epoch: int,
+        self, data: DataConfig, source: Source, batches: Any, local: int, steps: int
     ) -> None:
-        self.steps_per_epoch = steps_per_epoch
-        self._data, self._batches = data, batches
+        super().__init__(data, source)
+        self.steps_per_epoch, self._batches = steps, batches
         self._shape = (local, *source.image_shape)
         self.chunk_steps = max(1, CHUNK_BYTES // math.prod(self._shape))
-        self._to_batch = make_to_batch(data, source)
-        self._records = source.splits["train"]
-        self._damage = Damage(self._records)
+        self._damage = Damage(source.splits["train"])
         self._iterator: Any = None
         self._next = -1
 
     def chunk(self, step: int, steps: int) -> dict[str, np.ndarray]:
-        """Return images, labels and rows, of shape (steps, local batch, ...).
-
-        Raises:
-            DataError: examples cannot be read, too many images are damaged, or a
-                worker process died.
-        """
+        """Return images, labels and rows."""
         if step != self._next:
             self.close()
-            self._iterator = read_ahead(
-                self._batches[step:],
-                workers=self._data.workers,
-                prefetch=self._data.prefetch,
-            )
-        batches = [self._draw() for _ in range(steps)]
+            options = {"workers": self._data.workers, "prefetch": self._data.prefetch}
+            self._iterator = read_ahead(self._batches[step:], **options)
+        batches = []
+        for _ in range(steps):
+            try:
+                batches.append(next(self._iterator))
+            except DataError:
+                raise
+            except RuntimeError as error:
+                raise DataError(
+                    f"reading the data failed: {first_line(error)} If memory ran out, "
+                    "give fewer --data.workers or a smaller --data.prefetch."
+                ) from error
+            self._damage.add(batches[-1].pop("problems"))
         self._next = step + steps
-        names = ("image", "label", "row")
-        return {name: np.stack([b[name] for b in batches]) for name in names}
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
     def spec(self, steps: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes of a chunk."""
@@ -550,13 +425,11 @@ class StreamingFeed:
         return {"image": images, "label": number, "row": number}
 
     def batch(
-        self,
-        constants: Any,  # noqa: ARG002
-        item: dict[str, jax.Array],
-        key: jax.Array,
+        self, constants: Any, item: dict[str, jax.Array], key: jax.Array
     ) -> dict[str, jax.Array]:
         """Convert the images."""
-        return self._to_batch(item, key)
+        del constants
+        return self._to_batch(**item, key=key)
 
     def state(self) -> dict[str, Any]:
         """Return the damaged rows met so far; the step says the rest."""
@@ -564,23 +437,10 @@ class StreamingFeed:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Remember the damaged rows; the next chunk finds its own place."""
-        self._damage = Damage(self._records, state["damaged"])
+        self._damage.rows = dict.fromkeys(state["damaged"], "cannot be decoded")
 
     def close(self) -> None:
         """End the worker processes."""
         if self._iterator is not None:
             self._iterator.close()
         self._iterator, self._next = None, -1
-
-    def _draw(self) -> dict[str, Any]:
-        try:
-            batch = next(self._iterator)
-        except DataError:
-            raise
-        except RuntimeError as error:
-            raise DataError(
-                f"reading the data failed: {first_line(error)} If memory ran out, give "
-                "fewer --data.workers or a smaller --data.prefetch."
-            ) from error
-        self._damage.add(batch["problems"])
-        return batch

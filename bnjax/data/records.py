@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,12 +23,7 @@ DAMAGED_SHARE = 1e-3
 
 
 class Arrays(NamedTuple):
-    """Examples of one split.
-
-    Args:
-        images: shape (examples, ...), as the source stores them (uint8).
-        labels: shape (examples,), int32.
-    """
+    """Examples of one split: images, uint8, as the source stores them; int32 labels."""
 
     images: jax.Array | np.ndarray
     labels: jax.Array | np.ndarray
@@ -78,15 +73,7 @@ class ArrayRecords:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRecords:
-    """The examples of one split, read by tfds.
-
-    Args:
-        name: of the set, with its version.
-        folder: where its files are.
-        split: of the set.
-        size: how many examples there are.
-        decode: makes an image of what is stored.
-    """
+    """The examples of one split, read by tfds."""
 
     name: str
     folder: Path
@@ -98,15 +85,11 @@ class PreparedRecords:
         return self.size
 
     def read(self, rows: Sequence[int]) -> list[Example]:
-        """Read and decode some examples.
-
-        Raises:
-            DataError: the files are damaged or missing.
-        """
+        """Read and decode some examples."""
         try:
-            found = self._source.__getitems__(list(rows))
             return [
-                _example(self.decode, each["image"], each["label"]) for each in found
+                _example(self.decode, found["image"], found["label"])
+                for found in self._source.__getitems__(list(rows))
             ]
         except Exception as error:
             raise DataError(
@@ -121,12 +104,13 @@ class PreparedRecords:
 
     def cache_key(self) -> str:
         """Return a name that changes with the files and how they are decoded."""
-        lines = [repr(self.decode.keywords).encode()]
+        lines = []
         for path in sorted(self.folder.iterdir()):
             lines.append(_file_line(path))
             if path.suffix == ".json":
                 lines.append(path.read_bytes())
-        return f"{self.name.replace('/', '-')}-{self.split}-{_digest(lines)}"
+        name = self.name.replace("/", "-")
+        return f"{name}-{self.split}-{_digest(self.decode, lines)}"
 
     @functools.cached_property
     def _source(self) -> Any:
@@ -157,16 +141,7 @@ def how_to_prepare(name: str, root: Path | None = None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class FolderRecords:
-    """The images of one split.
-
-    Args:
-        name: of the set.
-        split: of it.
-        folder: where the files are.
-        files: relative to it, one an example.
-        labels: one an example.
-        decode: makes an image of a file's content.
-    """
+    """The images of one split: files, relative to a folder, and their labels."""
 
     name: str
     split: str
@@ -180,15 +155,11 @@ class FolderRecords:
 
     def read(self, rows: Sequence[int]) -> list[Example]:
         """Read and decode some files."""
-        found = []
-        for row in rows:
-            try:
-                encoded = read_file(self.folder / self.files[row])
-            except ImageError as error:
-                found.append(Example(None, self.labels[row], str(error)))
-            else:
-                found.append(_example(self.decode, encoded, self.labels[row]))
-        return found
+
+        def decode(file: str) -> np.ndarray:
+            return self.decode(read_file(self.folder / file))
+
+        return [_example(decode, self.files[row], self.labels[row]) for row in rows]
 
     def where(self, row: int) -> str:
         """Return the file's name."""
@@ -196,15 +167,15 @@ class FolderRecords:
 
     def cache_key(self) -> str:
         """Return a name that changes with the files and how they are decoded."""
-        lines = [repr(self.decode.keywords).encode()]
+        lines = []
         for file, label in zip(self.files, self.labels, strict=True):
-            lines.append(os.fsencode(f"{file} {label} "))
-            lines.append(_file_line(self.folder / file))
-        return f"{self.name}-{self.split}-{_digest(lines)}"
+            lines += [os.fsencode(f"{file} {label} "), _file_line(self.folder / file)]
+        return f"{self.name}-{self.split}-{_digest(self.decode, lines)}"
 
 
-def _digest(lines: Sequence[bytes]) -> str:
-    return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
+def _digest(decode: Decode, lines: Sequence[bytes]) -> str:
+    content = b"".join([repr(decode.keywords).encode(), *lines])
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _file_line(path: Path) -> bytes:
@@ -215,9 +186,9 @@ def _file_line(path: Path) -> bytes:
     return os.fsencode(f"{path.name} {status.st_size} {status.st_mtime_ns}\n")
 
 
-def _example(decode: Decode, encoded: bytes, label: Any) -> Example:
+def _example(decode: Callable[[Any], np.ndarray], stored: Any, label: Any) -> Example:
     try:
-        return Example(decode(encoded), int(label))
+        return Example(decode(stored), int(label))
     except ImageError as error:
         return Example(None, int(label), str(error))
 
@@ -226,32 +197,22 @@ def _example(decode: Decode, encoded: bytes, label: Any) -> Example:
 
 
 class Damage:
-    """The images of a split that could not be had: each named once, and counted.
+    """The images of a split that could not be had: each named once, and counted."""
 
-    Args:
-        records: the split.
-        rows: those that are known already.
-    """
-
-    def __init__(self, records: Records, rows: Sequence[int] = ()) -> None:
-        self.rows = dict.fromkeys(rows, "")
+    def __init__(self, records: Records) -> None:
+        self.rows: dict[int, str] = {}
         self._records = records
 
     def add(self, problems: Mapping[int, str]) -> None:
-        """Name rows, and what is wrong with each, on standard error.
-
-        Raises:
-            DataError: there are more than `DAMAGED_SHARE` of them by now.
-        """
+        """Name rows on standard error; refuse more than `DAMAGED_SHARE` of a split."""
         new = {row: problems[row] for row in sorted(problems) if row not in self.rows}
         self.rows |= new
         total, where = len(self._records), self._records.where
         if len(self.rows) > DAMAGED_SHARE * total:
             first = sorted(self.rows)[:3]
-            whys = (self.rows[row].removeprefix("cannot be decoded") for row in first)
             named = "; ".join(
-                f"{where(row)}: {why}" if why else where(row)
-                for row, why in zip(first, whys, strict=True)
+                f"{where(row)}: {self.rows[row]}".removesuffix(": cannot be decoded")
+                for row in first
             )
             more = len(self.rows) - len(first)
             raise DataError(
@@ -264,11 +225,7 @@ class Damage:
 
 
 def check_label(label: int, classes: int, where: str) -> None:
-    """Refuse a label that no logit stands for.
-
-    Raises:
-        DataError: naming the example.
-    """
+    """Refuse a label that no logit stands for."""
     if not 0 <= label < classes:
         raise DataError(
             f"{where} has the label {label}; expected 0 to {classes - 1}. A split "
@@ -278,11 +235,7 @@ def check_label(label: int, classes: int, where: str) -> None:
 
 
 def check_shape(image: np.ndarray, expected: tuple[int, ...], where: str) -> None:
-    """Refuse an image of another size.
-
-    Raises:
-        DataError: naming the image.
-    """
+    """Refuse an image of another size."""
     if image.shape != expected:
         raise DataError(
             f"{where} has the shape {image.shape}; expected {expected}. For images of "
@@ -293,17 +246,7 @@ def check_shape(image: np.ndarray, expected: tuple[int, ...], where: str) -> Non
 def check_classes(
     labels: jax.Array | np.ndarray, class_names: Sequence[str], split: str, where: str
 ) -> None:
-    """Refuse a training set of one class; name classes that a split lacks.
-
-    Args:
-        labels: of the split.
-        class_names: one a class.
-        split: "train" or "test".
-        where: the set, for messages.
-
-    Raises:
-        DataError: all training examples are of one class.
-    """
+    """Refuse a training set of one class; name classes that a split lacks."""
     counts = np.bincount(np.asarray(labels), minlength=len(class_names))
     if split == "train" and np.count_nonzero(counts) < 2:
         raise DataError(

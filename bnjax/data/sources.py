@@ -3,9 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bnjax._files import cache_dir
+from bnjax._files import cache_dir, replacing_bytes
 from bnjax._validate import did_you_mean, first_line
 from bnjax.data.config import DataConfig, DataError, SettingError
 from bnjax.data.images import SUFFIXES, CentralCrop, decode_image, printable
@@ -53,20 +53,14 @@ def find_data_dir(data_dir: Path | None = None) -> Path:
 def _find_prepared(name: str, data_dir: Path | None) -> Path:
     """Find a prepared set by looking at the folders alone.
 
-    tfds itself would try to download what it does not find, for minutes.
-
-    Args:
-        name: as tfds has it: "mnist", "mnist:3.0.1", "name/config".
-        data_dir: see `find_data_dir`; or the set's own folder.
-
-    Raises:
-        DataError: it is not there.
+    tfds itself would try to download what it does not find, for minutes. The name is
+    "mnist", "mnist:3.0.1", "name/config"; `data_dir` may be the set's own folder.
     """
     root = find_data_dir(data_dir)
     base, _, version = name.partition(":")
-    own = data_dir is not None and root.name == base.rpartition("/")[2]
     if data_dir is not None and (root / "dataset_info.json").is_file():
         return root
+    own = data_dir is not None and root.name == base.rpartition("/")[2]
     parent = root if own else root / base
     versions = [
         path
@@ -90,11 +84,7 @@ def _find_prepared(name: str, data_dir: Path | None) -> Path:
 
 
 def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
-    """Open the prepared set whose dataset_info.json lies in `folder`.
-
-    Raises:
-        DataError: it is damaged, or is no set of encoded images with labels.
-    """
+    """Open the prepared set whose dataset_info.json lies in `folder`."""
     import tensorflow_datasets as tfds
 
     where = f"data set {name!r} in {folder}"
@@ -111,10 +101,9 @@ def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
             f"TensorFlow needs. {how_to_prepare(name)}"
         )
     features: Any = info.features
-    features = dict(features)
-    shape: Any = getattr(features.get("image"), "shape", ())
-    classes = getattr(features.get("label"), "num_classes", None)
-    names = getattr(features.get("label"), "names", None)
+    image, label = (dict(features).get(name) for name in ("image", "label"))
+    shape: Any = getattr(image, "shape", ())
+    classes, names = (getattr(label, n, None) for n in ("num_classes", "names"))
     if len(shape) != 3 or shape[-1] not in (1, 3) or not classes:
         raise DataError(
             f"{where} has the features {info.features}; expected an image of 1 or 3 "
@@ -124,10 +113,8 @@ def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
         raise DataError(f"{where} has one class, from which nothing can be learned.")
     full, decode = info.full_name, _decoder(data, shape[-1])
     splits = {
-        split: PreparedRecords(
-            full, folder, split, info.splits[split].num_examples, decode
-        )
-        for split in info.splits
+        name: PreparedRecords(full, folder, name, split.num_examples, decode)
+        for name, split in info.splits.items()
     }
     return Source(
         name=full,
@@ -151,14 +138,8 @@ LAYOUT = (
 def _open_folder(root: Path, data: DataConfig) -> "Source":
     """List the images of every split, opening none.
 
-    Args:
-        root: holds a folder for each split, with one for each class; or the folders of
-            the classes, where `data.validation_share` says how to split them.
-        data: how it is read.
-
-    Raises:
-        DataError: a folder is missing, empty or unreadable, the splits have different
-            classes, or there is one class alone.
+    `root` holds a folder for each split, with one for each class; or the folders of the
+    classes, where `data.validation_share` says how to split them.
     """
     where, share = printable(root), data.validation_share
     names = [entry.name for entry in _scan(root) if _is_folder(entry)]
@@ -190,18 +171,13 @@ def _open_folder(root: Path, data: DataConfig) -> "Source":
             f"{where}: {len(left_out):,} files and folders are left out, being no "
             f"images by their endings, such as {left_out[0]}"
         )
-    decode = _decoder(data, CHANNELS)
-    records = {
-        split: FolderRecords(
-            printable(root.name),
-            split,
-            folders[split],
-            tuple(f"{name}/{file}" for name in found for file in found[name]),
-            tuple(i for i, name in enumerate(found) for _ in found[name]),
-            decode,
+    decode, records = _decoder(data, CHANNELS), {}
+    for split, found in listed.items():
+        files = tuple(f"{name}/{file}" for name in found for file in found[name])
+        labels = tuple(i for i, name in enumerate(found) for _ in found[name])
+        records[split] = FolderRecords(
+            printable(root.name), split, folders[split], files, labels, decode
         )
-        for split, found in listed.items()
-    }
     class_names = tuple(map(printable, listed["train"]))
     chosen = _choose(records, data.test_split, where)
     for split, each in chosen.items():
@@ -246,16 +222,12 @@ def _divide(
     listed: dict[str, list[str]], share: float
 ) -> dict[str, dict[str, list[str]]]:
     """Return the images of the classes as two splits, "train" and "validation"."""
-    masks = {n: stratified_test_mask(np.zeros(len(listed[n])), share) for n in listed}
-    return {
-        split: {
-            name: [
-                f for f, test in zip(files, masks[name], strict=True) if test == wanted
-            ]
-            for name, files in listed.items()
-        }
-        for split, wanted in (("train", False), ("validation", True))
-    }
+    train, test = {}, {}
+    for name, files in listed.items():
+        mask = stratified_test_mask(np.zeros(len(files)), share)
+        train[name] = list(itertools.compress(files, ~mask))
+        test[name] = list(itertools.compress(files, mask))
+    return {"train": train, "validation": test}
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
@@ -271,22 +243,22 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
+    # A link in a circle is none.
+    with contextlib.suppress(OSError):
         return entry.is_dir()
-    except OSError:
-        # A link in a circle.
-        return False
+    return False
 
 
 # --- Decoded arrays, kept between runs ----------------------------------------------
 
 
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, NotImplementedError)
+
+
 def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
     """Return the arrays kept under `key`, or make them and keep them.
 
-    Args:
-        key: names the file; it must change whenever what `make` returns does.
-        make: gives the arrays where there is no sound entry.
+    The key must change whenever what `make` returns does.
     """
     path = cache_dir() / f"{key}.npz"
     if path.exists():
@@ -294,27 +266,14 @@ def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as entry:
                 return Arrays(entry["images"], entry["labels"])
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            EOFError,
-            NotImplementedError,
-            zipfile.BadZipFile,
-        ) as error:
+        except (*_UNREADABLE, zipfile.BadZipFile) as error:
             note(f"cache {path} is damaged and is made again ({error})")
     arrays = make()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, images=arrays.images, labels=arrays.labels)
-            Path(partial).replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(partial).unlink()
-            raise
+        # Private, as the XDG specification has it: images may be.
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        with replacing_bytes(path) as file:
+            np.savez(file, images=arrays.images, labels=arrays.labels)
     except OSError as error:
         note(f"cache {path} could not be written; the next run decodes again: {error}")
     return arrays
@@ -328,19 +287,15 @@ _SYNTHETIC = re.compile(
 )
 
 
+_DESCRIBED = ("name", "image_shape", "classes", "max_value", "class_names")
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A data set that is there, not yet read.
 
-    Args:
-        name: what it is called in messages.
-        splits: the examples of "train" and of "test".
-        classes: how many labels there are, counted from 0.
-        image_shape: of one example, as the model is given it.
-        decode: makes an image of an encoded one, of the set or of a user's own.
-        max_value: the largest value a pixel can take.
-        resize: what makes a stored image one of `image_shape`; None where it is.
-        class_names: what the labels stand for; None where nothing says.
+    `splits` has the examples of "train" and of "test". `image_shape` is what the model
+    is given; `resize`, where there is one, gives it to a stored image.
     """
 
     name: str
@@ -356,40 +311,23 @@ class Source:
     def from_description(
         cls, data: DataConfig, description: Mapping[str, Any]
     ) -> "Source":
-        """Return a data set without examples: all that a network needs to know of it.
-
-        Args:
-            data: How the set is read.
-            description: As `description` returned it.
-
-        Example:
-            >>> description = {"image_shape": [32, 32, 3], "classes": 10}
-            >>> source = Source.from_description(DataConfig("cifar10"), description)
-            >>> source.image_shape, source.sizes
-            ((32, 32, 3), {})
-        """
-        shape = tuple(description["image_shape"])
-        names = description.get("class_names")
-        return cls(
-            name=description.get("name", data.name),
-            splits={},
-            classes=description["classes"],
-            image_shape=shape,
-            decode=_decoder(data, shape[2] if len(shape) == 3 else 1),
-            max_value=description.get("max_value", 255),
-            resize=_resize(data),
-            class_names=tuple(names) if names else None,
-        )
+        """Return a data set without examples, as a network needs it."""
+        described: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in {"name": data.name, **description}.items()
+            if name in _DESCRIBED
+        }
+        shape = described["image_shape"]
+        decode = _decoder(data, shape[2] if len(shape) == 3 else 1)
+        return cls(splits={}, decode=decode, resize=_resize(data), **described)
 
     @property
     def description(self) -> dict[str, Any]:
         """Return what a run's config.json says of its data, as JSON holds it."""
+        described = {name: getattr(self, name) for name in _DESCRIBED}
         return {
-            "name": self.name,
-            "image_shape": list(self.image_shape),
-            "classes": self.classes,
-            "max_value": self.max_value,
-            "class_names": list(self.class_names) if self.class_names else None,
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in described.items()
         }
 
     @property
@@ -408,15 +346,7 @@ class Source:
     def load(self, split: str, report: Report) -> Arrays:
         """Read a whole split, from the cache where it was decoded before.
 
-        Damaged images are left out.
-
-        Args:
-            split: "train" or "test".
-            report: called with examples read and their total.
-
-        Raises:
-            DataError: it cannot be read, too many images are damaged, one has another
-                shape or a wrong label, or all training examples are of one class.
+        Damaged images are left out. `report` is called with examples read and total.
         """
         records = self.splits[split]
         make = functools.partial(self._decode_all, split, report)
@@ -426,8 +356,8 @@ class Source:
             arrays = cached(self.cache_key(split), make)
         else:
             arrays = make()
-        names = self.class_names or tuple(map(str, range(self.classes)))
         if not isinstance(records, FolderRecords):
+            names = self.class_names or tuple(map(str, range(self.classes)))
             check_classes(arrays.labels, names, split, self.name)
         return arrays
 
@@ -450,11 +380,7 @@ class Source:
         return Arrays(images[:kept], labels[:kept])
 
     def fit(self, image: np.ndarray, where: str) -> np.ndarray:
-        """Return an image as evaluations see it.
-
-        Raises:
-            DataError: it has another size, and none are resized.
-        """
+        """Return an image as evaluations see it; refuse another size."""
         image = self.resize(image) if self.resize else image
         check_shape(image, self.image_shape, where)
         return image
@@ -467,72 +393,36 @@ def open_data(data: DataConfig, data_dir: Path | None = None) -> Source:
         data: names it, and says how it is read.
         data_dir: where tfds sets are prepared, see `find_data_dir`; or where a set that
             was named by its folder is now: the folder itself, or the one above.
-
-    Raises:
-        DataError: the data set is not there, or cannot be used here.
-        SettingError: the settings do not fit it.
-
-    Example:
-        >>> source = open_data(DataConfig(name="digits"))
-        >>> source.sizes, source.image_shape, source.classes
-        ({'train': 1442, 'test': 355}, (8, 8), 10)
     """
-    made = data.name == "digits" or data.name.partition(":")[0] == "synthetic"
-    if made and data.image_size:
-        raise SettingError(
-            f"--data.image-size {data.image_size}: {data.name} is of one size; "
-            "give none.",
-        )
-    if made:
+    if data.name == "digits" or data.name.partition(":")[0] == "synthetic":
+        if data.image_size:
+            raise SettingError(
+                f"--data.image-size {data.image_size}: {data.name} is of one size; "
+                "give none.",
+            )
         return _open_digits() if data.name == "digits" else _open_synthetic(data.name)
-    if is_folder(data.name):
-        folder = _find_folder(Path(data.name).expanduser(), data_dir)
-        name = printable(folder)
-    else:
-        folder, name = _find_prepared(data.name, data_dir), data.name
-    if (folder / "dataset_info.json").is_file() or not is_folder(data.name):
-        return _open_prepared(folder, name, data)
+    if not is_folder(data.name):
+        return _open_prepared(_find_prepared(data.name, data_dir), data.name, data)
+    folder = _find_folder(Path(data.name).expanduser(), data_dir)
+    if (folder / "dataset_info.json").is_file():
+        return _open_prepared(folder, printable(folder), data)
     return _open_folder(folder, data)
 
 
 def open_source(name: str, data_dir: Path | None = None, **settings: Any) -> Source:
-    """Find a data set by its name; see `open_data`.
-
-    Args:
-        name: see `DataConfig.name`.
-        data_dir: see `open_data`.
-        **settings: other fields of `DataConfig`.
-
-    Example:
-        >>> source = open_source("synthetic:16x16x3:5:100")
-        >>> source.sizes, source.image_shape, source.classes
-        ({'train': 100, 'test': 100}, (16, 16, 3), 5)
-    """
+    """Find a data set by its name, with other fields of `DataConfig`."""
     return open_data(DataConfig(name=name, **settings), data_dir)
 
 
 def is_folder(name: str) -> bool:
-    """Return whether a source's name is a path: it is absolute, or begins with a dot.
-
-    Example:
-        >>> [is_folder(name) for name in ("./flowers", "/data/flowers", "mnist")]
-        [True, True, False]
-    """
+    """Return whether a source's name is a path: absolute, or with a dot before it."""
     return name.startswith((".", "~")) or Path(name).is_absolute()
 
 
 def absolute_name(data: DataConfig) -> DataConfig:
-    """Return a configuration that finds its folder from any working directory.
-
-    Example:
-        >>> absolute_name(DataConfig(name="/data/a/../flowers")).name
-        '/data/flowers'
-        >>> absolute_name(DataConfig(name="mnist")).name
-        'mnist'
-    """
-    if not is_folder(data.name):
-        return data
-    return dataclasses.replace(data, name=str(_absolute(Path(data.name))))
+    """Return a configuration that finds its folder from any working directory."""
+    name = str(_absolute(Path(data.name))) if is_folder(data.name) else data.name
+    return dataclasses.replace(data, name=name)
 
 
 def _absolute(path: Path) -> Path:
@@ -548,15 +438,13 @@ def _find_folder(named: Path, data_dir: Path | None) -> Path:
     """
     if data_dir is None:
         return named
-    root, parts = Path(data_dir).expanduser(), _absolute(named).parts[1:]
-    below = [root.joinpath(*parts[i:]) for i in range(len(parts))]
-    found = [path for path in below if path.is_dir()]
-    if found:
-        return found[0]
+    root, parts = data_dir.expanduser(), _absolute(named).parts[1:]
+    for i in range(len(parts)):
+        if (below := root.joinpath(*parts[i:])).is_dir():
+            return below
     marks = (root / "train", root / "dataset_info.json")
-    if root.name == named.name or any(mark.exists() for mark in marks):
-        return root
-    return root if root.is_dir() and not named.is_dir() else named
+    own = root.name == named.name or any(mark.exists() for mark in marks)
+    return root if own or (root.is_dir() and not named.is_dir()) else named
 
 
 def _decoder(data: DataConfig, channels: int) -> Decode:
@@ -574,10 +462,9 @@ def _resize(data: DataConfig) -> CentralCrop | None:
 
 def _choose(splits: dict[str, S], test_split: str, where: str) -> dict[str, S]:
     """Return the splits to train and to test on."""
-    test = test_split
-    if test == "test" and "test" not in splits:
-        test = "validation"
-    if "train" not in splits or test not in splits:
+    found = "test" in splits or test_split != "test"
+    test = test_split if found else "validation"
+    if not {"train", test} <= splits.keys():
         raise DataError(
             f"{where} has the splits {', '.join(splits)}; expected train and "
             f"{test_split}. Name what to test on with --data.test-split."
@@ -586,18 +473,17 @@ def _choose(splits: dict[str, S], test_split: str, where: str) -> dict[str, S]:
 
 
 def _given_shape(
-    where: str, stored: tuple[int | None, ...], data: DataConfig
+    where: str, stored: tuple[Any, ...], data: DataConfig
 ) -> tuple[int, ...]:
     """Return the shape of the images that the model is given."""
     if data.image_size:
         return (data.image_size, data.image_size, stored[-1] or CHANNELS)
-    fixed = tuple(side for side in stored if side is not None)
-    if len(fixed) != len(stored):
+    if None in stored:
         raise SettingError(
             f"{where} holds images of many sizes: say with --data.image-size how high "
             "and wide the network is to be given them, such as 224.",
         )
-    return fixed
+    return stored
 
 
 def stratified_test_mask(labels: np.ndarray, share: float = 0.2) -> np.ndarray:
@@ -605,17 +491,6 @@ def stratified_test_mask(labels: np.ndarray, share: float = 0.2) -> np.ndarray:
 
     No random number is drawn, so that the split is the same for every seed, machine
     and version of any library.
-
-    Args:
-        labels: shape (examples,).
-        share: of the examples that is marked; 0.2 is every fifth.
-
-    Returns:
-        Booleans, shape (examples,): True for the test set.
-
-    Example:
-        >>> stratified_test_mask(np.array([0, 1, 0, 1, 0, 0]), share=0.5).tolist()
-        [False, False, True, True, False, True]
     """
     mask = np.zeros(labels.shape, bool)
     for label in np.unique(labels):
@@ -633,17 +508,11 @@ def _open_digits() -> Source:
     pixels = images.astype(np.uint8).reshape(-1, 8, 8)
     labels = labels.astype(np.int32)
     test = stratified_test_mask(labels)
-    return Source(
-        name="digits",
-        splits={
-            split: ArrayRecords("digits", Arrays(pixels[mask], labels[mask]))
-            for split, mask in {"train": ~test, "test": test}.items()
-        },
-        classes=10,
-        image_shape=(8, 8),
-        decode=_decoder(DataConfig(), 1),
-        max_value=16,
-    )
+    splits = {
+        split: ArrayRecords("digits", Arrays(pixels[mask], labels[mask]))
+        for split, mask in {"train": ~test, "test": test}.items()
+    }
+    return Source("digits", splits, 10, (8, 8), _decoder(DataConfig(), 1), 16)
 
 
 def _open_synthetic(name: str) -> Source:

@@ -15,7 +15,7 @@ import pytest
 from bnjax.data.config import AugmentConfig, DataConfig, SettingError
 from bnjax.data.images import shift_and_mirror
 from bnjax.data.pipeline import ToInputs, make_feed, make_gather, permutation
-from bnjax.data.records import Arrays, Example
+from bnjax.data.records import Arrays
 from bnjax.data.sources import open_data, open_source
 from tests.data import image_folder, prepared_set
 
@@ -28,14 +28,9 @@ PATHS = ["resident", "streaming"]
 @contextlib.contextmanager
 def feeding(batch_size=50, *, seed=0, source=None, shards=1, shard=0, **data):
     data = DataConfig(**{"name": NAME, **data})
-    feed = make_feed(
-        data,
-        source or open_data(data),
-        batch_size=batch_size,
-        key=jax.random.key(seed),
-        shards=shards,
-        shard=shard,
-    )
+    options = {"batch_size": batch_size, "shards": shards, "shard": shard}
+    source = source or open_data(data)
+    feed = make_feed(data, source, key=jax.random.key(seed), **options)
     yield feed
     feed.close()
 
@@ -48,6 +43,15 @@ def chunk_of(step, steps, **options):
 def rows_of(step, steps, **options):
     chunk = chunk_of(step, steps, **options)
     return chunk["row"] if isinstance(chunk, dict) else chunk
+
+
+def joined(step, steps, shards, **options):
+    """The hosts' parts of a chunk, side by side."""
+    parts = (
+        chunk_of(step, steps, shards=shards, shard=shard, **options)
+        for shard in range(shards)
+    )
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
 
 
 def assert_same(a, b):
@@ -131,15 +135,13 @@ class TestOrder:
 
     @pytest.mark.parametrize("path", PATHS)
     def test_within_shard_keeps_a_stored_run_together(self, path):
-        rows = rows_of(
-            0, 25, batch_size=40, path=path, shuffle="within-shard", shard_size=40
-        ).reshape(5, 5, 40)
+        options = {"path": path, "shuffle": "within-shard", "shard_size": 40}
+        rows = rows_of(0, 25, batch_size=40, **options).reshape(5, 5, 40)
         runs = rows // 40
         assert (runs == runs[..., :1]).all()
         assert len({tuple(epoch) for epoch in runs[..., 0].tolist()}) == 5
-        assert (
-            len({tuple(b) for b in rows.reshape(25, 40).tolist() if min(b) == 0}) == 5
-        )
+        first = {tuple(b) for b in rows.reshape(25, 40).tolist() if min(b) == 0}
+        assert len(first) == 5
 
     @pytest.mark.parametrize("path", PATHS)
     def test_fixed_batches_always_meet_and_global_ones_do_not(self, path):
@@ -158,12 +160,7 @@ class TestOrder:
     def test_shards_make_up_the_batch(self, path, shuffle, shards):
         options = {"path": path, "shuffle": shuffle, "batch_size": 40}
         whole = chunk_of(3, 9, **options)
-        parts = [
-            chunk_of(3, 9, shards=shards, shard=shard, **options)
-            for shard in range(shards)
-        ]
-        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
-        assert_same(joined, whole)
+        assert_same(joined(3, 9, shards, **options), whole)
 
 
 def test_shift_is_that_of_the_steps_key_and_the_row():
@@ -176,11 +173,10 @@ def test_shift_is_that_of_the_steps_key_and_the_row():
     np.testing.assert_allclose(batch["image"], expected, rtol=1e-6)
     np.testing.assert_array_equal(batch["label"], labels[rows])
     halves = [
-        feed.batch(feed.constants, rows[p], jax.random.key(9))
-        for p in (slice(0, 25), slice(25, 50))
+        feed.batch(feed.constants, half, jax.random.key(9))
+        for half in (rows[:25], rows[25:])
     ]
-    joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), *halves)
-    assert_same(joined, batch)
+    assert_same(jax.tree.map(lambda a, b: np.concatenate([a, b]), *halves), batch)
 
 
 def test_pixels_are_standardized_by_channel():
@@ -191,6 +187,11 @@ def test_pixels_are_standardized_by_channel():
     expected = (images[rows] / 255 - [0.1, 0.2, 0.3]) / [0.5, 1.0, 2.0]
     assert batch["image"].dtype == np.float32
     np.testing.assert_allclose(batch["image"], expected, atol=1e-5)
+
+
+def test_a_set_that_is_too_large_is_streamed():
+    for size, chunk in ((200 * 192, np.ndarray), (200 * 192 - 1, dict)):
+        assert isinstance(chunk_of(0, 1, resident_bytes=size), chunk)
 
 
 def test_a_chunk_of_large_images_is_short():
@@ -208,10 +209,8 @@ class TestStreaming:
             np.testing.assert_array_equal(chunk["image"], images[chunk["row"]])
             np.testing.assert_array_equal(chunk["label"], labels[chunk["row"]])
             for name, spec in feed.spec(9).items():
-                assert (chunk[name].shape, chunk[name].dtype) == (
-                    spec.shape,
-                    spec.dtype,
-                )
+                assert chunk[name].shape == spec.shape
+                assert chunk[name].dtype == spec.dtype
 
     def test_workers_change_nothing(self):
         options = {"batch_size": 40, "augment": CROP}
@@ -234,19 +233,8 @@ class TestStreaming:
     @pytest.mark.parametrize("shuffle", MODES)
     def test_augmentation_depends_on_seed_epoch_and_example_alone(self, shuffle):
         def by_example(batch_size, shards=1):
-            parts = [
-                chunk_of(
-                    0,
-                    400 // batch_size,
-                    batch_size=batch_size,
-                    augment=CROP,
-                    shuffle=shuffle,
-                    shards=shards,
-                    shard=shard,
-                )
-                for shard in range(shards)
-            ]
-            chunk = jax.tree.map(lambda *a: np.concatenate(a, 1), *parts)
+            options = {"batch_size": batch_size, "augment": CROP, "shuffle": shuffle}
+            chunk = joined(0, 400 // batch_size, shards, **options)
             images = chunk["image"].reshape(2, 200, 8, 8, 3)
             rows = chunk["row"].reshape(2, 200)
             return [images[epoch][np.argsort(rows[epoch])] for epoch in range(2)]
@@ -262,9 +250,8 @@ class TestStreaming:
         images, labels = prepared_set.arrays("train")
         sources = (open_source("tiny", tmp_path), open_source(str(folder)))
         for workers, source in enumerate(sources):
-            chunk = chunk_of(
-                0, 5, source=source, batch_size=8, path="streaming", workers=workers
-            )
+            options = {"path": "streaming", "workers": workers}
+            chunk = chunk_of(0, 5, source=source, batch_size=8, **options)
             assert sorted(chunk["row"].ravel()) == list(range(40))
             np.testing.assert_array_equal(chunk["image"], images[chunk["row"]])
             np.testing.assert_array_equal(chunk["label"], labels[chunk["row"]])
@@ -287,35 +274,9 @@ class TestStreaming:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class SomeDamaged:
-    """Rows of another split, some of them damaged."""
-
-    inner: object
-    damaged: frozenset[int]
-
-    def __len__(self):
-        return len(self.inner)
-
-    def read(self, rows):
-        return [
-            Example(None, 0) if row in self.damaged else self.inner.read([row])[0]
-            for row in rows
-        ]
-
-    def where(self, row):
-        return f"file-{row}.jpg"
-
-
-def damaged(rows, examples=200):
-    source = open_source(f"synthetic:8x8x3:5:{examples}")
-    train = SomeDamaged(source.splits["train"], frozenset(rows))
-    return dataclasses.replace(source, splits={**source.splits, "train": train})
-
-
 class TestFaults:
-    def test_damage_is_replaced_by_the_next_and_counted_once(self, capsys):
-        source = damaged((7, 8), 2000)
+    def test_damage_is_replaced_by_the_next_and_counted_once(self, damage, capsys):
+        source = damage(open_source("synthetic:8x8x3:5:2000"), (7, 8), "train")
         with feeding(500, source=source, path="streaming") as feed:
             chunk = feed.chunk(0, 8)
             assert feed.state() == {"damaged": [7, 8]}
@@ -337,10 +298,10 @@ class TestFaults:
             (range(200), 1, r"file-\d+\.jpg cannot be decoded, nor can the 49"),
         ],
     )
-    def test_too_much_of_it_is_an_error(self, rows, workers, message):
-        options = {"path": "streaming", "workers": workers}
+    def test_too_much_of_it_is_an_error(self, damage, rows, workers, message):
+        source = damage(open_source(NAME), rows, "train")
         with (
-            feeding(50, source=damaged(rows), **options) as feed,
+            feeding(source=source, path="streaming", workers=workers) as feed,
             pytest.raises(ValueError, match=message),
         ):
             feed.chunk(0, 4)

@@ -3,6 +3,7 @@ import os
 import shutil
 import socket
 import time
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,23 @@ def root(tmp_path):
 
 
 @pytest.fixture
+def prepared(tmp_path):
+    return prepared_set.write(tmp_path)
+
+
+def open_tiny(folder):
+    return open_source("tiny", folder.parents[1])
+
+
+def open_small(root, **settings):
+    return open_source(str(root), image_size=8, **settings)
+
+
+def assert_near(image, color, atol=3):
+    np.testing.assert_allclose(image, np.broadcast_to(color, image.shape), atol=atol)
+
+
+@pytest.fixture
 def no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a connection was opened")
@@ -47,77 +65,54 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-class TestDigits:
-    def test_the_split_holds_every_example_once(self):
-        source = open_source("digits")
-        train, test = source.load("train", quiet), source.load("test", quiet)
-        images, labels = load_digits(return_X_y=True)
-        everything = np.concatenate([train.images, test.images]).reshape(-1, 64)
-        both = np.column_stack(
-            [everything, np.concatenate([train.labels, test.labels])]
-        )
-        expected = np.column_stack([images, labels])
-        np.testing.assert_array_equal(
-            both[np.lexsort(both.T)], expected[np.lexsort(expected.T)]
-        )
+def test_digits_hold_every_example_once():
+    source = open_source("digits")
+    found = []
+    for split, size in source.sizes.items():
+        images, labels = source.load(split, quiet)
+        assert images.shape == (size, *source.image_shape)
+        assert images.max() == source.max_value
+        found.append(np.column_stack([images.reshape(size, 64), labels]))
+    found, expected = (
+        np.concatenate(found),
+        np.column_stack(load_digits(return_X_y=True)),
+    )
+    np.testing.assert_array_equal(
+        found[np.lexsort(found.T)], expected[np.lexsort(expected.T)]
+    )
 
-    def test_sizes_are_those_of_the_arrays(self):
-        source = open_source("digits")
-        for split, size in source.sizes.items():
-            arrays = source.load(split, quiet)
-            assert len(arrays.images) == len(arrays.labels) == size
-            assert arrays.images.max() == source.max_value
-            assert arrays.images.shape[1:] == source.image_shape
 
-    def test_every_class_gives_a_fifth_to_the_test_set(self):
-        labels = load_digits().target
-        mask = stratified_test_mask(labels)
-        for label in range(10):
-            of_class = labels == label
-            assert mask[of_class].sum() == of_class.sum() // 5
-            assert np.flatnonzero(mask[of_class])[:3].tolist() == [4, 9, 14]
+def test_every_class_gives_a_fifth_to_the_test_set():
+    labels = load_digits().target
+    mask = stratified_test_mask(labels)
+    for label in range(10):
+        of_class = labels == label
+        assert mask[of_class].sum() == of_class.sum() // 5
+        assert np.flatnonzero(mask[of_class])[:3].tolist() == [4, 9, 14]
 
 
 class TestPrepared:
-    def test_arrays_are_those_that_were_stored(self, tmp_path, no_network):
-        prepared_set.write(tmp_path)
-        source = open_source("tiny", tmp_path)
-        assert source.name == "tiny/1.2.0"
-        assert source.sizes == prepared_set.SIZES
+    def test_arrays_are_those_that_were_stored(self, prepared, no_network):
+        source = open_tiny(prepared)
+        assert (source.name, source.sizes) == ("tiny/1.2.0", prepared_set.SIZES)
         assert (source.classes, source.image_shape) == (3, (6, 5, 1))
         for split in source.sizes:
+            seen = []
+            loaded = source.load(split, lambda *report, seen=seen: seen.append(report))
             images, labels = prepared_set.arrays(split)
-            loaded = source.load(split, quiet)
-            np.testing.assert_array_equal(loaded.images, images)
-            np.testing.assert_array_equal(loaded.labels, labels)
+            check_same(loaded, Arrays(images, labels.astype(np.int32)))
+            assert seen[-1] == (prepared_set.SIZES[split],) * 2
 
-    def test_the_second_reading_is_from_the_cache(self, tmp_path):
-        prepared_set.write(tmp_path)
-        first = open_source("tiny", tmp_path).load("test", quiet)
-        source = open_source("tiny", tmp_path)
-        second = source.load("test", lambda done, total: pytest.fail("decoded again"))
-        np.testing.assert_array_equal(first.images, second.images)
-        assert len(list(cache_dir().iterdir())) == 1
-
-    def test_a_set_prepared_again_is_decoded_again(self, tmp_path):
-        folder = prepared_set.write(tmp_path)
-        open_source("tiny", tmp_path).load("test", quiet)
-        (folder / "features.json").write_text(
-            (folder / "features.json").read_text() + "\n"
-        )
-        open_source("tiny", tmp_path).load("test", quiet)
+    def test_a_set_prepared_again_is_decoded_again(self, prepared):
+        open_tiny(prepared).load("test", quiet)
+        with (prepared / "features.json").open("a") as file:
+            file.write("\n")
+        open_tiny(prepared).load("test", quiet)
         assert len(list(cache_dir().iterdir())) == 2
 
-    def test_progress_ends_at_the_total(self, tmp_path):
-        prepared_set.write(tmp_path)
-        seen = []
-        source = open_source("tiny", tmp_path)
-        source.load("train", lambda *report: seen.append(report))
-        assert seen[-1] == (40, 40)
-
     def test_the_newest_version_is_chosen_unless_one_is_named(self, tmp_path):
-        prepared_set.write(tmp_path, version="1.9.0")
-        prepared_set.write(tmp_path, version="1.10.0")
+        for version in ("1.9.0", "1.10.0"):
+            prepared_set.write(tmp_path, version=version)
         assert open_source("tiny", tmp_path).name == "tiny/1.10.0"
         assert open_source("tiny:1.9.0", tmp_path).name == "tiny/1.9.0"
 
@@ -130,6 +125,16 @@ class TestPrepared:
         monkeypatch.setenv("TFDS_DATA_DIR", "/elsewhere")
         assert str(find_data_dir()) == "/elsewhere"
         assert find_data_dir(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("kind", ["prepared", "root"])
+def test_the_second_reading_is_from_the_cache(request, kind):
+    folder = request.getfixturevalue(kind)
+    opened = open_tiny if kind == "prepared" else open_small
+    first = opened(folder).load("test", quiet)
+    second = opened(folder).load("test", lambda *_: pytest.fail("decoded again"))
+    check_same(second, first)
+    assert len(list(cache_dir().iterdir())) == 1
 
 
 @pytest.mark.skipif(
@@ -159,24 +164,13 @@ def test_images_and_labels_are_those_of_the_files(root):
         per_class = source.sizes[split] // 3
         assert arrays.labels.tolist() == np.repeat(range(3), per_class).tolist()
         for row, image in enumerate(arrays.images):
-            expected = image_folder.color(stored, row // per_class, row % per_class)
-            assert np.abs(image.astype(int) - expected).max() <= 3
+            number = row % per_class
+            assert_near(image, image_folder.color(stored, row // per_class, number))
 
 
 @pytest.mark.parametrize("test", ["test", "val", "validation"])
 def test_what_the_test_split_may_be_called(tmp_path, test):
-    source = open_source(str(image_folder.write(tmp_path, test=test)), image_size=8)
-    assert source.sizes["test"] == 9
-
-
-def test_the_second_reading_is_from_the_cache(root):
-    first = open_source(str(root), image_size=8).load("train", quiet)
-
-    def fail(done, total):
-        pytest.fail("decoded again")
-
-    second = open_source(str(root), image_size=8).load("train", fail)
-    np.testing.assert_array_equal(first.images, second.images)
+    assert open_small(image_folder.write(tmp_path, test=test)).sizes["test"] == 9
 
 
 def test_files_of_every_kind_are_read(root):
@@ -184,10 +178,9 @@ def test_files_of_every_kind_are_read(root):
     suffixes = (".png", ".bmp", ".webp", ".gif", ".tif", ".TIFF", ".JPG", ".JPEG")
     for place, suffix in enumerate(suffixes):
         Image.fromarray(pixels).save(root / "train" / "ant" / f"9{place}{suffix}")
-    source = open_source(str(root), image_size=8)
-    images, labels = source.load("train", quiet)
+    images, labels = open_small(root).load("train", quiet)
     assert len(labels) == 24 + len(suffixes)
-    assert np.abs(images[8:16].astype(int) - 77).max() <= 3
+    assert_near(images[8:16], 77)
 
 
 def test_what_is_left_out_is_counted_in_a_line(root, capsys):
@@ -195,11 +188,16 @@ def test_what_is_left_out_is_counted_in_a_line(root, capsys):
     (root / "train" / "list.csv").write_text("a,b")
     (root / "val" / "cat" / "small.jpg").mkdir()
     (root / "val" / "cat" / ".DS_Store").write_text("hidden")
-    assert open_source(str(root), image_size=8).sizes == {"train": 24, "test": 9}
+    assert open_small(root).sizes == {"train": 24, "test": 9}
     assert capsys.readouterr().err == (
         f"note: {root}: 3 files and folders are left out, being no images by their "
         f"endings, such as {root}/train/ant/notes.txt\n"
     )
+
+
+def half_an_image(path):
+    whole = (path.parent / "03.jpg").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
 
 
 @pytest.mark.parametrize(
@@ -212,12 +210,13 @@ def test_what_is_left_out_is_counted_in_a_line(root, capsys):
         (lambda path: path.write_bytes(b""), "."),
         (lambda path: path.write_bytes(b"no image"), "."),
         (lambda path: path.write_bytes(b"\xff\xd8\xff\xe0"), ": is truncated"),
+        (half_an_image, ": is truncated"),
     ],
 )
 def test_what_is_no_image_is_named_and_counted(root, make, problem):
     name = os.fsdecode(b"caf\xe9.jpg")
     make(root / "train" / "bee" / name)
-    source = open_source(str(root), image_size=8)
+    source = open_small(root)
     with pytest.raises(DataError) as caught:
         source.load("train", quiet)
     assert "1 of 25 images cannot be decoded, more than 0.1%" in str(caught.value)
@@ -225,7 +224,7 @@ def test_what_is_no_image_is_named_and_counted(root, make, problem):
 
 
 def test_a_file_that_goes_away(root):
-    source = open_source(str(root), image_size=8)
+    source = open_small(root)
     (root / "train" / "ant" / "00.jpg").unlink()
     with pytest.raises(DataError, match=r"ant/00\.jpg: cannot be read \(No such file"):
         source.load("train", quiet)
@@ -234,11 +233,10 @@ def test_a_file_that_goes_away(root):
 def test_few_damaged_images_are_left_out(root, capsys):
     (root / "train" / "ant" / "00.jpg").unlink()
     (root / "train" / "ant" / "00.jpg").symlink_to("gone")
+    bees = root / "train" / "bee"
     for number in range(1000):
-        os.link(
-            root / "train" / "bee" / "01.jpg", root / "train" / "bee" / f"{number}.jpg"
-        )
-    images, labels = open_source(str(root), image_size=8).load("train", quiet)
+        os.link(bees / "01.jpg", bees / f"{number}.jpg")
+    images, labels = open_small(root).load("train", quiet)
     assert (len(images), np.bincount(labels).tolist()) == (1023, [7, 1008, 8])
     assert capsys.readouterr().err == (
         f"note: {root}/train/ant/00.jpg cannot be read (No such file or directory) "
@@ -253,7 +251,7 @@ def test_names_of_any_bytes(root):
     (root / "train" / strange / "00.jpg").rename(
         root / "train" / strange / f"{strange}.jpg"
     )
-    source = open_source(str(root), image_size=8)
+    source = open_small(root)
     assert source.class_names == ("ant", "bee", "caf\\xe9")
     assert (
         source.load("train", quiet).labels.tolist() == np.repeat(range(3), 8).tolist()
@@ -267,13 +265,11 @@ def test_settings_of_the_decoder(root, tmp_path):
     for path in sorted((root / "train" / "ant").iterdir()):
         image.save(path, exif=exif)
     for apply_exif, expected in ((False, 250), (True, 0)):
-        source = open_source(
-            str(root), image_size=2, central_crop=1.0, apply_exif=apply_exif
-        )
-        corner = source.load("train", quiet).images[0, 0, 0]
-        assert np.abs(corner.astype(int) - expected).max() < 9
+        settings = {"central_crop": 1.0, "apply_exif": apply_exif}
+        source = open_source(str(root), image_size=2, **settings)
         encoded = (root / "train" / "ant" / "00.jpg").read_bytes()
-        assert abs(int(source.decode(encoded)[0, 0, 0]) - expected) < 9
+        for image in (source.load("train", quiet).images[0], source.decode(encoded)):
+            assert_near(image[0, 0], expected, atol=8)
     with pytest.raises(ValueError, match=r"20 x 30 pixels.*--data\.max-pixels 500"):
         open_source(str(root), image_size=2, max_pixels=500).load("test", quiet)
 
@@ -284,63 +280,55 @@ class TestWithoutSplits:
         return root / "train"
 
     def test_a_share_of_each_class_is_the_test_set(self, flat):
-        source = open_source(str(flat), image_size=8, validation_share=0.25)
+        source = open_small(flat, validation_share=0.25)
         assert source.class_names == image_folder.CLASSES
         assert source.sizes == {"train": 18, "test": 6}
-        found = {s: source.splits[s].files for s in ("train", "test")}
-        assert found["test"] == tuple(
-            f"{name}/{number:02}.jpg"
+        train, test = (source.splits[s].files for s in ("train", "test"))
+        assert test == tuple(
+            f"{name}/{number}.jpg"
             for name in image_folder.CLASSES
-            for number in (3, 7)
+            for number in ("03", "07")
         )
-        whole = {f"{path.parent.name}/{path.name}" for path in flat.glob("*/*")}
-        assert set(found["train"]) | set(found["test"]) == whole
-        assert not set(found["train"]) & set(found["test"])
-        again = open_source(str(flat), image_size=8, validation_share=0.25)
-        assert again.splits["test"].files == found["test"]
+        whole = [str(path.relative_to(flat)) for path in flat.glob("*/*")]
+        assert sorted(train + test) == sorted(whole)
+        again = open_small(flat, validation_share=0.25)
+        assert again.splits["test"].files == test
         images, labels = source.load("test", quiet)
         assert labels.tolist() == [0, 0, 1, 1, 2, 2]
         for image, label, number in zip(images, labels, [3, 7] * 3, strict=True):
-            expected = image_folder.color("train", label, number)
-            assert np.abs(image.astype(int) - expected).max() <= 3
+            assert_near(image, image_folder.color("train", label, number))
 
     def test_a_class_too_small_for_both_is_named(self, flat, capsys):
         for path in sorted((flat / "bee").iterdir())[1:]:
             path.unlink()
-        open_source(str(flat), image_size=8, validation_share=0.5)
+        open_small(flat, validation_share=0.5)
         assert capsys.readouterr().err == (
             f"note: the test split of {flat} has no example of 1 of 3 classes: bee\n"
         )
 
     def test_the_error_names_the_flag(self, flat, root):
         with pytest.raises(ValueError, match=r"ant, bee, cat\..*validation-share 0\.2"):
-            open_source(str(flat), image_size=8)
-        with pytest.raises(
-            SettingError, match=r"share 0.2: .*already, into train, val"
-        ):
-            open_source(str(root), image_size=8, validation_share=0.2)
+            open_small(flat)
+        already = r"share 0.2: .*already, into train, val"
+        with pytest.raises(SettingError, match=already):
+            open_small(root, validation_share=0.2)
 
 
 class TestDataThatCannotTeach:
     def test_one_class(self, root, tmp_path):
-        for split in ("train", "val"):
-            for name in ("bee", "cat"):
-                shutil.rmtree(root / split / name)
+        for path in (*root.glob("*/bee"), *root.glob("*/cat")):
+            shutil.rmtree(path)
         with pytest.raises(DataError, match=r"all 8 training examples of .*one class"):
-            open_source(str(root), image_size=8)
+            open_small(root)
         with pytest.raises(DataError, match="of one class"):
             open_source("synthetic:8x8:1:20").load("train", quiet)
 
     def test_labels_that_are_all_alike(self, tmp_path, capsys, monkeypatch):
         images, labels = prepared_set.arrays("train")
-        monkeypatch.setattr(
-            prepared_set, "arrays", lambda split: (images, np.full_like(labels, 1))
-        )
-        prepared_set.write(tmp_path)
-        source = open_source("tiny", tmp_path)
-        with pytest.raises(
-            DataError, match=r"all 40 training examples of tiny/1\.2\.0"
-        ):
+        alike = images, np.full_like(labels, 1)
+        monkeypatch.setattr(prepared_set, "arrays", lambda split: alike)
+        source = open_tiny(prepared_set.write(tmp_path))
+        with pytest.raises(DataError, match=r"all 40 training examples of tiny/1\.2\."):
             source.load("train", quiet)
         source.load("test", quiet)
         assert capsys.readouterr().err == (
@@ -386,10 +374,25 @@ class TestWhereASetIs:
 
     def test_a_folder_named_without_its_dot(self, root, monkeypatch):
         monkeypatch.chdir(root.parent)
-        with pytest.raises(
-            ValueError, match=r"'flowers' is not prepared.*'\./flowers'"
-        ):
+        hint = r"'flowers' is not prepared.*'\./flowers'"
+        with pytest.raises(ValueError, match=hint):
             open_source("flowers")
+
+
+def edit(name, change):
+    """Return what replaces the text of a file."""
+    return lambda folder: (folder / name).write_text(
+        change((folder / name).read_text())
+    )
+
+
+def edit_info(change):
+    def apply(text):
+        info = json.loads(text)
+        change(info)
+        return json.dumps(info)
+
+    return edit("dataset_info.json", apply)
 
 
 class TestRefusals:
@@ -398,60 +401,53 @@ class TestRefusals:
         with pytest.raises(DataError) as caught:
             open_source("mnist", tmp_path)
         assert time.monotonic() - started < 1
-        message = str(caught.value)
-        assert "'mnist' is not prepared" in message
-        assert str(tmp_path / "mnist") in message
-        assert "--data-dir or TFDS_DATA_DIR" in message
-        assert "bnjax[prepare]" in message
-        assert "download_and_prepare" in message
-
-    def test_a_name_with_a_typo(self, tmp_path):
-        prepared_set.write(tmp_path, name="mnist")
-        with pytest.raises(ValueError, match="Did you mean 'mnist'"):
-            open_source("mnits", tmp_path)
-
-    def test_a_missing_version(self, tmp_path):
-        prepared_set.write(tmp_path)
-        with pytest.raises(ValueError, match=r"tiny/2\.0\.0 with"):
-            open_source("tiny:2.0.0", tmp_path)
-
-    @pytest.mark.parametrize("content", ["", "{", "[]", '{"name": "tiny"}'])
-    def test_a_damaged_description(self, tmp_path, content):
-        folder = prepared_set.write(tmp_path)
-        (folder / "dataset_info.json").write_text(content)
-        with pytest.raises(ValueError, match="prepare"):
-            open_source("tiny", tmp_path)
-
-    def test_another_file_format(self, tmp_path):
-        folder = prepared_set.write(tmp_path)
-        info = json.loads((folder / "dataset_info.json").read_text())
-        info["fileFormat"] = "tfrecord"
-        (folder / "dataset_info.json").write_text(json.dumps(info))
-        with pytest.raises(ValueError, match="not stored as array_record"):
-            open_source("tiny", tmp_path)
-
-    def test_a_missing_split(self, tmp_path):
-        folder = prepared_set.write(tmp_path)
-        info = json.loads((folder / "dataset_info.json").read_text())
-        info["splits"] = info["splits"][:1]
-        (folder / "dataset_info.json").write_text(json.dumps(info))
-        with pytest.raises(ValueError, match="splits train; expected train and test"):
-            open_source("tiny", tmp_path)
-
-    def test_images_of_many_sizes(self, tmp_path):
-        folder = prepared_set.write(tmp_path)
-        text = (folder / "features.json").read_text()
-        (folder / "features.json").write_text(text.replace('"6"', '"-1"'))
-        with pytest.raises(
-            ValueError, match=r"many sizes: say with --data\.image-size"
+        for part in (
+            "'mnist' is not prepared",
+            str(tmp_path / "mnist"),
+            "--data-dir or TFDS_DATA_DIR",
+            "bnjax[prepare]",
+            "download_and_prepare",
         ):
-            open_source("tiny", tmp_path)
+            assert part in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [("tinny", "Did you mean 'tiny'"), ("tiny:2.0.0", r"tiny/2\.0\.0 with")],
+    )
+    def test_a_typo_or_a_missing_version(self, prepared, name, message):
+        with pytest.raises(ValueError, match=message):
+            open_source(name, prepared.parents[1])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            *(
+                (edit("dataset_info.json", lambda text, new=new: new), "prepare")
+                for new in ("", "{", "[]", '{"name": "tiny"}')
+            ),
+            (
+                edit_info(lambda info: info.update(fileFormat="tfrecord")),
+                "not stored as array_record",
+            ),
+            (
+                edit_info(lambda info: info["splits"].pop()),
+                "splits train; expected train and test",
+            ),
+            (
+                edit("features.json", lambda text: text.replace('"6"', '"-1"')),
+                r"many sizes: say with --data\.image-size",
+            ),
+        ],
+    )
+    def test_a_prepared_set_that_cannot_be_used(self, prepared, change, message):
+        change(prepared)
+        with pytest.raises(ValueError, match=message):
+            open_tiny(prepared)
 
     @pytest.mark.parametrize("damage", ["truncated", "missing"])
-    def test_damaged_records(self, tmp_path, damage):
-        folder = prepared_set.write(tmp_path)
-        source = open_source("tiny", tmp_path)
-        (records,) = folder.glob("*train*")
+    def test_damaged_records(self, prepared, damage):
+        source = open_tiny(prepared)
+        (records,) = prepared.glob("*train*")
         if damage == "missing":
             records.unlink()
         else:
@@ -465,31 +461,32 @@ class TestRefusals:
         ):
             open_source(str(root))
 
-    def test_a_missing_folder(self, tmp_path):
-        with pytest.raises(ValueError, match=r"gone cannot be read: No such file"):
-            open_source(str(tmp_path / "gone"), image_size=8)
-
-    def test_no_split_to_test_on(self, root):
-        (root / "val").rename(root / "other")
-        with pytest.raises(ValueError, match=r"folders other, train\. Expected train/"):
-            open_source(str(root), image_size=8)
-
-    def test_an_empty_class_folder(self, root):
-        for path in (root / "train" / "bee").iterdir():
-            path.unlink()
-        with pytest.raises(ValueError, match=r"train/bee holds no image"):
-            open_source(str(root), image_size=8)
-
-    def test_no_class_folder(self, root):
-        (root / "empty" / "train").mkdir(parents=True)
-        (root / "empty" / "val").mkdir()
-        with pytest.raises(ValueError, match="holds no class folder"):
-            open_source(str(root / "empty"), image_size=8)
-
-    def test_classes_that_differ(self, root):
-        (root / "val" / "bee").rename(root / "val" / "bees")
-        with pytest.raises(ValueError, match="different classes: bee, bees"):
-            open_source(str(root), image_size=8)
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (shutil.rmtree, r"flowers cannot be read: No such file"),
+            (
+                lambda root: (root / "val").rename(root / "other"),
+                r"folders other, train\. Expected train/",
+            ),
+            (
+                lambda root: [path.unlink() for path in root.glob("train/bee/*")],
+                r"train/bee holds no image",
+            ),
+            (
+                lambda root: [shutil.rmtree(path) for path in root.glob("*/*")],
+                "holds no class folder",
+            ),
+            (
+                lambda root: (root / "val" / "bee").rename(root / "val" / "bees"),
+                "different classes: bee, bees",
+            ),
+        ],
+    )
+    def test_a_folder_that_cannot_be_used(self, root, change, message):
+        change(root)
+        with pytest.raises(ValueError, match=message):
+            open_small(root)
 
     def test_an_unreadable_folder(self, root, monkeypatch):
         scandir = os.scandir
@@ -501,54 +498,30 @@ class TestRefusals:
 
         monkeypatch.setattr(os, "scandir", refuse)
         with pytest.raises(ValueError, match=r"train/cat cannot be read: Permission"):
-            open_source(str(root), image_size=8)
-
-    @pytest.mark.parametrize("content", [b"", b"no image", None])
-    def test_a_damaged_image_is_named(self, root, content):
-        path = root / "train" / "bee" / "03.jpg"
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-        with pytest.raises(
-            ValueError, match=r"1 of 24 images.*0\.1%.*train/bee/03\.jpg"
-        ):
-            open_source(str(root), image_size=8).load("train", quiet)
+            open_small(root)
 
 
 ARRAYS = Arrays(np.arange(24, dtype=np.uint8).reshape(4, 3, 2), np.arange(4))
 
 
-class Maker:
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self):
-        self.calls += 1
-        return ARRAYS
-
-
 @pytest.fixture
-def make(tmp_path, monkeypatch):
-    monkeypatch.setenv("BNJAX_CACHE_DIR", str(tmp_path / "cache"))
-    return Maker()
+def make():
+    return unittest.mock.Mock(return_value=ARRAYS)
 
 
-def check_same(arrays):
-    for found, expected in zip(arrays, ARRAYS, strict=True):
+def check_same(arrays, others=ARRAYS):
+    for found, expected in zip(arrays, others, strict=True):
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
 
 
-def test_made_once(make):
-    check_same(cached("a", make))
-    check_same(cached("a", make))
-    assert make.calls == 1
-    check_same(cached("b", make))
-    assert make.calls == 2
-
-
-def test_nothing_is_left_beside_the_entry(make):
-    cached("a", make)
+def test_made_once_and_nothing_is_left_beside_the_entry(make):
+    for _ in range(2):
+        check_same(cached("a", make))
     assert [path.name for path in cache_dir().iterdir()] == ["a.npz"]
+    assert make.call_count == 1
+    check_same(cached("b", make))
+    assert make.call_count == 2
 
 
 @pytest.mark.parametrize("place", range(0, 560, 17))
@@ -567,10 +540,9 @@ def test_a_truncated_entry_is_made_again(make, keep, capsys):
     path = cache_dir() / "a.npz"
     path.write_bytes(path.read_bytes()[:keep])
     check_same(cached("a", make))
-    assert make.calls == 2
     assert "damaged and is made again" in capsys.readouterr().err
     check_same(cached("a", make))
-    assert make.calls == 2
+    assert make.call_count == 2
 
 
 def test_a_cache_that_cannot_be_written_costs_a_note(make, tmp_path, capsys):

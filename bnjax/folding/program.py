@@ -46,24 +46,14 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Atom:
-    """A value of the program: an input, a literal or the result of an equation.
-
-    Attributes:
-        aval: its shape and dtype.
-    """
+    """A value of the program: an input, a literal or the result of an equation."""
 
     aval: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
-    """One primitive applied to atoms.
-
-    Attributes:
-        source: the equation of the jaxpr, which has the primitive and its parameters.
-        inputs: what it is applied to.
-        outputs: what it gives.
-    """
+    """An equation of a jaxpr, applied to atoms."""
 
     source: core.JaxprEqn
     inputs: tuple[Atom, ...]
@@ -94,11 +84,9 @@ class Program:
 
     Attributes:
         inputs: one atom for each leaf of the arguments.
-        outputs: one for each leaf of the result.
-        equations: in an order in which they can be computed.
+        outputs: one for each leaf of the result, whose structure is `out_tree`.
         literals: the values of the atoms that are known.
         uses: how often each atom is read, by equations and as an output.
-        out_tree: structure of the result.
     """
 
     inputs: tuple[Atom, ...]
@@ -171,12 +159,9 @@ class Constant:
     """A value that depends on no input, only on variables and literals.
 
     Attributes:
-        aval: shape and dtype in the program.
         leaves: which variables it depends on, by their index.
-        known: the array or scalar, of a variable or literal.
-        equation: what computes it else.
-        operands: the constants that `equation` is applied to.
-        index: which of its outputs.
+        known: the array or scalar, of a variable or literal; else it is the output
+            `index` of `equation`, applied to the constants `operands`.
     """
 
     aval: Any
@@ -188,11 +173,7 @@ class Constant:
 
     @functools.cached_property
     def value(self) -> np.ndarray:
-        """The compact value; float64 for what floats, else as it is.
-
-        Raises:
-            NotNumericError: it is random, traced, or has no compact form.
-        """
+        """The compact value; float64 for what floats, else as it is."""
         equation = self.equation
         if equation is None:
             return _on_host(self.known)
@@ -208,11 +189,7 @@ class Constant:
             return at_axes(values[0], dims, len(self.aval.shape))
         if is_rearrangement(equation):
             return rearrange(equation, values[0])
-        return self._in_own_dtype(values)
-
-    def _in_own_dtype(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """The value by any other primitive, as JAX computes it."""
-        assert self.equation is not None  # noqa: S101 (for the type checker)
+        # By any other primitive, as JAX computes it.
         arrays = []
         with jax.ensure_compile_time_eval():
             for operand, value in zip(self.operands, values, strict=True):
@@ -220,7 +197,7 @@ class Constant:
                 if not all(isinstance(size, int) for size in shape):
                     raise NotNumericError("it has an axis of unknown size")
                 arrays.append(jnp.asarray(np.broadcast_to(value, shape), dtype))
-            return _on_host(self.equation.bind(*arrays)[self.index])
+            return _on_host(equation.bind(*arrays)[self.index])
 
     @functools.cached_property
     def origin(self) -> tuple[int, tuple[Equation, ...]] | None:
@@ -322,12 +299,7 @@ def _groups(source: Sequence, target: Sequence) -> list[tuple[list[int], list[in
 
 @dataclasses.dataclass(frozen=True)
 class Variables:
-    """The leaves of the variables of a model.
-
-    Attributes:
-        paths: of each leaf, the collection first.
-        values: of each leaf.
-    """
+    """The leaves of the variables of a model; a path has the collection first."""
 
     paths: tuple[Path, ...]
     values: tuple[Any, ...]
@@ -358,10 +330,7 @@ class Variables:
 
 
 class ParamWriter:
-    """Makes the variables of the folded model from those before.
-
-    Parameters have the given dtype; those they had before where it is None.
-    """
+    """Makes variables of the folded model from those before, of a dtype if given."""
 
     def __init__(self, before: Variables, dtype: Any) -> None:
         self._before = before

@@ -443,8 +443,9 @@ def _check_fit(problems: Sequence[str], shown: int = 40) -> None:
         raise TorchError(
             "the state dict does not fit the network:\n  "
             + "\n  ".join([*problems[:shown], *more])
-            + "\nBuild the same network; or say in the mapping where a layer of PyTorch "
-            "goes (None: nowhere), and with keep which arrays of ours keep their values."
+            + "\nBuild the same network; or say in the mapping where a layer of "
+            "PyTorch goes (None: nowhere), and with keep which arrays of ours keep "
+            "their values."
         )
 
 
@@ -501,7 +502,7 @@ def as_array(value: Any, name: str) -> np.ndarray:
 def batch_norm_options(
     momentum: float | None = 0.1, eps: float = 1e-5, *, affine: bool = True
 ) -> dict[str, Any]:
-    """Return what makes `bnjax.linen.BatchNorm` do as torch.nn.BatchNorm does with these.
+    """Return what makes `bnjax.linen.BatchNorm` do as a torch.nn.BatchNorm of these.
 
     PyTorch's momentum is the weight of the new statistics, ours is 1 minus it.
     """

@@ -62,12 +62,8 @@ class Block(nn.Module):
     Where the shape changes, the input takes every second pixel and new channels of 0, a
     shortcut without parameters; or it goes through a 1x1 convolution and BN.
 
-    Args:
-        features: of the output.
-        stride: of the first convolution.
-        zero_scale: start the scale of the last BN at 0, the block as the identity.
-        conv: makes a `ConvNorm`.
-        project: through a convolution.
+    `conv` makes a `ConvNorm`; `zero_scale` starts the scale of the last BN at 0, the
+    block as the identity.
 
     References:
         He et al. 2016, "Deep residual learning", section 4.2, option A; with
@@ -89,12 +85,9 @@ class Block(nn.Module):
             shortcut = x[:, :: self.stride, :: self.stride]
             new = self.features - x.shape[-1]
             shortcut = jnp.pad(shortcut, [(0, 0)] * 3 + [(new // 2, new - new // 2)])
-        x = self.conv(self.features, 3, self.stride, padding=1, name="conv1")(
-            x, train=train
-        )
-        last = self.conv(
-            self.features, 3, padding=1, zero_scale=self.zero_scale, name="conv2"
-        )
+        conv = functools.partial(self.conv, self.features, 3, padding=1)
+        x = conv(stride=self.stride, name="conv1")(x, train=train)
+        last = conv(zero_scale=self.zero_scale, name="conv2")
         return last(x, residual=shortcut.astype(x.dtype), train=train)
 
 
@@ -104,11 +97,7 @@ class Bottleneck(nn.Module):
     Where the shape changes, the input goes through a 1x1 convolution and BN. The stride
     is on the 3x3, as in torchvision; in the paper it is on the first 1x1.
 
-    Args:
-        features: of the 3x3; the output has four times as many.
-        stride: of the 3x3.
-        zero_scale: start the scale of the last BN at 0.
-        conv: makes a `ConvNorm`.
+    The features are those of the 3x3; the output has four times as many.
 
     References:
         He et al. 2016, "Deep residual learning", section 4.1, option B.
@@ -151,21 +140,11 @@ class ResNet(nn.Module):
 
     Args:
         depth: a key of `SIZES`.
-        classes: number of logits.
-        width: factor on the number of filters of every layer; see `scaled`.
         zero_scale: start the scale of the last BN of each block at 0, so that each
             block starts as the identity.
-        dropout: rate before the classifier; rng stream "dropout".
-        normalization: what stands before each nonlinearity.
-        activation: a name of `jax.nn`.
-        weight_scale: factor on the standard deviation of the initial weights of the
-            convolutions, which is He's.
-        dtype: of the computation; that of images and parameters if None.
-        param_dtype: of the parameters.
+        weight_scale: of the convolutions, whose standard deviation is He's.
 
-    Raises:
-        ValueError: no network has that depth, the images are no batch of images, the
-            width is not positive, or `zero_scale` is asked for without a scale.
+    The others are those of `bnjax.models`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -195,16 +174,17 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Return logits of shape (batch, classes).
-
-        Args:
-            images: shape (batch, height, width, channels), floating.
-            train: normalize by the batch, update the running statistics, drop features.
-
-        Returns:
-            Logits, shape (batch, classes), float32 or wider.
-        """
-        self._check(images)
+        """Return logits."""
+        if self.depth not in SIZES:
+            known = ", ".join(map(str, sorted(SIZES)))
+            raise ValueError(f"ResNet: depth={self.depth}; expected one of {known}.")
+        if self.zero_scale and self.normalization.kind == "none":
+            raise ValueError(
+                'ResNet: zero_scale=True with normalization of kind "none", which has '
+                "no scale; expected a normalization, or zero_scale=False."
+            )
+        check_images("ResNet", images)
+        check_width("ResNet", self.width)
         size = SIZES[self.depth]
         conv = functools.partial(
             ConvNorm,
@@ -217,22 +197,17 @@ class ResNet(nn.Module):
         first = scaled(size.features[0], self.width)
         if size.large_images:
             x = conv(first, 7, 2, padding=3, name="conv1")(images, train=train)
-            padding: Any = ((1, 1), (1, 1))
-            x = nn.max_pool(x, (3, 3), (2, 2), padding)
+            x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
         else:
             x = conv(first, 3, padding=1, name="conv1")(images, train=train)
         block: Any = functools.partial(Block, project=size.large_images)
         block = Bottleneck if size.bottleneck else block
-        for stage, (blocks, features) in enumerate(
-            zip(size.blocks, size.features, strict=True), start=1
-        ):
+        for stage, blocks in enumerate(size.blocks, start=1):
+            features = scaled(size.features[stage - 1], self.width)
             for i in range(blocks):
+                stride, name = 2 if stage > 1 and i == 0 else 1, f"block{i + 1}"
                 x = block(
-                    scaled(features, self.width),
-                    2 if stage > 1 and i == 0 else 1,
-                    self.zero_scale,
-                    conv,
-                    name=f"stage{stage}_block{i + 1}",
+                    features, stride, self.zero_scale, conv, name=f"stage{stage}_{name}"
                 )(x, train=train)
         return classify(
             x.mean((1, 2)),
@@ -242,17 +217,3 @@ class ResNet(nn.Module):
             kernel_init=nn.initializers.lecun_normal(),
             param_dtype=self.param_dtype,
         )
-
-    def _check(self, images: jax.Array) -> None:
-        if self.depth not in SIZES:
-            raise ValueError(
-                f"ResNet: depth={self.depth}; expected one of "
-                f"{', '.join(map(str, sorted(SIZES)))}."
-            )
-        if self.zero_scale and self.normalization.kind == "none":
-            raise ValueError(
-                'ResNet: zero_scale=True with normalization of kind "none", which has '
-                "no scale; expected a normalization, or zero_scale=False."
-            )
-        check_images("ResNet", images)
-        check_width("ResNet", self.width)

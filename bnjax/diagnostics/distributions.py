@@ -71,7 +71,7 @@ def nonlinearity_inputs(
     found = {
         "/".join(path).removesuffix(SUFFIX): value
         for (*path, last), value in recorded.items()
-        if last == "value" and path[-1].endswith(SUFFIX)
+        if last == "value" and path and path[-1].endswith(SUFFIX)
     }
     if not found:
         raise ValueError(

@@ -66,18 +66,16 @@ def recompute_batch_stats(
             once for one function: define it outside of a loop.
         variables: of a linen network, "params" and "batch_stats" among them; or an
             nnx.Module. They stay as they are.
-        batches: what `apply_fn` takes, one after the other: arrays or trees of arrays,
-            also global ones that are sharded over devices and processes.
+        batches: what `apply_fn` takes, one after the other: trees of arrays, also of
+            global ones that are sharded over devices and processes.
         method: "paper" or "pooled". For small batches "pooled" is the more exact.
         num_batches: how many to take; all if None.
         axis_name: run on several devices by pmap with this name: the arrays of a batch
-            have a first axis of one entry for each device of this process. Each entry
-            is a mini-batch, unless the layers share statistics by an axis_name of
-            their own.
-        layers: None for all. Otherwise the names of those to estimate, such as
-            "block/bn", or patterns such as "block/*" (`*` also matches "/"), one or
-            several, or a function of the name that says which. The others keep their
-            statistics.
+            have a first axis of one entry for each device of this process, a mini-batch
+            unless the layers share statistics by an axis_name of their own.
+        layers: those to estimate, None for all: names such as "block/bn" or patterns
+            such as "block/*" (`*` also matches "/"), one or several, or a function of
+            the name. The others keep their statistics.
 
     Returns:
         For linen the new collection "batch_stats", of the same tree, shapes and dtypes:
@@ -258,10 +256,8 @@ class Record:
                 "belong to this network."
             )
         devices = 1 if layer.axis_name is None else lax.psum(1, **shared)
-        found = jax.tree.map(
-            lambda leaf: leaf.reshape(self.weight.shape).astype(dtype), found
-        )
         old = jax.tree.map(jnp.asarray, self)
+        found = jax.tree.map(lambda x: x.reshape(old.weight.shape).astype(dtype), found)
         return Record(old.moments.merge(found), old.weight + found.count / devices)
 
 

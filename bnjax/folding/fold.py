@@ -108,11 +108,14 @@ class Folded:
         """Return the outputs with given variables, to differentiate or compile."""
         before = Variables.of(self._before)
         program = trace(self._apply_fn, self._before, x)
-        reader = ParamReader(Variables.of(variables), before, self._entries)
+        given = Variables.of(variables)
+        found = dict(zip(given.paths, given.values, strict=True))
+        reader = ParamReader(found, before, list(self._entries))
         try:
             folder = Folder(program, before, reader, self._dtype)
             outputs = folder.run(jax.tree.leaves(x))
-            reader.check_all_read()
+            if reader.unread:
+                raise OtherLayersError
         except OtherLayersError:
             raise ValueError(
                 f"Folded: for an input of shape {jax.tree.map(jnp.shape, x)} other "
@@ -163,11 +166,9 @@ def fold_batch_norm(
         >>> from bnjax.models import MLP
         >>> model, x = MLP((4,), classes=3), jnp.ones((2, 5))
         >>> variables = model.init(jax.random.key(0), x, train=False)
-        >>> folded = fold_batch_norm(
-        ...     lambda variables, x: model.apply(variables, x, train=False),
-        ...     variables,
-        ...     x,
-        ... )
+        >>> def apply(variables, x):
+        ...     return model.apply(variables, x, train=False)
+        >>> folded = fold_batch_norm(apply, variables, x)
         >>> print(folded.report)
         batch normalization  folded into     as              or why not
         bn_0                 dense_0/kernel  matrix product
@@ -301,10 +302,9 @@ class Folder:
     def run(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         """Compute the outputs of the program, noting what became of each layer."""
         program, values = self.program, self.variables.values
-        env: dict[Atom, Constant | DeferredValue] = {
-            atom: Constant(atom.aval, known=value)
-            for atom, value in program.literals.items()
-        }
+        env: dict[Atom, Constant | DeferredValue] = {}
+        for atom, value in program.literals.items():
+            env[atom] = Constant(atom.aval, known=value)
         own, given = program.inputs[: len(values)], program.inputs[len(values) :]
         for i, (atom, value) in enumerate(zip(own, values, strict=True)):
             env[atom] = Constant(atom.aval, frozenset({i}), value)
@@ -314,23 +314,17 @@ class Folder:
             results = self._apply(equation, [env[atom] for atom in equation.inputs])
             for atom, result in zip(equation.outputs, results, strict=True):
                 env[atom] = self._shared(result, program.uses[atom])
-        return [
-            self._array(env[atom], "it gives an output of the model")
-            for atom in program.outputs
-        ]
+        after = "it gives an output of the model"
+        return [self._array(env[atom], after) for atom in program.outputs]
 
     def report(self) -> Report:
         """Return what became of every layer that has statistics."""
-        every = frozenset(range(len(self.variables.paths)))
-        unused = dict.fromkeys(
-            self.variables.layers(every), "its statistics scale nothing"
-        )
+        every = self.variables.layers(frozenset(range(len(self.variables.paths))))
+        unused = dict.fromkeys(every, "its statistics scale nothing")
         rest = {"/".join(p): why for p, why in (unused | self._elsewhere).items()}
-        for row in self.layers:
-            rest.pop(row.path, None)
-        return Report(
-            (*self.layers, *(Layer(p, False, reason=why) for p, why in rest.items()))
-        )
+        seen = {row.path for row in self.layers}
+        kept = [Layer(p, False, reason=rest[p]) for p in rest if p not in seen]
+        return Report((*self.layers, *kept))
 
     def _apply(
         self, equation: Equation, operands: list[Constant | DeferredValue]

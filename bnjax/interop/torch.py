@@ -176,10 +176,6 @@ def from_torch(
         mapping: which layer is which; `known_mapping` has those of `bnjax.models`.
         keep: layers, blocks, arrays or collections of ours that keep their values.
 
-    Raises:
-        TorchError: a tensor is missing, has no place or is of another shape, and all
-            are named; or what is flattened before a layer cannot be told.
-
     Example:
         >>> import jax
         >>> from flax import linen as nn
@@ -316,13 +312,13 @@ _FIELD = re.compile(r"\{([a-z]+)([+-]\d+)?\}|\*")
 
 @functools.lru_cache(maxsize=1024)
 def _regex(pattern: str) -> re.Pattern[str]:
-    parts, end = [], 0
+    found, end = "", 0
     for field in _FIELD.finditer(pattern):
-        parts.append(re.escape(pattern[end : field.start()]))
-        parts.append(f"(?P<{field[1]}>\\d+)" if field[1] else "(?P<REST>.*)")
+        found += re.escape(pattern[end : field.start()])
+        found += f"(?P<{field[1]}>\\d+)" if field[1] else "(?P<REST>.*)"
         end = field.end()
     try:
-        return re.compile("".join(parts) + re.escape(pattern[end:]))
+        return re.compile(found + re.escape(pattern[end:]))
     except re.error as error:
         raise TorchError(
             f"mapping: {pattern!r} has a field twice; expected each of {{i}}, {{j}} "

@@ -1,8 +1,7 @@
 """Residual networks, for images of 32x32 and of 224x224."""
 
-import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +18,15 @@ from bnjax.models.layers import (
 from bnjax.models.normalization import Normalization
 
 
-@dataclasses.dataclass(frozen=True)
-class ResNetSize:
-    """How many blocks of which kind a residual network has.
+class ResNetSize(NamedTuple):
+    """How many blocks of which kind each stage has; four are for images of 224x224.
 
-    Args:
-        blocks: in each stage; every stage but the first halves height and width.
-        bottleneck: blocks of 1x1, 3x3 and 1x1 with four times the features; else of
-            two 3x3.
+    Every stage but the first halves height and width. Blocks are of two 3x3, or with
+    `bottleneck` of 1x1, 3x3 and 1x1 with four times the features.
     """
 
     blocks: tuple[int, ...]
     bottleneck: bool = False
-
-    @property
-    def large_images(self) -> bool:
-        """Whether it is for images of 224x224, with projections; else for 32x32."""
-        return len(self.blocks) == 4
-
-    @property
-    def features(self) -> tuple[int, ...]:
-        """Of the 3x3 convolutions of each stage."""
-        return (64, 128, 256, 512) if self.large_images else (16, 32, 64)
 
 
 SIZES = {
@@ -186,6 +172,8 @@ class ResNet(nn.Module):
         check_images("ResNet", images)
         check_width("ResNet", self.width)
         size = SIZES[self.depth]
+        large = len(size.blocks) == 4
+        widths = (64, 128, 256, 512) if large else (16, 32, 64)
         conv = functools.partial(
             ConvNorm,
             normalization=self.normalization,
@@ -194,16 +182,16 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        first = scaled(size.features[0], self.width)
-        if size.large_images:
+        first = scaled(widths[0], self.width)
+        if large:
             x = conv(first, 7, 2, padding=3, name="conv1")(images, train=train)
             x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
         else:
             x = conv(first, 3, padding=1, name="conv1")(images, train=train)
-        block: Any = functools.partial(Block, project=size.large_images)
+        block: Any = functools.partial(Block, project=large)
         block = Bottleneck if size.bottleneck else block
         for stage, blocks in enumerate(size.blocks, start=1):
-            features = scaled(size.features[stage - 1], self.width)
+            features = scaled(widths[stage - 1], self.width)
             for i in range(blocks):
                 stride, name = 2 if stage > 1 and i == 0 else 1, f"block{i + 1}"
                 x = block(

@@ -20,9 +20,9 @@ from jax.extend import core
 
 Path = tuple[str, ...]
 
+# Primitives that call a function once, which takes their place.
 CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit"}
 CALLS |= {"remat2"}
-"""Primitives that call a function once, which takes their place."""
 
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "abs": np.abs,

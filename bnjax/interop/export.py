@@ -45,12 +45,8 @@ def export_inference(
         variables: a tree of arrays; None where the function holds its own.
         example: an array, or a `jax.ShapeDtypeStruct`, of shape (batch, ...) and the
             dtype of the inputs; its values and its batch size do not count.
-        platforms: any of "cpu", "cuda", "tpu" and "rocm"; none of them needs to be
-            there.
+        platforms: any of "cpu", "cuda", "tpu" and "rocm", there or not.
         batch_size: the only one that the result takes; None: it takes all.
-
-    Returns:
-        What `save` writes; `.call(x)` runs it.
 
     Example:
         >>> x = jnp.ones((2, 3))
@@ -98,7 +94,7 @@ def export_inference(
         return lower(symbol)
     except ExportError as refusal:
         lower(fixed)
-        error = refusal.__cause__
+        error = refusal.__cause__ or refusal
         raise ExportError(
             "the function cannot be exported for every batch size: "
             f"{first_line(error)} It computes with the number of examples, or "

@@ -185,7 +185,8 @@ def from_torch(
         [[1.0], [2.0]]
     """
     pairs = pair_arrays(state, variables, mapping, keep=keep)
-    arrays: Any = flatten_dict(unfreeze(dict(variables)), keep_empty_nodes=True)
+    tree = unfreeze(dict(variables))
+    arrays: dict[Any, Any] = dict(flatten_dict(tree, keep_empty_nodes=True))
     values: dict[Any, np.ndarray] = {}
     for pair in sorted(pairs, key=lambda pair: pair.layer.subtract):
         tensor = as_array(state[pair.name], pair.name)

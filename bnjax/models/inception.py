@@ -116,13 +116,10 @@ class Inception(nn.Module):
     r"""Figure 5 of the paper, by its filters; every convolution is a `ConvNorm`.
 
     The figure's printed depths are not all the sums of its filters: 4c and 4d sum to
-    608 where 576 is printed, and 4e then to 1056 where 1024 is. With 1000 classes it
-    has 11,285,224 parameters; no reading of the figure gives the 13.6 million of the
-    text.
-
-    The baseline that the paper calls Inception has `normalization` of kind "none",
-    `local_response_norm` and `dropout` 0.4. GoogLeNet's auxiliary classifiers, of which
-    the paper says nothing, are left out.
+    608 where 576 is printed, and 4e then to 1056 where 1024 is. The baseline that the
+    paper calls Inception has `normalization` of kind "none", `local_response_norm` and
+    `dropout` 0.4. GoogLeNet's auxiliary classifiers, of which the paper says nothing,
+    are left out.
 
     Args:
         stem: what comes before module 3a: "imagenet", 7x7 filters of stride 2 and in
@@ -174,7 +171,7 @@ class Inception(nn.Module):
         respond = local_response_normalization if lrn else lambda x: x
         filters = functools.partial(scaled, width=self.width)
         kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        separable = {"depth_multiplier": 8} if self.separable_conv1 else {}
+        separable: Any = {"depth_multiplier": 8} if self.separable_conv1 else {}
         x = conv(filters(64), kernel, stride, name="conv1", **separable)(
             images, train=train
         )
@@ -193,7 +190,6 @@ class Inception(nn.Module):
             self.classes,
             train=train,
             dropout=self.dropout,
-            kernel_init=nn.initializers.lecun_normal(),
             param_dtype=self.param_dtype,
         )
 

@@ -90,9 +90,9 @@ def classify(
     classes: int,
     *,
     train: bool,
-    dropout: float = 0.0,
-    kernel_init: nn.initializers.Initializer,
     param_dtype: Any,
+    dropout: float = 0.0,
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
 ) -> jax.Array:
     """Return logits, by a linear layer called "logits".
 

@@ -185,7 +185,8 @@ class ResNet(nn.Module):
         first = scaled(widths[0], self.width)
         if large:
             x = conv(first, 7, 2, padding=3, name="conv1")(images, train=train)
-            x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+            padding: Any = ((1, 1), (1, 1))
+            x = nn.max_pool(x, (3, 3), (2, 2), padding)
         else:
             x = conv(first, 3, padding=1, name="conv1")(images, train=train)
         block: Any = functools.partial(Block, project=large)
@@ -202,6 +203,5 @@ class ResNet(nn.Module):
             self.classes,
             train=train,
             dropout=self.dropout,
-            kernel_init=nn.initializers.lecun_normal(),
             param_dtype=self.param_dtype,
         )

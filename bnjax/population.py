@@ -101,8 +101,7 @@ def recompute_batch_stats(
     References:
         Ioffe & Szegedy (2015), Algorithm 2, lines 7 to 12 ("paper"); Wu & Johnson
         (2021), "Rethinking 'Batch' in BatchNorm", section 3 ("pooled"); Li et al.
-        (2016), "Revisiting Batch Normalization For Practical Domain Adaptation" (the
-        statistics of another domain).
+        (2016), "Revisiting Batch Normalization For Practical Domain Adaptation".
     """
     if method not in get_args(Method):
         raise ValueError(
@@ -262,13 +261,7 @@ class Record:
 
 
 def _call_and_record(
-    layer: Any,
-    name: str,
-    call: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    read: Callable[[], Record],
-    write: Callable[[Record], None],
+    layer: Any, name: str, call: Any, args: Any, kwargs: Any, read: Any, write: Any
 ) -> Any:
     """Call a layer of linen or nnx; note what it was given if it trains."""
     before = read()
@@ -306,7 +299,7 @@ class LinenNetwork:
         }
 
     def prepare(self, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[Any, ...]:
-        """What `_records` runs: a function, what it knows, its carry and the rest."""
+        """What is run: a function, what it knows, its carry and the rest."""
         flat = self._flat()
         flat |= {(*path, RECORD): Record.empty(shape) for path, shape in shapes.items()}
         variables = {**self.variables, COLLECTION: unflatten_dict(flat)}
@@ -392,7 +385,7 @@ class NnxNetwork:
         return {path: (layer.mean[...], layer.var[...]) for path, layer in layers}
 
     def prepare(self, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[Any, ...]:
-        """What `_records` runs: a function, what it knows, its carry and the rest."""
+        """What is run: a function, what it knows, its carry and the rest."""
         model = nnx.clone(self.model)
         layers = _nnx_layers(model)
         for path, shape in shapes.items():
@@ -417,11 +410,7 @@ def _nnx_layers(model: nnx.Module) -> dict[Path, nnx.BatchNorm]:
 
 
 def _nnx_records(
-    apply_fn: Callable[..., Any],
-    graphdef: Any,
-    paths: tuple[Path, ...],
-    state: Any,
-    batch: Any,
+    apply_fn: Callable[..., Any], graphdef: Any, paths: Any, state: Any, batch: Any
 ) -> tuple[dict[Path, tuple[Record, bool]], nnx.State]:
     """The record of each layer; the random streams after the call are the carry."""
     model = nnx.merge(graphdef, *state)

@@ -67,7 +67,7 @@ def nonlinearity_inputs(
     _, updated = recording.apply(
         variables, images, train=train, mutable=mutable, rngs=rngs
     )
-    recorded = flatten_dict(updated.get("intermediates", {}))
+    recorded: Any = flatten_dict(updated.get("intermediates", {}))
     found = {
         "/".join(path).removesuffix(SUFFIX): value
         for (*path, last), value in recorded.items()

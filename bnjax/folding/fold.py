@@ -283,6 +283,9 @@ class DeferredValue:
         return dataclasses.replace(self, pending_ops=(*self.pending_ops, op))
 
 
+Value = Constant | DeferredValue
+
+
 @dataclasses.dataclass(eq=False)
 class Folder:
     """Computes a program, whose first inputs are variables, without its layers of BN.
@@ -302,7 +305,7 @@ class Folder:
     def run(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         """Compute the outputs of the program, noting what became of each layer."""
         program, values = self.program, self.variables.values
-        env: dict[Atom, Constant | DeferredValue] = {}
+        env: dict[Atom, Value] = {}
         for atom, value in program.literals.items():
             env[atom] = Constant(atom.aval, known=value)
         own, given = program.inputs[: len(values)], program.inputs[len(values) :]
@@ -326,9 +329,7 @@ class Folder:
         kept = [Layer(p, False, reason=rest[p]) for p in rest if p not in seen]
         return Report((*self.layers, *kept))
 
-    def _apply(
-        self, equation: Equation, operands: list[Constant | DeferredValue]
-    ) -> Sequence[Constant | DeferredValue]:
+    def _apply(self, equation: Equation, operands: list[Value]) -> Sequence[Value]:
         constants = tuple(value for value in operands if isinstance(value, Constant))
         if len(constants) == len(operands) and not equation.source.effects:
             leaves = frozenset().union(*(value.leaves for value in constants))
@@ -336,8 +337,7 @@ class Folder:
                 Constant(atom.aval, leaves, None, equation, constants, i)
                 for i, atom in enumerate(equation.outputs)
             ]
-        deferred = self._defer(equation, operands)
-        if deferred is not None:
+        if (deferred := self._defer(equation, operands)) is not None:
             return [deferred]
         name = equation.name
         for value in constants:
@@ -348,9 +348,7 @@ class Folder:
             reason = f"it follows `{name}`, whose kernel is no parameter"
         return [DeferredValue(array, reason) for array in equation.bind(*arrays)]
 
-    def _defer(
-        self, equation: Equation, operands: list[Constant | DeferredValue]
-    ) -> DeferredValue | None:
+    def _defer(self, equation: Equation, operands: list[Value]) -> DeferredValue | None:
         """Return the result of an equation that need not be computed yet."""
         match operands:
             case [DeferredValue() as value]:
@@ -375,9 +373,7 @@ class Folder:
             value = DeferredValue(self._array(value, reason), reason)
         return value.then(op)
 
-    def _shared(
-        self, value: Constant | DeferredValue, uses: int
-    ) -> Constant | DeferredValue:
+    def _shared(self, value: Value, uses: int) -> Value:
         """Compute at once what is needed more than once."""
         if uses < 2 or isinstance(value, Constant):
             return value
@@ -391,9 +387,8 @@ class Folder:
 
         What a linear layer before it can take is left to that one.
         """
-        after = f"a {linear.operation} follows"
-        in_kernel = f"its statistics are in the kernel of a {linear.operation}"
-        self._note(linear.kernel, in_kernel)
+        name, after = linear.operation, f"a {linear.operation} follows"
+        self._note(linear.kernel, f"its statistics are in the kernel of a {name}")
         first, _ = self._span(value.pending_ops)
         if first is not None and not isinstance(value.base, LinearOp):
             before, ops = value.pending_ops[:first], value.pending_ops[first:]
@@ -410,7 +405,7 @@ class Folder:
                 )
         return dataclasses.replace(linear, data=self._array(value, after))
 
-    def _array(self, value: Constant | DeferredValue, after: str) -> Any:
+    def _array(self, value: Value, after: str) -> Any:
         """Compute a value and what is pending on it."""
         if isinstance(value, Constant):
             return self._constant(value)
@@ -422,10 +417,8 @@ class Folder:
             return self._apply_ops(self._linear(base, ops[:end]), ops[end:])
         if first is None:
             return self._apply_ops(base, ops)
-        layers = self._layers(ops)
-        for path in layers:
-            reason = f"{value.reason}; {after}"
-            self.layers.append(Layer("/".join(path), False, reason=reason))
+        layers, reason = self._layers(ops), f"{value.reason}; {after}"
+        self.layers += [Layer("/".join(p), False, reason=reason) for p in layers]
         array = self._apply_ops(base, ops[:first])
         array = self._affine(array, ops[first:end], ("params", *layers[0]))
         return self._apply_ops(array, ops[end:])
@@ -464,8 +457,8 @@ class Folder:
         folded = functools.cache(lambda: linear.folded(ops))
         kernel, path, dtype = self._kernel(linear.kernel, lambda: folded()[0])
         bias = self.params.new((*path[:-1], "bias"), dtype, lambda: folded()[1])
-        for layer in layers:
-            into, name = "/".join(path[1:]), "/".join(layer)
+        for name in map("/".join, layers):
+            into = "/".join(path[1:])
             self.layers.append(Layer(name, True, into, linear.operation))
         array = linear.add_bias(_wide(linear.bind(kernel, self.dtype)), bias)
         moves = [op for op in ops if is_move(op.equation) and not _is_cast(op.equation)]

@@ -114,7 +114,7 @@ def alike(mapping: LayerMapping, variables: Mapping[str, Any]) -> list[str]:
     shapes = _torch_shapes(variables, {})
     counts = collections.Counter(shapes.values())
     paths = {name: as_layer(given).path for name, given in mapping.items()}
-    return [name for name in paths if counts[shapes.get(paths[name])] > 1]
+    return [name for name in paths if counts[shapes.get(paths[name], frozenset())] > 1]
 
 
 def _torch_shapes(

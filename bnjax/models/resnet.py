@@ -132,16 +132,6 @@ class ResNet(nn.Module):
 
     The others are those of `bnjax.models`.
 
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from bnjax.models import ResNet
-        >>> model, images = ResNet(20, classes=10), jnp.zeros((1, 32, 32, 3))
-        >>> variables = jax.eval_shape(
-        ...     lambda: model.init(jax.random.key(0), images, train=False)
-        ... )
-        >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-        269722
-
     References:
         He et al. 2016, "Deep residual learning for image recognition"; the zero scale:
         Goyal et al. 2017, section 5.1.

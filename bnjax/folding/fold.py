@@ -205,12 +205,9 @@ def fold_batch_norm(
 def fold_nnx(model: nnx.Module, example: Any, *, dtype: Any = None) -> Folded:
     """Fold the batch normalizations of a flax.nnx model; see `fold_batch_norm`.
 
-    Args:
-        model: called as `model(x)`. It stays as it is; a copy of it is put in the mode
-            of `model.eval()` and folded, and `nnx.update(copy, folded.params)` gives
-            the new variables to one without normalization.
-        example: an input, or a jax.ShapeDtypeStruct.
-        dtype: float32 or bfloat16; those of the model if None.
+    The model is called as `model(x)`. It stays as it is: a copy of it is put in the mode
+    of `model.eval()` and folded, and `nnx.update(copy, folded.params)` gives the new
+    variables to one without normalization.
 
     Examples:
         >>> import jax, jax.numpy as jnp

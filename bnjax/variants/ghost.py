@@ -34,17 +34,12 @@ def ghost_batch_norm(
     `Moments.merge`. It is for training: inference has no groups, see
     `bnjax.batch_norm`.
 
-    Args:
-        x: input, of rank 2 or more, the examples along its first axis.
-        scale: gamma, shape (features,); None for ones.
-        bias: beta, shape (features,); None for zeros.
-        batch_stats: running statistics, shape (features,).
-        virtual_batch_size: examples in a group; divides the batch. None for one group.
-        momentum: weight of the old statistics (PyTorch's 0.1 is 0.9 here).
-        unbiased: running variance with m / (m - 1), m the values in all groups.
-        use_fast_variance: as in `bnjax.batch_norm`.
-        **options: `axis`, `epsilon`, `activation`, `residual`, `dtype`, `axis_name` and
-            `axis_index_groups` of `bnjax.batch_norm`.
+    `x` is of rank 2 or more, the examples along its first axis; `virtual_batch_size` is
+    the number of examples in a group, which divides the batch, or None for one group.
+    With `unbiased` the running variance has the factor m / (m - 1), m being the values
+    in all groups. The others are those of `bnjax.batch_norm`, of which `axis`,
+    `epsilon`, `activation`, `residual`, `dtype`, `axis_name` and `axis_index_groups`
+    are the options.
 
     Examples:
         >>> import jax.numpy as jnp, bnjax

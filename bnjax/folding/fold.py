@@ -205,9 +205,9 @@ def fold_batch_norm(
 def fold_nnx(model: nnx.Module, example: Any, *, dtype: Any = None) -> Folded:
     """Fold the batch normalizations of a flax.nnx model; see `fold_batch_norm`.
 
-    The model is called as `model(x)`. It stays as it is: a copy of it is put in the mode
-    of `model.eval()` and folded, and `nnx.update(copy, folded.params)` gives the new
-    variables to one without normalization.
+    The model is called as `model(x)` and stays as it is: a copy of it is put in the
+    mode of `model.eval()` and folded, and `nnx.update(copy, folded.params)` gives the
+    new variables to one without normalization.
 
     Examples:
         >>> import jax, jax.numpy as jnp

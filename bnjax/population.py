@@ -33,6 +33,7 @@ Path = tuple[Any, ...]
 
 COLLECTION = "batch_stats"
 RECORD = "population_record"
+NOTE = COLLECTION, RECORD
 
 
 def recompute_batch_stats(
@@ -47,7 +48,7 @@ def recompute_batch_stats(
 ) -> Any:
     """Estimate the statistics of batch norm layers again, over batches of examples.
 
-    With the parameters fixed, and each layer given what the layers below it make of the
+    With the parameters fixed, and each layer given what those below it make of the
     batch in training, for batches B of m values per channel:
 
     - "paper": mean = E_B[mu_B], var = E_B[m / (m - 1) * var_B];
@@ -65,30 +66,22 @@ def recompute_batch_stats(
             once for one function: define it outside of a loop.
         variables: of a linen network, "params" and "batch_stats" among them; or an
             nnx.Module. They stay as they are.
-        batches: what `apply_fn` takes, one after the other: arrays or trees of arrays,
-            also global ones that are sharded over devices and processes.
+        batches: what `apply_fn` takes, one after the other: trees of arrays, also of
+            global ones that are sharded over devices and processes.
         method: "paper" or "pooled". For small batches "pooled" is the more exact.
         num_batches: how many to take; all if None.
         axis_name: run on several devices by pmap with this name: the arrays of a batch
-            have a first axis of one entry for each device of this process. Each entry
-            is a mini-batch, unless the layers share statistics by an axis_name of
-            their own.
-        layers: None for all. Otherwise the names of those to estimate, such as
-            "block/bn", or patterns such as "block/*" (`*` also matches "/"), one or
-            several, or a function of the name that says which. The others keep their
-            statistics.
+            have a first axis of one entry for each device of this process, a mini-batch
+            unless the layers share statistics by an axis_name of their own.
+        layers: those to estimate, None for all: names such as "block/bn" or patterns
+            such as "block/*" (`*` also matches "/"), one or several, or a function of
+            the name. The others keep their statistics.
 
     Returns:
         For linen the new collection "batch_stats", of the same tree, shapes and dtypes:
         `{**variables, "batch_stats": new}`. For nnx the nnx.State of all BatchStat:
         `nnx.update(model, new)`. A layer that normalizes by its running statistics
         (frozen), or a channel that a mask hides in all batches, keeps what it had.
-
-    Raises:
-        TypeError: `variables` is neither; a layer is no BatchNorm of Flax.
-        ValueError: no batch norm layer, or none that trains; fewer batches than asked
-            for; moments that are not finite, with layer and batch; one value per
-            channel; unknown layers or method; shapes that do not fit.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -108,8 +101,7 @@ def recompute_batch_stats(
     References:
         Ioffe & Szegedy (2015), Algorithm 2, lines 7 to 12 ("paper"); Wu & Johnson
         (2021), "Rethinking 'Batch' in BatchNorm", section 3 ("pooled"); Li et al.
-        (2016), "Revisiting Batch Normalization For Practical Domain Adaptation" (the
-        statistics of another domain).
+        (2016), "Revisiting Batch Normalization For Practical Domain Adaptation".
     """
     if method not in get_args(Method):
         raise ValueError(
@@ -123,7 +115,16 @@ def recompute_batch_stats(
             f"recompute_batch_stats: num_batches={num_batches}; expected 1 or more, or "
             "None for all."
         )
-    network = _as_network(variables)
+    if isinstance(variables, nnx.Module):
+        network = NnxNetwork(variables)
+    elif isinstance(variables, Mapping):
+        network = LinenNetwork(variables)
+    else:
+        raise TypeError(
+            f"recompute_batch_stats: variables is of type {type(variables).__name__}; "
+            "expected a dict of collections such as {'params': ..., 'batch_stats': "
+            "...}, or an nnx.Module."
+        )
     old = network.stats()
     if not old:
         raise ValueError(
@@ -132,11 +133,18 @@ def recompute_batch_stats(
             "network with flax's or bnjax's BatchNorm, as its init gives them."
         )
     shapes = {path: jnp.shape(old[path][0]) for path in _choose_layers(layers, old)}
-    given = itertools.islice(batches, num_batches)
-    records = _records(network, apply_fn, shapes, axis_name, given)
+    function, known, carry, rest = network.prepare(shapes)
+    program = _compiled(function, apply_fn, *known, axis_name=axis_name)
+
+    def recorded() -> Iterator[dict[Path, tuple[Record, Any]]]:
+        nonlocal carry
+        for batch in itertools.islice(batches, num_batches):
+            found, carry = program((carry, rest), batch)
+            yield found
+
     totals, count = dict.fromkeys(shapes, Total()), 0
     # In pairs: what a batch gave is read once the next has been started.
-    for started, _ in itertools.pairwise(itertools.chain(records, [None])):
+    for started, _ in itertools.pairwise(itertools.chain(recorded(), [None])):
         for path, (record, moved) in jax.tree.map(_on_host, started).items():
             place = f"recompute_batch_stats: layer {_layer_name(path)}"
             if moved.any() and not record.weight.any():
@@ -147,10 +155,8 @@ def recompute_batch_stats(
                     "it out with layers=..."
                 )
             # One record for each device, where several were at work.
-            for part in zip(
-                *(leaf.reshape(-1, *shapes[path]) for leaf in jax.tree.leaves(record)),
-                strict=True,
-            ):
+            leaves = [x.reshape(-1, *shapes[path]) for x in jax.tree.leaves(record)]
+            for part in zip(*leaves, strict=True):
                 totals[path] = totals[path].add(part, method, f"{place}, batch {count}")
         count += 1
     if count == 0 or count < (num_batches or 0):
@@ -175,12 +181,7 @@ def recompute_batch_stats(
 
 
 def _choose_layers(layers: Layers, paths: Iterable[Path]) -> tuple[Path, ...]:
-    """Return the paths that `layers` asks for.
-
-    Example:
-        >>> _choose_layers("block_1/*", [("bn",), ("block_1", "bn")])
-        (('block_1', 'bn'),)
-    """
+    """Return the paths that `layers` asks for."""
     names = {_layer_name(path): path for path in paths}
     listed = f"Its batch norm layers are: {', '.join(names)}."
     if callable(layers):
@@ -211,12 +212,6 @@ def _choose_layers(layers: Layers, paths: Iterable[Path]) -> tuple[Path, ...]:
 
 
 def _layer_name(path: Path) -> str:
-    """A layer's path in the network as one string.
-
-    Example:
-        >>> _layer_name(("block", "bn_0")), _layer_name(())
-        ('block/bn_0', '(top level)')
-    """
     return "/".join(map(str, path)) or "(top level)"
 
 
@@ -226,11 +221,9 @@ def _layer_name(path: Path) -> str:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Moments of all that a layer was given in one batch.
+    """Moments of all that a layer was given in one batch, over sharing devices.
 
-    Attributes:
-        moments: of the inputs of all calls, over the devices that share statistics.
-        weight: the share of `moments.count` that this device stands for.
+    `weight` is the share of `moments.count` that this device stands for.
     """
 
     moments: Moments
@@ -252,13 +245,8 @@ class Record:
             elif mask is not None:
                 # Flax takes every number but 0 for True, and NumPy's rule of shapes.
                 mask = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
-            found = functional.moments(
-                x,
-                axis=layer.axis,
-                mask=mask,
-                axis_name=layer.axis_name,
-                axis_index_groups=groups,
-            )
+            shared = {"axis_name": layer.axis_name, "axis_index_groups": groups}
+            found = functional.moments(x, axis=layer.axis, mask=mask, **shared)
         if found.mean.size != self.weight.size:
             raise ValueError(
                 f"{name}: its statistics in `variables` have shape "
@@ -266,24 +254,14 @@ class Record:
                 f"{found.mean.shape}; expected the same. Pass the variables that "
                 "belong to this network."
             )
-        devices = 1
-        if layer.axis_name is not None:
-            devices = lax.psum(1, layer.axis_name, axis_index_groups=groups)
-        found = jax.tree.map(
-            lambda leaf: leaf.reshape(self.weight.shape).astype(dtype), found
-        )
+        devices = 1 if layer.axis_name is None else lax.psum(1, **shared)
         old = jax.tree.map(jnp.asarray, self)
+        found = jax.tree.map(lambda x: x.reshape(old.weight.shape).astype(dtype), found)
         return Record(old.moments.merge(found), old.weight + found.count / devices)
 
 
 def _call_and_record(
-    layer: Any,
-    name: str,
-    call: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    read: Callable[[], Record],
-    write: Callable[[Record], None],
+    layer: Any, name: str, call: Any, args: Any, kwargs: Any, read: Any, write: Any
 ) -> Any:
     """Call a layer of linen or nnx; note what it was given if it trains."""
     before = read()
@@ -321,7 +299,7 @@ class LinenNetwork:
         }
 
     def prepare(self, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[Any, ...]:
-        """What `_records` runs: a function, what it knows, its carry and the rest."""
+        """What is run: a function, what it knows, its carry and the rest."""
         flat = self._flat()
         flat |= {(*path, RECORD): Record.empty(shape) for path, shape in shapes.items()}
         variables = {**self.variables, COLLECTION: unflatten_dict(flat)}
@@ -329,11 +307,8 @@ class LinenNetwork:
 
     def with_stats(self, stats: Mapping[Path, tuple[Any, ...]]) -> Any:
         """The collection with another mean and variance for some layers."""
-        new = {
-            (*path, name): value
-            for path, pair in stats.items()
-            for name, value in zip(("mean", "var"), pair, strict=True)
-        }
+        new = {(*path, "mean"): mean for path, (mean, _) in stats.items()}
+        new |= {(*path, "var"): var for path, (_, var) in stats.items()}
         return jax.tree_util.tree_map_with_path(
             lambda keys, leaf: new.get(_key_names(keys), leaf),
             self.variables[COLLECTION],
@@ -371,28 +346,15 @@ def _linen_records(
 
 
 def _intercept_linen(
-    call: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
+    call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext
 ) -> Any:
-    layer = context.module
-    if (
-        not isinstance(layer, nn.BatchNorm)
-        or context.method_name != "__call__"
-        or not layer.has_variable(COLLECTION, RECORD)
-    ):
+    layer, own = context.module, context.method_name == "__call__"
+    if not (own and isinstance(layer, nn.BatchNorm)) or not layer.has_variable(*NOTE):
         return call(*args, **kwargs)
     name = f"BatchNorm layer {_layer_name(layer.path)}"
-    return _call_and_record(
-        layer,
-        name,
-        call,
-        args,
-        kwargs,
-        read=lambda: layer.get_variable(COLLECTION, RECORD),
-        write=lambda record: layer.put_variable(COLLECTION, RECORD, record),
-    )
+    read = functools.partial(layer.get_variable, *NOTE)
+    write = functools.partial(layer.put_variable, *NOTE)
+    return _call_and_record(layer, name, call, args, kwargs, read, write)
 
 
 def _by_names(tree: Any) -> dict[Path, Any]:
@@ -423,7 +385,7 @@ class NnxNetwork:
         return {path: (layer.mean[...], layer.var[...]) for path, layer in layers}
 
     def prepare(self, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[Any, ...]:
-        """What `_records` runs: a function, what it knows, its carry and the rest."""
+        """What is run: a function, what it knows, its carry and the rest."""
         model = nnx.clone(self.model)
         layers = _nnx_layers(model)
         for path, shape in shapes.items():
@@ -448,19 +410,13 @@ def _nnx_layers(model: nnx.Module) -> dict[Path, nnx.BatchNorm]:
 
 
 def _nnx_records(
-    apply_fn: Callable[..., Any],
-    graphdef: Any,
-    paths: tuple[Path, ...],
-    state: Any,
-    batch: Any,
+    apply_fn: Callable[..., Any], graphdef: Any, paths: Any, state: Any, batch: Any
 ) -> tuple[dict[Path, tuple[Record, bool]], nnx.State]:
     """The record of each layer; the random streams after the call are the carry."""
     model = nnx.merge(graphdef, *state)
     apply_fn(model, batch)
     layers = _nnx_layers(model)
-    records = {
-        path: (getattr(layers[path], RECORD).get_value(), False) for path in paths
-    }
+    records = {p: (getattr(layers[p], RECORD).get_value(), False) for p in paths}
     return records, nnx.state(model, nnx.RngState)
 
 
@@ -478,45 +434,17 @@ def _recording(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
     return type(f"Recording{kind.__name__}", (kind,), {"__call__": call})
 
 
-def _as_network(variables: Any) -> LinenNetwork | NnxNetwork:
-    if isinstance(variables, nnx.Module):
-        return NnxNetwork(variables)
-    if isinstance(variables, Mapping):
-        return LinenNetwork(variables)
-    raise TypeError(
-        f"recompute_batch_stats: variables is of type {type(variables).__name__}; "
-        "expected a dict of collections such as {'params': ..., 'batch_stats': ...}, "
-        "or an nnx.Module."
-    )
-
-
 # What runs on the devices, and what the host makes of it.
-
-
-def _records(
-    network: LinenNetwork | NnxNetwork,
-    apply_fn: Callable[..., Any],
-    shapes: Mapping[Path, tuple[int, ...]],
-    axis_name: str | None,
-    batches: Iterable[Any],
-) -> Iterator[dict[Path, tuple[Record, Any]]]:
-    """Yield what the devices found in each batch."""
-    function, known, carry, rest = network.prepare(shapes)
-    program = _compiled(function, apply_fn, *known, axis_name=axis_name)
-    for batch in batches:
-        found, carry = program((carry, rest), batch)
-        yield found
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(
     function: Callable[..., Any], *known: Any, axis_name: str | None
 ) -> Callable[[Any, Any], Any]:
-    """Return a compiled function of the network's state and a batch.
+    """Return `function` compiled, of `known`, a network's state and a batch.
 
-    It is `function` of `known`, which is hashable, the state and the batch; under pmap
-    over `axis_name`, if that is given, the records of all devices are stacked. The same
-    arguments give the same function: a network is compiled once.
+    Under pmap over `axis_name`, if that is given, the records of all devices are
+    stacked. The same arguments give the same function: a network is compiled once.
     """
 
     def run(state: Any, batch: Any) -> Any:
@@ -543,7 +471,7 @@ def _compiled(
         shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
         sizes = {shape[:1] for shape in shapes}
         count = jax.local_device_count()
-        if len(sizes) != 1 or not sizes <= {(n,) for n in range(1, count + 1)}:
+        if len(sizes) != 1 or not sizes <= {(n + 1,) for n in range(count)}:
             raise ValueError(
                 f"recompute_batch_stats: axis_name={axis_name!r} with a batch of "
                 f"shapes {shapes}; expected a first axis of one entry for each device, "

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from bnjax.models.normalization import Normalization
 
@@ -34,15 +35,9 @@ def nonlinearity_inputs(
         train: normalize by the statistics of these images, as a training step would;
             else by the running ones. The variables stay as they are.
 
-    Under `jax.jit`, layers whose inputs the caller leaves out cost nothing.
-
     Returns:
         By the path of the normalization layer, such as "bn_0": arrays of shape
-        (batch, ..., features).
-
-    Raises:
-        TypeError: the model has no `normalization`.
-        ValueError: none of its layers goes through it.
+        (batch, ..., features). Under `jax.jit`, those left out cost nothing.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -72,7 +67,12 @@ def nonlinearity_inputs(
     _, updated = recording.apply(
         variables, images, train=train, mutable=mutable, rngs=rngs
     )
-    found = dict(_recorded(updated.get("intermediates", {})))
+    recorded: Any = flatten_dict(updated.get("intermediates", {}))
+    found = {
+        "/".join(path).removesuffix(SUFFIX): value
+        for (*path, last), value in recorded.items()
+        if last == "value" and path and path[-1].endswith(SUFFIX)
+    }
     if not found:
         raise ValueError(
             f"nonlinearity_inputs: no layer of {type(model).__name__} goes through "
@@ -87,8 +87,7 @@ def input_percentiles(
     """Return percentiles of the input of each nonlinearity, a feature at a time.
 
     They are taken over the examples and, in feature maps, over the positions too, with
-    linear interpolation; by NumPy, whose partition takes a sixth of the time of XLA's
-    sort on a CPU. The names are those of the inputs, the shape (percentiles, features).
+    linear interpolation. Names are those of the inputs, shapes (percentiles, features).
 
     Args:
         inputs: of `nonlinearity_inputs`, all or some of them: arrays of shape
@@ -105,6 +104,7 @@ def input_percentiles(
     References:
         Ioffe and Szegedy 2015, Figure 1b, c.
     """
+    # NumPy's partition takes a sixth of the time of XLA's sort on a CPU.
     return {
         name: np.percentile(np.asarray(u).reshape(-1, u.shape[-1]), percentiles, axis=0)
         for name, u in inputs.items()
@@ -117,15 +117,12 @@ def movement(curve: Any, axis: int = 0) -> Movement:
     .. math:: \mathrm{path} = \sum_t |q_t - q_{t-1}|, \quad
               \mathrm{span} = \max_t q_t - \min_t q_t
 
-    The path depends on how often the curve was recorded: compare paths of equal steps
-    alone.
+    Both are float64. The path depends on how often the curve was recorded: compare
+    paths of equal steps alone.
 
     Args:
         curve: shape (..., times, ...), such as a percentile at every evaluation.
         axis: the times.
-
-    Returns:
-        Path and span, float64, of the shape of `curve` without `axis`.
 
     Example:
         >>> path, span = movement([0.0, 2.0, 1.0, 1.0])
@@ -135,12 +132,3 @@ def movement(curve: Any, axis: int = 0) -> Movement:
     values = np.asarray(curve, np.float64)
     path = np.abs(np.diff(values, axis=axis)).sum(axis=axis)
     return Movement(path, np.ptp(values, axis=axis))
-
-
-def _recorded(tree: Any, path: tuple[str, ...] = ()) -> Any:
-    """Yield each layer's path and what was recorded."""
-    for name, below in tree.items():
-        if name.endswith(SUFFIX) and set(below) == {"value"}:
-            yield "/".join((*path, name.removesuffix(SUFFIX))), below["value"]
-        elif isinstance(below, dict):
-            yield from _recorded(below, (*path, name))

@@ -15,23 +15,8 @@ def layer_input(
 ) -> jax.Array:
     """Return a layer's first argument, with the running statistics.
 
-    Args:
-        model: called as `model(images, train=False)`.
-        variables: of the model.
-        images: shape (batch, ...), floating.
-        layer: path of a module of the model, such as "dense_1".
-
-    Raises:
-        ValueError: no module of that path is called.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from bnjax.diagnostics import layer_input
-        >>> from bnjax.models import MLP
-        >>> x = jnp.ones((2, 5))
-        >>> variables = MLP((4, 3)).init(jax.random.key(0), x, train=False)
-        >>> layer_input(MLP((4, 3)), variables, x, "logits").shape
-        (2, 3)
+    The model is called as `model(images, train=False)`; the layer is the path of a
+    module, such as "dense_1". `layer_block` has an example.
     """
     return _inputs(model, variables, images, {})(layer)
 
@@ -55,23 +40,20 @@ def layer_block(
         A function of one example's input of `start`, without the axis of the batch,
         that gives the input of `end`, likewise.
 
-    Raises:
-        ValueError: no module of that path is called.
-
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from bnjax.diagnostics import layer_block
+        >>> from bnjax.diagnostics import layer_block, layer_input
         >>> from bnjax.models import MLP
-        >>> x = jnp.ones((1, 5))
-        >>> variables = MLP((4, 3)).init(jax.random.key(0), x, train=False)
-        >>> block = layer_block(MLP((4, 3)), variables, x, "dense_1", "logits")
-        >>> jax.jacrev(block)(jnp.ones(4)).shape
+        >>> model, x = MLP((4, 3)), jnp.ones((1, 5))
+        >>> variables = model.init(jax.random.key(0), x, train=False)
+        >>> block = layer_block(model, variables, x, "dense_1", "logits")
+        >>> z = layer_input(model, variables, x, "dense_1")
+        >>> jax.jacrev(block)(z[0]).shape
         (3, 4)
     """
 
     def block(z: jax.Array) -> jax.Array:
-        replaced = {start: z[None]}
-        read = _inputs(model, variables, images[:1], replaced)
+        read = _inputs(model, variables, images[:1], {start: z[None]})
         read(start)
         return read(end)[0]
 
@@ -114,12 +96,7 @@ def _inputs(
     """Run the model, with some layers' inputs replaced; return who reads the inputs."""
     inputs: dict[str, Any] = {}
 
-    def intercept(
-        call: Callable[..., Any],
-        args: Any,
-        options: Any,
-        context: nn.module.InterceptorContext,
-    ) -> Any:
+    def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
         path = "/".join(context.module.path)
         if context.method_name == "__call__" and args and path:
             args = (replaced.get(path, args[0]), *args[1:])

@@ -56,19 +56,14 @@ class Layer:
 
 
 class Report(tuple[Layer, ...]):
-    """What became of each batch normalization, in the order they are computed.
-
-    Printed, it is a table.
-    """
+    """What became of each batch normalization, in their order; printed, a table."""
 
     __slots__ = ()
 
     def __str__(self) -> str:
         rows = [("batch normalization", "folded into", "as", "or why not")]
-        rows += [
-            (row.path, row.into or "-", row.operation or "-", row.reason)
-            for row in self
-        ]
+        for row in self:
+            rows += [(row.path, row.into or "-", row.operation or "-", row.reason)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows
@@ -80,8 +75,7 @@ class Folded:
     """A model without batch normalization.
 
     Called on an input like the example, with a batch of any size, it gives what the
-    model gave. `apply(variables, x)` does so with the variables as an argument, to
-    differentiate or to compile by yourself.
+    model gave.
 
     Attributes:
         variables: of the new model: `{"params": ...}`, and other collections where the
@@ -111,22 +105,17 @@ class Folded:
         return jax.jit(self.apply)
 
     def apply(self, variables: Any, x: Any) -> Any:
-        """Return the outputs of the model with given variables.
-
-        Args:
-            variables: of the structure of the attribute of that name.
-            x: as the example, with a batch of any size.
-
-        Raises:
-            ValueError: for an input of this shape other layers would be folded.
-        """
+        """Return the outputs with given variables, to differentiate or compile."""
         before = Variables.of(self._before)
         program = trace(self._apply_fn, self._before, x)
-        reader = ParamReader(Variables.of(variables), before, self._entries)
+        given = Variables.of(variables)
+        found = dict(zip(given.paths, given.values, strict=True))
+        reader = ParamReader(found, before, list(self._entries))
         try:
             folder = Folder(program, before, reader, self._dtype)
             outputs = folder.run(jax.tree.leaves(x))
-            reader.check_all_read()
+            if reader.unread:
+                raise OtherLayersError
         except OtherLayersError:
             raise ValueError(
                 f"Folded: for an input of shape {jax.tree.map(jnp.shape, x)} other "
@@ -171,25 +160,15 @@ def fold_batch_norm(
             layers; those of the model if None. What lies between the products keeps
             the dtype it has in the model.
 
-    Returns:
-        The new model, its variables and the report.
-
-    Raises:
-        ValueError: there are no statistics, or the model does not normalize by them,
-            as in training.
-        TypeError: another dtype, or variables that are traced.
-
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from bnjax.folding import fold_batch_norm
         >>> from bnjax.models import MLP
         >>> model, x = MLP((4,), classes=3), jnp.ones((2, 5))
         >>> variables = model.init(jax.random.key(0), x, train=False)
-        >>> folded = fold_batch_norm(
-        ...     lambda variables, x: model.apply(variables, x, train=False),
-        ...     variables,
-        ...     x,
-        ... )
+        >>> def apply(variables, x):
+        ...     return model.apply(variables, x, train=False)
+        >>> folded = fold_batch_norm(apply, variables, x)
         >>> print(folded.report)
         batch normalization  folded into     as              or why not
         bn_0                 dense_0/kernel  matrix product
@@ -204,7 +183,8 @@ def fold_batch_norm(
     _check(variables, dtype)
     dtype = None if dtype is None else jnp.dtype(dtype)
     before = Variables.of(variables)
-    example = jax.tree.map(_shape_of, example)
+    shapes = jax.eval_shape(lambda x: x, example)
+    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes)
     program = trace(apply_fn, variables, example)
     writer = ParamWriter(before, dtype)
     folder = Folder(program, before, writer, dtype)
@@ -217,25 +197,17 @@ def fold_batch_norm(
             "use_running_average=True."
         )
     found, entries = writer.finish()
-    new_variables = unflatten_dict(found)
-    return Folded(new_variables, folder.report(), apply_fn, variables, entries, dtype)
+    return Folded(
+        unflatten_dict(found), folder.report(), apply_fn, variables, entries, dtype
+    )
 
 
 def fold_nnx(model: nnx.Module, example: Any, *, dtype: Any = None) -> Folded:
     """Fold the batch normalizations of a flax.nnx model; see `fold_batch_norm`.
 
-    Args:
-        model: called as `model(x)`. It stays as it is; a copy of it is put in the mode
-            of `model.eval()` and folded.
-        example: an input, or a jax.ShapeDtypeStruct.
-        dtype: float32 or bfloat16; those of the model if None.
-
-    Returns:
-        The new model, whose variables have the names of the attributes of the old one:
-        `nnx.update(copy, folded.params)` gives them to one without normalization.
-
-    Raises:
-        TypeError, ValueError: as `fold_batch_norm`.
+    The model is called as `model(x)` and stays as it is: a copy of it is put in the
+    mode of `model.eval()` and folded, and `nnx.update(copy, folded.params)` gives the
+    new variables to one without normalization.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -266,13 +238,6 @@ def fold_nnx(model: nnx.Module, example: Any, *, dtype: Any = None) -> Folded:
     return fold_batch_norm(apply, variables, example, dtype=dtype)
 
 
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return x
-    x = jnp.asarray(x)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
 def _check(variables: Any, dtype: Any) -> None:
     if dtype is not None and jnp.dtype(dtype).name not in ("float32", "bfloat16"):
         raise TypeError(
@@ -301,12 +266,9 @@ def _check(variables: Any, dtype: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeferredValue:
-    """A value that depends on the inputs, with the operations still to be applied.
+    """A linear layer not yet computed, or an array, and operations yet to be applied.
 
-    Attributes:
-        base: a linear layer that is not computed yet, or an array.
-        reason: why no layer before an array can take what follows.
-        pending_ops: to be applied to the base.
+    `reason` says why no layer before an array can take what follows.
     """
 
     base: Any
@@ -318,38 +280,31 @@ class DeferredValue:
         return dataclasses.replace(self, pending_ops=(*self.pending_ops, op))
 
 
-class Folder:
-    """Computes a program without its batch normalizations.
+Value = Constant | DeferredValue
 
-    Args:
-        program: traced; its first inputs are the variables.
-        variables: the values the constants are computed from.
-        params: where the new program has its arrays from.
-        dtype: of the products of linear layers; None for their own.
+
+@dataclasses.dataclass(eq=False)
+class Folder:
+    """Computes a program, whose first inputs are variables, without its layers of BN.
+
+    The arrays of the new program are from `params`; its linear layers have products of
+    `dtype`, of their own where it is None.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        variables: Variables,
-        params: ParamWriter | ParamReader,
-        dtype: Any,
-    ) -> None:
-        self.layers: list[Layer] = []
-        self._elsewhere: dict[Path, str] = {}
-        self._program = program
-        self._variables = variables
-        self._params = params
-        self._dtype = dtype
-        self._computed: dict[Equation, list[Any]] = {}
+    program: Program
+    variables: Variables
+    params: ParamWriter | ParamReader
+    dtype: Any
+    layers: list[Layer] = dataclasses.field(default_factory=list)
+    _elsewhere: dict[Path, str] = dataclasses.field(default_factory=dict)
+    _computed: dict[Equation, list[Any]] = dataclasses.field(default_factory=dict)
 
     def run(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
         """Compute the outputs of the program, noting what became of each layer."""
-        program, values = self._program, self._variables.values
-        env: dict[Atom, Constant | DeferredValue] = {
-            atom: Constant(atom.aval, known=value)
-            for atom, value in program.literals.items()
-        }
+        program, values = self.program, self.variables.values
+        env: dict[Atom, Value] = {}
+        for atom, value in program.literals.items():
+            env[atom] = Constant(atom.aval, known=value)
         own, given = program.inputs[: len(values)], program.inputs[len(values) :]
         for i, (atom, value) in enumerate(zip(own, values, strict=True)):
             env[atom] = Constant(atom.aval, frozenset({i}), value)
@@ -359,27 +314,19 @@ class Folder:
             results = self._apply(equation, [env[atom] for atom in equation.inputs])
             for atom, result in zip(equation.outputs, results, strict=True):
                 env[atom] = self._shared(result, program.uses[atom])
-        return [
-            self._array(env[atom], "it gives an output of the model")
-            for atom in program.outputs
-        ]
+        after = "it gives an output of the model"
+        return [self._array(env[atom], after) for atom in program.outputs]
 
     def report(self) -> Report:
         """Return what became of every layer that has statistics."""
-        unused = dict.fromkeys(
-            self._variables.layers(frozenset(range(len(self._variables.paths)))),
-            "its statistics scale nothing",
-        )
+        every = self.variables.layers(frozenset(range(len(self.variables.paths))))
+        unused = dict.fromkeys(every, "its statistics scale nothing")
+        rest = {"/".join(p): why for p, why in (unused | self._elsewhere).items()}
         seen = {row.path for row in self.layers}
-        rest = [
-            Layer("/".join(path), False, reason=reason)
-            for path, reason in (unused | self._elsewhere).items()
-        ]
-        return Report((*self.layers, *(row for row in rest if row.path not in seen)))
+        kept = [Layer(p, False, reason=rest[p]) for p in rest if p not in seen]
+        return Report((*self.layers, *kept))
 
-    def _apply(
-        self, equation: Equation, operands: list[Constant | DeferredValue]
-    ) -> Sequence[Constant | DeferredValue]:
+    def _apply(self, equation: Equation, operands: list[Value]) -> Sequence[Value]:
         constants = tuple(value for value in operands if isinstance(value, Constant))
         if len(constants) == len(operands) and not equation.source.effects:
             leaves = frozenset().union(*(value.leaves for value in constants))
@@ -387,8 +334,7 @@ class Folder:
                 Constant(atom.aval, leaves, None, equation, constants, i)
                 for i, atom in enumerate(equation.outputs)
             ]
-        deferred = self._defer(equation, operands)
-        if deferred is not None:
+        if (deferred := self._defer(equation, operands)) is not None:
             return [deferred]
         name = equation.name
         for value in constants:
@@ -399,23 +345,18 @@ class Folder:
             reason = f"it follows `{name}`, whose kernel is no parameter"
         return [DeferredValue(array, reason) for array in equation.bind(*arrays)]
 
-    def _defer(
-        self, equation: Equation, operands: list[Constant | DeferredValue]
-    ) -> DeferredValue | None:
+    def _defer(self, equation: Equation, operands: list[Value]) -> DeferredValue | None:
         """Return the result of an equation that need not be computed yet."""
-        deferred = [
-            (i, operand)
-            for i, operand in enumerate(operands)
-            if isinstance(operand, DeferredValue)
-        ]
-        if len(deferred) != 1 or len(operands) > 2:
-            return None
-        ((side, value),) = deferred
-        if len(operands) == 1:
-            simple = is_move(equation) or equation.name == "neg"
-            return value.then(PendingOp(equation)) if simple else None
-        constant = operands[1 - side]
-        assert isinstance(constant, Constant)  # noqa: S101 (for the type checker)
+        match operands:
+            case [DeferredValue() as value]:
+                simple = is_move(equation) or equation.name == "neg"
+                return value.then(PendingOp(equation)) if simple else None
+            case [DeferredValue() as value, Constant() as constant]:
+                side = 0
+            case [Constant() as constant, DeferredValue() as value]:
+                side = 1
+            case _:
+                return None
         if constant.leaves:
             linear = LinearOp.of(equation, 1 - side, constant)
             if linear is not None:
@@ -429,9 +370,7 @@ class Folder:
             value = DeferredValue(self._array(value, reason), reason)
         return value.then(op)
 
-    def _shared(
-        self, value: Constant | DeferredValue, uses: int
-    ) -> Constant | DeferredValue:
+    def _shared(self, value: Value, uses: int) -> Value:
         """Compute at once what is needed more than once."""
         if uses < 2 or isinstance(value, Constant):
             return value
@@ -445,14 +384,13 @@ class Folder:
 
         What a linear layer before it can take is left to that one.
         """
-        after = f"a {linear.operation} follows"
-        in_kernel = f"its statistics are in the kernel of a {linear.operation}"
-        self._note(linear.kernel, in_kernel)
+        name, after = linear.operation, f"a {linear.operation} follows"
+        self._note(linear.kernel, f"its statistics are in the kernel of a {name}")
         first, _ = self._span(value.pending_ops)
         if first is not None and not isinstance(value.base, LinearOp):
             before, ops = value.pending_ops[:first], value.pending_ops[first:]
             try:
-                absorbed = linear.absorb(*compose(ops, _rank_before(ops)))
+                absorbed = linear.absorb(*compose(ops))
             except (NotFoldableError, NotNumericError) as error:
                 after = str(error)
             else:
@@ -464,7 +402,7 @@ class Folder:
                 )
         return dataclasses.replace(linear, data=self._array(value, after))
 
-    def _array(self, value: Constant | DeferredValue, after: str) -> Any:
+    def _array(self, value: Value, after: str) -> Any:
         """Compute a value and what is pending on it."""
         if isinstance(value, Constant):
             return self._constant(value)
@@ -476,10 +414,8 @@ class Folder:
             return self._apply_ops(self._linear(base, ops[:end]), ops[end:])
         if first is None:
             return self._apply_ops(base, ops)
-        layers = self._layers(ops)
-        for path in layers:
-            reason = f"{value.reason}; {after}"
-            self.layers.append(Layer("/".join(path), False, reason=reason))
+        layers, reason = self._layers(ops), f"{value.reason}; {after}"
+        self.layers += [Layer("/".join(p), False, reason=reason) for p in layers]
         array = self._apply_ops(base, ops[:first])
         array = self._affine(array, ops[first:end], ("params", *layers[0]))
         return self._apply_ops(array, ops[end:])
@@ -499,7 +435,7 @@ class Folder:
         if equation is None:
             if not constant.leaves:
                 return constant.known
-            found, dtype = self._params.leaf(min(constant.leaves)), constant.aval.dtype
+            found, dtype = self.params.leaf(min(constant.leaves)), constant.aval.dtype
             return found if found.dtype == dtype else found.astype(dtype)
         if equation not in self._computed:
             operands = [self._constant(operand) for operand in constant.operands]
@@ -513,15 +449,15 @@ class Folder:
         """
         layers = [*linear.layers, *self._layers(ops)]
         if not layers:
-            array = linear.bind(self._constant(linear.kernel), self._dtype)
+            array = linear.bind(self._constant(linear.kernel), self.dtype)
             return self._apply_ops(array, ops)
         folded = functools.cache(lambda: linear.folded(ops))
         kernel, path, dtype = self._kernel(linear.kernel, lambda: folded()[0])
-        bias = self._params.new((*path[:-1], "bias"), dtype, lambda: folded()[1])
-        for layer in layers:
-            into, name = "/".join(path[1:]), "/".join(layer)
+        bias = self.params.new((*path[:-1], "bias"), dtype, lambda: folded()[1])
+        for name in map("/".join, layers):
+            into = "/".join(path[1:])
             self.layers.append(Layer(name, True, into, linear.operation))
-        array = linear.add_bias(_wide(linear.bind(kernel, self._dtype)), bias)
+        array = linear.add_bias(_wide(linear.bind(kernel, self.dtype)), bias)
         moves = [op for op in ops if is_move(op.equation) and not _is_cast(op.equation)]
         last = ops[-1].equation if ops else linear.equation
         return self._apply_ops(array, moves).astype(last.outputs[0].aval.dtype)
@@ -533,11 +469,11 @@ class Folder:
 
         It is kept in the form of the variable that it replaces, if it is of one only.
         """
-        paths = self._variables.paths
+        paths = self.variables.paths
         leaves = sorted(kernel.leaves, key=lambda i: (paths[i][0] != "params", i))
         leaf, moves = kernel.origin or (leaves[0], ())
         path = paths[leaf]
-        dtype = self._dtype or self._variables.values[leaf].dtype
+        dtype = self.dtype or self.variables.values[leaf].dtype
         if kernel.origin is None:
             path = (*path[:-1], "folded_kernel")
 
@@ -547,7 +483,7 @@ class Folder:
                 value = rearrange(move, value, undo=True)
             return value
 
-        array = self._params.new(path, dtype, as_variable)
+        array = self.params.new(path, dtype, as_variable)
         for move in moves:
             if not _is_cast(move):
                 (array,) = move.bind(array)
@@ -566,7 +502,7 @@ class Folder:
 
         @functools.cache
         def made() -> dict[str, np.ndarray]:
-            scale, shift = np.broadcast_arrays(*compose(ops, _rank_before(ops)))
+            scale, shift = np.broadcast_arrays(*compose(ops))
             with np.errstate(all="ignore"):
                 mean = (-shift / scale).astype(wide.dtype).astype(np.float64)
             mean = np.where(np.isfinite(mean), mean, 0)
@@ -579,7 +515,7 @@ class Folder:
                     value = value[0]
                 return value
 
-            value = self._params.new((*path, name), wide.dtype, make)
+            value = self.params.new((*path, name), wide.dtype, make)
             ones = (1,) * (wide.ndim - value.ndim)
             return value.reshape(ones + value.shape).astype(wide.dtype)
 
@@ -588,7 +524,7 @@ class Folder:
 
     def _layers(self, ops: Sequence[PendingOp]) -> list[Path]:
         leaves = (op.constant.leaves for op in ops if op.constant is not None)
-        return self._variables.layers(frozenset().union(*leaves))
+        return self.variables.layers(frozenset().union(*leaves))
 
     def _span(self, ops: Sequence[PendingOp]) -> tuple[int | None, int]:
         """Return where the operations by statistics start and end, if some scale.
@@ -602,7 +538,7 @@ class Folder:
         layers = self._layers(ops)
         for i, op in enumerate(ops[end:], end):
             if op.constant is not None:
-                if not self._variables.belongs(op.constant, layers):
+                if not self.variables.belongs(op.constant, layers):
                     break
                 end = i + 1
         return ours[0], end
@@ -612,18 +548,14 @@ class Folder:
         for i, op in enumerate(ops):
             if op.constant is not None:
                 added = op.equation.name in ("add", "add_any")
-                layer = self._variables.parents(linear.kernel)
-                own = self._variables.belongs(op.constant, layer)
+                layer = self.variables.parents(linear.kernel)
+                own = self.variables.belongs(op.constant, layer)
                 return i + 1 if added and own else 0
         return 0
 
     def _note(self, constant: Constant, where: str) -> None:
-        for path in self._variables.layers(constant.leaves):
+        for path in self.variables.layers(constant.leaves):
             self._elsewhere.setdefault(path, where)
-
-
-def _rank_before(ops: Sequence[PendingOp]) -> int:
-    return len(ops[0].equation.inputs[ops[0].side].aval.shape)
 
 
 def _wide(array: jax.Array) -> jax.Array:

@@ -21,12 +21,9 @@ from bnjax.folding.program import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PendingOp:
-    """An equation that rearranges one value, negates it, scales or shifts it.
+    """An equation that rearranges one value, negates it, or scales or shifts it.
 
-    Attributes:
-        equation: such as `reshape` or `mul`.
-        constant: what it scales or shifts by, if it does.
-        side: which operand the value is.
+    It does so by `constant`; `side` says which operand the value is.
     """
 
     equation: Equation
@@ -71,15 +68,15 @@ class PendingOp:
 
 
 def compose(
-    ops: Sequence[PendingOp], rank: int, *, at_input: bool = False
+    ops: Sequence[PendingOp], rank: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Multiplier and shift of operations on a value of that rank, both compact.
+    """Multiplier and shift of operations, compact, in the form of the output.
 
-    They have the form of the output, or with `at_input` that of the input.
-
-    Raises:
-        NotNumericError: a rearrangement cannot be followed.
+    With a rank, that of the input, they have the form of the input.
     """
+    at_input = rank is not None
+    if rank is None:
+        rank = len(ops[0].equation.inputs[ops[0].side].aval.shape)
     multiplier, shift = np.ones((1,) * rank), np.zeros((1,) * rank)
     for i, op in enumerate(ops):
         if is_move(op.equation):
@@ -111,13 +108,9 @@ class LinearOp:
     """A convolution or matrix product of data and a kernel, not yet computed.
 
     Attributes:
-        equation: `conv_general_dilated` or `dot_general`.
         side: which operand the kernel is.
-        kernel: its kernel.
         channels: axis of the kernel by axis of the output, of those they share.
-        data: what it is applied to.
-        absorbed: kernel and bias where a layer before it went into them.
-        layers: the paths of those that did.
+        absorbed: kernel and bias where layers before it went into them, `layers`.
     """
 
     equation: Equation
@@ -138,11 +131,7 @@ class LinearOp:
             return None
         contracting, batch = equation.params["dimension_numbers"]
         free = [
-            [
-                axis
-                for axis in range(len(atom.aval.shape))
-                if axis not in (*summed, *own)
-            ]
+            [i for i in range(len(atom.aval.shape)) if i not in (*summed, *own)]
             for atom, summed, own in zip(
                 equation.inputs, contracting, batch, strict=True
             )
@@ -167,9 +156,7 @@ class LinearOp:
             sizes = undo_moves(ops, op.value).shape
         except NotNumericError:
             return False
-        return all(
-            size == 1 or axis in self.channels for axis, size in enumerate(sizes)
-        )
+        return all(n == 1 or axis in self.channels for axis, n in enumerate(sizes))
 
     def bind(self, kernel: jax.Array, dtype: Any) -> jax.Array:
         """Compute the layer with a kernel; in its own dtype where `dtype` is None."""
@@ -187,11 +174,12 @@ class LinearOp:
 
     def folded(self, ops: Sequence[PendingOp]) -> tuple[np.ndarray, np.ndarray]:
         """Kernel and bias of the layer with operations after it that it accepts."""
+        shape = self.equation.outputs[0].aval.shape
+        positions = tuple(set(range(len(shape))) - set(self.channels))
+        sizes = [shape[axis] for axis in self.channels]
         multiplier, shift = (
-            self._as_bias(value)
-            for value in compose(
-                ops, len(self.equation.outputs[0].aval.shape), at_input=True
-            )
+            np.broadcast_to(value.squeeze(positions), sizes)
+            for value in compose(ops, len(shape))
         )
         kernel, bias = self.absorbed or (self.kernel.value, np.zeros(()))
         axes = list(self.channels.values())
@@ -204,21 +192,10 @@ class LinearOp:
         shape = [sizes.get(axis, 1) for axis in range(array.ndim)]
         return array + bias.reshape(shape).astype(array.dtype)
 
-    def _as_bias(self, value: np.ndarray) -> np.ndarray:
-        """A compact value of the output, the same at all positions, as a bias."""
-        axes = tuple(a for a in range(value.ndim) if a not in self.channels)
-        shape = self.equation.outputs[0].aval.shape
-        return np.broadcast_to(value.squeeze(axes), [shape[a] for a in self.channels])
-
     def absorb(
         self, multiplier: np.ndarray, shift: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Kernel and bias that give for x what it gives for multiplier * x + shift.
-
-        Raises:
-            NotFoldableError: the multiplier differs between positions, or not every
-                output sees the shift through all of its kernel.
-        """
+        """Kernel and bias that give for x what it gives for multiplier * x + shift."""
         if np.any(shift) and not self._sees_all:
             raise NotFoldableError(
                 "the convolution after it reads zeros beside the map, to which BN's "
@@ -243,20 +220,13 @@ class LinearOp:
 
     def _in_kernel(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """A compact value of the data as one of the kernel's rank."""
-        params, numbers = (
-            self.equation.params,
-            self.equation.params["dimension_numbers"],
-        )
-        data = 1 - self.side
+        params = self.equation.params
+        numbers = params["dimension_numbers"]
         if self._is_conv:
             pairs = [(numbers.lhs_spec[1], numbers.rhs_spec[1])]
         else:
-            pairs = [
-                pair
-                for axes in numbers
-                for pair in zip(axes[data], axes[self.side], strict=True)
-            ]
-        pairs.sort()
+            both = ((group[1 - self.side], group[self.side]) for group in numbers)
+            pairs = sorted(pair for axes in both for pair in zip(*axes, strict=True))
         axes = [axis for axis, _ in pairs]
         if any(n > 1 for axis, n in enumerate(value.shape) if axis not in axes):
             raise NotFoldableError("its constants differ from one position to another")

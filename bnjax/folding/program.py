@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,9 @@ from jax.extend import core
 
 Path = tuple[str, ...]
 
+# Primitives that call a function once, which takes their place.
 CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit"}
 CALLS |= {"remat2"}
-"""Primitives that call a function once, which takes their place."""
 
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
@@ -46,24 +46,14 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Atom:
-    """A value of the program: an input, a literal or the result of an equation.
-
-    Attributes:
-        aval: its shape and dtype.
-    """
+    """A value of the program: an input, a literal or the result of an equation."""
 
     aval: Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
-    """One primitive applied to atoms.
-
-    Attributes:
-        source: the equation of the jaxpr, which has the primitive and its parameters.
-        inputs: what it is applied to.
-        outputs: what it gives.
-    """
+    """An equation of a jaxpr, applied to atoms."""
 
     source: core.JaxprEqn
     inputs: tuple[Atom, ...]
@@ -94,11 +84,9 @@ class Program:
 
     Attributes:
         inputs: one atom for each leaf of the arguments.
-        outputs: one for each leaf of the result.
-        equations: in an order in which they can be computed.
+        outputs: one for each leaf of the result, whose structure is `out_tree`.
         literals: the values of the atoms that are known.
         uses: how often each atom is read, by equations and as an output.
-        out_tree: structure of the result.
     """
 
     inputs: tuple[Atom, ...]
@@ -110,26 +98,16 @@ class Program:
 
 
 def trace(function: Callable[..., Any], *args: Any) -> Program:
-    """Trace a function of arrays, or of their shapes and dtypes.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> program = trace(jax.jit(lambda x: jax.nn.relu(x) + jnp.cos(0 * x)), 1.0)
-        >>> [equation.name for equation in program.equations]
-        ['max', 'mul', 'cos', 'add']
-    """
+    """Trace a function of arrays, or of their shapes and dtypes."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     literals: dict[Atom, Any] = {}
     equations: list[Equation] = []
 
     def known(aval: Any, value: Any) -> Atom:
-        atom = Atom(aval)
-        literals[atom] = value
+        literals[atom := Atom(aval)] = value
         return atom
 
-    def flatten(
-        jaxpr: core.Jaxpr, consts: Any, inputs: Sequence[Atom]
-    ) -> tuple[Atom, ...]:
+    def flatten(jaxpr: Any, consts: Any, inputs: Sequence[Atom]) -> tuple[Atom, ...]:
         atoms = dict(zip(jaxpr.invars, inputs, strict=True))
         for var, value in zip(jaxpr.constvars, consts, strict=True):
             atoms[var] = known(var.aval, value)
@@ -171,12 +149,9 @@ class Constant:
     """A value that depends on no input, only on variables and literals.
 
     Attributes:
-        aval: shape and dtype in the program.
         leaves: which variables it depends on, by their index.
-        known: the array or scalar, of a variable or literal.
-        equation: what computes it else.
-        operands: the constants that `equation` is applied to.
-        index: which of its outputs.
+        known: the array or scalar, of a variable or literal; else it is the output
+            `index` of `equation`, applied to the constants `operands`.
     """
 
     aval: Any
@@ -188,11 +163,7 @@ class Constant:
 
     @functools.cached_property
     def value(self) -> np.ndarray:
-        """The compact value; float64 for what floats, else as it is.
-
-        Raises:
-            NotNumericError: it is random, traced, or has no compact form.
-        """
+        """The compact value; float64 for what floats, else as it is."""
         equation = self.equation
         if equation is None:
             return _on_host(self.known)
@@ -208,11 +179,7 @@ class Constant:
             return at_axes(values[0], dims, len(self.aval.shape))
         if is_rearrangement(equation):
             return rearrange(equation, values[0])
-        return self._in_own_dtype(values)
-
-    def _in_own_dtype(self, values: Sequence[np.ndarray]) -> np.ndarray:
-        """The value by any other primitive, as JAX computes it."""
-        assert self.equation is not None  # noqa: S101 (for the type checker)
+        # By any other primitive, as JAX computes it.
         arrays = []
         with jax.ensure_compile_time_eval():
             for operand, value in zip(self.operands, values, strict=True):
@@ -220,7 +187,7 @@ class Constant:
                 if not all(isinstance(size, int) for size in shape):
                     raise NotNumericError("it has an axis of unknown size")
                 arrays.append(jnp.asarray(np.broadcast_to(value, shape), dtype))
-            return _on_host(self.equation.bind(*arrays)[self.index])
+            return _on_host(equation.bind(*arrays)[self.index])
 
     @functools.cached_property
     def origin(self) -> tuple[int, tuple[Equation, ...]] | None:
@@ -234,9 +201,7 @@ class Constant:
 def _on_host(known: Any) -> np.ndarray:
     if isinstance(known, jax.core.Tracer):
         raise NotNumericError("it is traced")
-    if isinstance(known, jax.Array) and jnp.issubdtype(
-        known.dtype, jax.dtypes.extended
-    ):
+    if jnp.issubdtype(getattr(known, "dtype", float), jax.dtypes.extended):
         raise NotNumericError("it is a random key")
     value = np.asarray(known)
     # Not np.floating: bfloat16 is none of NumPy's.
@@ -322,12 +287,7 @@ def _groups(source: Sequence, target: Sequence) -> list[tuple[list[int], list[in
 
 @dataclasses.dataclass(frozen=True)
 class Variables:
-    """The leaves of the variables of a model.
-
-    Attributes:
-        paths: of each leaf, the collection first.
-        values: of each leaf.
-    """
+    """The leaves of the variables of a model; a path has the collection first."""
 
     paths: tuple[Path, ...]
     values: tuple[Any, ...]
@@ -357,46 +317,43 @@ class Variables:
         return bool(found) and all(path in layers for path in found)
 
 
+@dataclasses.dataclass(eq=False)
 class ParamWriter:
-    """Makes the variables of the folded model from those before.
+    """Makes variables of the folded model from those before, of a dtype if given."""
 
-    Parameters have the given dtype; those they had before where it is None.
-    """
-
-    def __init__(self, before: Variables, dtype: Any) -> None:
-        self._before = before
-        self._dtype = dtype
-        self._leaves: dict[int, jax.Array] = {}
-        self._made: list[tuple[Path, jax.Array]] = []
+    before: Variables
+    dtype: Any
+    leaves: dict[int, jax.Array] = dataclasses.field(default_factory=dict)
+    made: list[tuple[Path, jax.Array]] = dataclasses.field(default_factory=list)
 
     def leaf(self, index: int) -> jax.Array:
         """Return a variable as it is, but for its dtype."""
-        if index not in self._leaves:
+        if index not in self.leaves:
             with jax.ensure_compile_time_eval():
-                value = jnp.asarray(self._before.values[index])
-                is_param = self._before.paths[index][0] == "params"
+                value = jnp.asarray(self.before.values[index])
+                is_param = self.before.paths[index][0] == "params"
                 if is_param and jnp.issubdtype(value.dtype, jnp.floating):
-                    value = value.astype(self._dtype or value.dtype)
-            self._leaves[index] = value
-        return self._leaves[index]
+                    value = value.astype(self.dtype or value.dtype)
+            self.leaves[index] = value
+        return self.leaves[index]
 
     def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
         """Make an array; `path` is that of the variable it replaces."""
         with jax.ensure_compile_time_eval():
             # jnp.asarray would compile a program for each shape.
             array = jax.device_put(make().astype(dtype))
-        self._made.append((path, array))
+        self.made.append((path, array))
         return array
 
     def finish(self) -> tuple[dict[Path, jax.Array], tuple[tuple[Path, Path], ...]]:
-        """Return the variables by path, and where what was made belongs and is.
+        """Return the variables by path, and the path that is replaced and that of each.
 
-        It is elsewhere where the variable that it replaces is still needed.
+        They differ where the variable that is replaced is still needed.
         """
-        paths = self._before.paths
-        found = {paths[index]: value for index, value in self._leaves.items()}
+        paths = self.before.paths
+        found = {paths[index]: value for index, value in self.leaves.items()}
         entries = []
-        for wanted, value in self._made:
+        for wanted, value in self.made:
             path, count = wanted, 1
             while path in found and not _same(found[path], value):
                 count += 1
@@ -407,45 +364,34 @@ class ParamWriter:
 
 
 def _same(first: jax.Array, second: jax.Array) -> bool:
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    return np.array_equal(np.asarray(first), np.asarray(second))
+    alike = (first.shape, first.dtype) == (second.shape, second.dtype)
+    return alike and np.array_equal(np.asarray(first), np.asarray(second))
 
 
 class OtherLayersError(ValueError):
     """An input of this shape would have other layers folded than the example had."""
 
 
+@dataclasses.dataclass(eq=False)
 class ParamReader:
-    """Reads variables that a `ParamWriter` made, in the order of its `entries`."""
+    """Reads variables that a `ParamWriter` made, by the list of its `entries`."""
 
-    def __init__(
-        self,
-        variables: Variables,
-        before: Variables,
-        entries: Sequence[tuple[Path, Path]],
-    ) -> None:
-        self._found = dict(zip(variables.paths, variables.values, strict=True))
-        self._before = before
-        self._unread = list(entries)
+    found: Mapping[Path, Any]
+    before: Variables
+    unread: list[tuple[Path, Path]]
 
     def leaf(self, index: int) -> jax.Array:
         """Return a variable as it is."""
-        return self._get(self._before.paths[index])
+        return self._get(self.before.paths[index])
 
     def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
         """Return an array made before."""
         del dtype, make
-        if not self._unread or self._unread[0][0] != path:
+        if not self.unread or self.unread[0][0] != path:
             raise OtherLayersError
-        return self._get(self._unread.pop(0)[1])
-
-    def check_all_read(self) -> None:
-        """Refuse to have left an array unread."""
-        if self._unread:
-            raise OtherLayersError
+        return self._get(self.unread.pop(0)[1])
 
     def _get(self, path: Path) -> jax.Array:
-        if path not in self._found:
+        if path not in self.found:
             raise OtherLayersError
-        return jnp.asarray(self._found[path])
+        return jnp.asarray(self.found[path])

@@ -22,9 +22,8 @@ class ExportError(ValueError):
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
-SUFFIX = ".stablehlo"
+# What the last line of a file begins with; flatbuffers reads past none of its own.
 TRAILER = b"\nbnjax-export "
-"""What the last line of a file begins with; flatbuffers reads past none of its own."""
 
 
 def export_inference(
@@ -46,16 +45,8 @@ def export_inference(
         variables: a tree of arrays; None where the function holds its own.
         example: an array, or a `jax.ShapeDtypeStruct`, of shape (batch, ...) and the
             dtype of the inputs; its values and its batch size do not count.
-        platforms: any of "cpu", "cuda", "tpu" and "rocm"; none of them needs to be
-            there.
+        platforms: any of "cpu", "cuda", "tpu" and "rocm", there or not.
         batch_size: the only one that the result takes; None: it takes all.
-
-    Returns:
-        What `save` writes; `.call(x)` runs it.
-
-    Raises:
-        ExportError: the function cannot be exported, or not for every batch size; a
-            platform is unknown, or the example has no batch.
 
     Example:
         >>> x = jnp.ones((2, 3))
@@ -66,29 +57,44 @@ def export_inference(
         [3.0, 3.0, 3.0, 3.0, 3.0]
     """
     platforms = _check_platforms(platforms)
-    shape, dtype = _check_example(example)
+    example = example if hasattr(example, "shape") else np.asarray(example)
+    if not example.shape:
+        raise ExportError(
+            "the example has no dimension; expected an array of shape (batch, ...)."
+        )
     if batch_size is not None and batch_size < 1:
         raise ExportError(f"batch_size {batch_size}: expected 1 or more, or None.")
     if variables is not None:
         function = functools.partial(function, jax.tree.map(np.asarray, variables))
+    dtype = jax.dtypes.canonicalize_dtype(example.dtype)
 
     def inference(x: jax.Array) -> Any:
         return function(x)
 
+    def spec(batch: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, *example.shape[1:]), dtype)
+
     def lower(batch: Any) -> jax.export.Exported:
-        spec = jax.ShapeDtypeStruct((batch, *shape[1:]), dtype)
-        return jax.export.export(jax.jit(inference), platforms=platforms)(spec)
+        try:
+            return jax.export.export(jax.jit(inference), platforms=platforms)(
+                spec(batch)
+            )
+        except Exception as error:
+            raise ExportError(
+                f"the function cannot be exported: {first_line(error)}"
+            ) from error
 
     # What is wrong with the function itself is told as it tells it.
-    fixed = batch_size or max(shape[0], 1)
-    jax.eval_shape(inference, jax.ShapeDtypeStruct((fixed, *shape[1:]), dtype))
+    fixed = batch_size or max(example.shape[0], 1)
+    jax.eval_shape(inference, spec(fixed))
     if batch_size is not None:
-        return _or_refused(lambda: lower(batch_size))
+        return lower(batch_size)
     (symbol,) = jax.export.symbolic_shape("b")
     try:
         return lower(symbol)
-    except Exception as error:
-        _or_refused(lambda: lower(fixed))
+    except ExportError as refusal:
+        lower(fixed)
+        error = refusal.__cause__ or refusal
         raise ExportError(
             "the function cannot be exported for every batch size: "
             f"{first_line(error)} It computes with the number of examples, or "
@@ -103,16 +109,8 @@ def save(
     """Write an exported function to a file, whole or not at all.
 
     The file is what `exported.serialize()` gives, which `jax.export.deserialize` reads;
-    a line follows it, with the version of JAX and a digest that `load` checks.
-
-    Args:
-        exported: as `export_inference` gives it.
-        path: of the file, ending in .stablehlo, in a folder that is there.
-        overwrite: a file that is there may be replaced.
-
-    Raises:
-        OutputError: it cannot be written there.
-        ExportError: it cannot be serialized.
+    a line follows it, with the version of JAX and a digest that `load` checks. Its name
+    ends in .stablehlo.
     """
     path = Path(path)
     check_export(path, overwrite=overwrite)
@@ -134,64 +132,39 @@ def save(
 
 
 def check_export(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse a place that `save` cannot write to, before any work is done.
-
-    Raises:
-        OutputError: its name has another ending, it is there already, is a folder, or
-            its folder is missing.
-    """
+    """Refuse a place that `save` cannot write to, before any work is done."""
     check_output(path, overwrite=overwrite)
-    if path.suffix != SUFFIX:
+    if path.suffix != ".stablehlo":
         raise OutputError(
-            f"{path} ends in {path.suffix!r}; expected {SUFFIX}: the file is a program "
-            "in StableHLO. For ONNX, give the function itself to jax2onnx.to_onnx "
-            "(pip install jax2onnx)."
+            f"{path} ends in {path.suffix!r}; expected .stablehlo: the file is a "
+            "program in StableHLO. For ONNX, give the function itself to "
+            "jax2onnx.to_onnx (pip install jax2onnx)."
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """An exported function, read from a file and ready to be called.
+    """An exported function, read from a file: called, it gives what that one gave.
 
-    Args:
+    Attributes:
         exported: what `jax.export.deserialize` gave.
+        input_shape: of its input; the batch is "b" where any will do.
+        input_dtype: of its input.
+        platforms: what it runs on.
     """
 
     exported: jax.export.Exported
-
-    @property
-    def input_shape(self) -> tuple[Any, ...]:
-        """Return the shape of its inputs; the batch is "b" where any will do."""
-        return tuple(self.exported.in_avals[0].shape)
-
-    @property
-    def input_dtype(self) -> np.dtype:
-        """Return the dtype of its inputs."""
-        return self.exported.in_avals[0].dtype
-
-    @property
-    def platforms(self) -> tuple[str, ...]:
-        """Return what it runs on."""
-        return tuple(self.exported.platforms)
+    input_shape: tuple[Any, ...]
+    input_dtype: np.dtype
+    platforms: tuple[str, ...]
 
     def __call__(self, x: Any) -> Any:
-        """Run it.
-
-        Args:
-            x: an array of `input_shape` and `input_dtype`.
-
-        Returns:
-            What the function gave that was exported.
-
-        Raises:
-            ExportError: the array is of another shape or dtype.
-        """
+        """Run it on an array of `input_shape` and `input_dtype`."""
         x = jnp.asarray(x)
         expected = self.input_shape
-        fits = len(x.shape) == len(expected) and x.shape[1:] == expected[1:]
-        fixed = isinstance(expected[0], int)
-        if not fits or not x.shape[0] or (fixed and x.shape[0] != expected[0]):
-            batch = "" if fixed else ", b being 1 or more"
+        batch = "" if isinstance(expected[0], int) else ", b being 1 or more"
+        wanted = (x.shape[:1] or (0,)) if batch else expected[:1]
+        if x.shape != (*wanted, *expected[1:]) or not x.shape[0]:
             raise ExportError(
                 f"x has shape {x.shape}; expected ({', '.join(map(str, expected))})"
                 f"{batch}."
@@ -208,13 +181,7 @@ class Loaded:
 def load(path: str | Path) -> Loaded:
     """Read what `save` wrote.
 
-    Args:
-        path: of the file. It holds a program that runs when called: open no file that
-            you do not trust.
-
-    Raises:
-        ExportError: it is no such file, is damaged or cut short, was written for other
-            platforms than JAX runs on here, or by a version of JAX too far from this.
+    The file holds a program that runs when called: open none that you do not trust.
 
     Example:
         >>> import tempfile
@@ -237,38 +204,6 @@ def load(path: str | Path) -> Loaded:
             f"{path} could not be read: {error.strerror or error}. Expected a file "
             "that bnjax.interop.export.save wrote."
         ) from error
-    content, version = _check_trailer(path, content)
-    try:
-        exported = jax.export.deserialize(bytearray(content))
-        if version != jax.__version__:
-            _check_readable(exported)
-    except ImportError as error:
-        raise _needs_flatbuffers() from error
-    except Exception as error:
-        raise ExportError(
-            f"{path} was written by JAX {version}, and JAX {jax.__version__} cannot "
-            f"read it: {first_line(error)}. Export it again with this version, or run "
-            "it with that one or a newer one."
-        ) from error
-    here = jax.export.default_export_platform()
-    if here not in exported.platforms:
-        raise ExportError(
-            f"{path} was exported for {', '.join(exported.platforms)}, and JAX runs on "
-            f"{here} here. Export it again with {here} among its platforms, or set "
-            "JAX_PLATFORMS to one of them."
-        )
-    return Loaded(exported)
-
-
-def trailer(content: bytes) -> bytes:
-    """Return the last line of a file: the version of JAX, and a digest."""
-    digest = hashlib.sha256(content).hexdigest()
-    described = json.dumps({"jax": jax.__version__, "sha256": digest})
-    return TRAILER + described.encode() + b"\n"
-
-
-def _check_trailer(path: Path, content: bytes) -> tuple[bytes, str]:
-    """Return what precedes the last line, and the version of JAX that wrote it."""
     body, _, line = content.rpartition(TRAILER)
     try:
         described = json.loads(line)
@@ -284,54 +219,52 @@ def _check_trailer(path: Path, content: bytes) -> tuple[bytes, str]:
             f"{path} is damaged: its bytes are not those that were written. Copy it "
             "again, or export again."
         )
-    return body, version
-
-
-def _check_readable(exported: jax.export.Exported) -> None:
-    """Raise where the program is in words that this version does not know."""
-    [given] = exported.in_avals
-    batch, *rest = given.shape
-    sides = (batch if isinstance(batch, int) else 1, *rest)
-    traced = jax.jit(exported.call).trace(jax.ShapeDtypeStruct(sides, given.dtype))
-    traced.lower(lowering_platforms=exported.platforms[:1])
-
-
-def _or_refused(lower: Callable[[], jax.export.Exported]) -> jax.export.Exported:
     try:
-        return lower()
+        exported = jax.export.deserialize(bytearray(body))
+        [given] = exported.in_avals
+        if version != jax.__version__:
+            # Its program may be in words that this version does not know.
+            batch, *rest = given.shape
+            shape = (batch if isinstance(batch, int) else 1, *rest)
+            spec = jax.ShapeDtypeStruct(shape, given.dtype)
+            traced = jax.jit(exported.call).trace(spec)
+            traced.lower(lowering_platforms=exported.platforms[:1])
+    except ImportError as error:
+        raise _needs_flatbuffers() from error
     except Exception as error:
         raise ExportError(
-            f"the function cannot be exported: {first_line(error)}"
+            f"{path} was written by JAX {version}, and JAX {jax.__version__} cannot "
+            f"read it: {first_line(error)}. Export it again with this version, or run "
+            "it with that one or a newer one."
         ) from error
+    here = jax.export.default_export_platform()
+    if here not in exported.platforms:
+        raise ExportError(
+            f"{path} was exported for {', '.join(exported.platforms)}, and JAX runs on "
+            f"{here} here. Export it again with {here} among its platforms, or set "
+            "JAX_PLATFORMS to one of them."
+        )
+    return Loaded(exported, tuple(given.shape), given.dtype, tuple(exported.platforms))
+
+
+def trailer(content: bytes) -> bytes:
+    """Return the last line of a file: the version of JAX, and a digest."""
+    digest = hashlib.sha256(content).hexdigest()
+    described = json.dumps({"jax": jax.__version__, "sha256": digest})
+    return TRAILER + described.encode() + b"\n"
 
 
 def _check_platforms(platforms: Sequence[str]) -> tuple[str, ...]:
     given = (platforms,) if isinstance(platforms, str) else tuple(platforms)
+    expected = f"expected any of {', '.join(KNOWN_PLATFORMS)}."
     for name in given:
         if name not in KNOWN_PLATFORMS:
-            hint = (
-                " A GPU is cuda (NVIDIA) or rocm (AMD)."
-                if name == "gpu"
-                else did_you_mean(name, KNOWN_PLATFORMS)
-            )
-            raise ExportError(
-                f"platform {name!r} is unknown: expected any of "
-                f"{', '.join(KNOWN_PLATFORMS)}.{hint}",
-            )
+            gpu = " A GPU is cuda (NVIDIA) or rocm (AMD)."
+            hint = gpu if name == "gpu" else did_you_mean(name, KNOWN_PLATFORMS)
+            raise ExportError(f"platform {name!r} is unknown: {expected}{hint}")
     if not given:
-        raise ExportError(
-            f"no platform is given: expected any of {', '.join(KNOWN_PLATFORMS)}.",
-        )
+        raise ExportError(f"no platform is given: {expected}")
     return tuple(dict.fromkeys(given))
-
-
-def _check_example(example: Any) -> tuple[tuple[int, ...], Any]:
-    example = example if hasattr(example, "shape") else np.asarray(example)
-    if not example.shape:
-        raise ExportError(
-            "the example has no dimension; expected an array of shape (batch, ...)."
-        )
-    return tuple(example.shape), jax.dtypes.canonicalize_dtype(example.dtype)
 
 
 def _needs_flatbuffers() -> ExportError:

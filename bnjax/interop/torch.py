@@ -78,20 +78,13 @@ def known_mapping(model: str, image_shape: tuple[int, ...] = ()) -> LayerMapping
     Args:
         model: a name of `bnjax.models.MODELS`.
         image_shape: (height, width) or (height, width, channels), which "mlp" flattens.
-
-    Example:
-        >>> known_mapping("resnet50")["layer{i}.{j}.bn{k}"]
-        'stage{i}_block{j+1}/conv{k}/bn'
-        >>> known_mapping("lenet")["dense1"].channels
-        16
     """
-    if model == "mlp":
-        channels = image_shape[2] if len(image_shape) == 3 else 1
-        return {"dense_0": Layer("dense_0", channels=channels), **SAME_NAMES}
-    if model == "lenet":
-        return {"dense1": Layer("dense1", channels=16), **SAME_NAMES}
-    if model == "inception":
-        return {"logits": Layer("logits", channels=1), **SAME_NAMES}
+    channels = image_shape[2] if len(image_shape) == 3 else 1
+    first = {"mlp": ("dense_0", channels), "lenet": ("dense1", 16)}
+    first["inception"] = ("logits", 1)
+    if model in first:
+        layer, channels = first[model]
+        return {layer: Layer(layer, channels=channels), **SAME_NAMES}
     return RESNET if re.fullmatch(r"resnet\d+", model) else None
 
 
@@ -174,7 +167,7 @@ def from_torch(
 ) -> dict[str, Any]:
     """Return a model's variables with the values of a state dict of PyTorch.
 
-    `num_batches_tracked` has no counterpart and is left out.
+    Structure and dtypes are the model's; `num_batches_tracked` is left out.
 
     Args:
         state: arrays or tensors by name: of `read_state_dict`, or a `state_dict()`.
@@ -182,13 +175,6 @@ def from_torch(
             the tree of `nnx.to_pure_dict`; `jax.ShapeDtypeStruct` will do for arrays.
         mapping: which layer is which; `known_mapping` has those of `bnjax.models`.
         keep: layers, blocks, arrays or collections of ours that keep their values.
-
-    Returns:
-        Variables of the same structure and dtypes. What was given stays as it was.
-
-    Raises:
-        TorchError: a tensor is missing, has no place or is of another shape, and all
-            are named; or what is flattened before a layer cannot be told.
 
     Example:
         >>> import jax
@@ -199,9 +185,8 @@ def from_torch(
         [[1.0], [2.0]]
     """
     pairs = pair_arrays(state, variables, mapping, keep=keep)
-    arrays: dict[Any, Any] = dict(
-        flatten_dict(unfreeze(dict(variables)), keep_empty_nodes=True)
-    )
+    tree = unfreeze(dict(variables))
+    arrays: dict[Any, Any] = dict(flatten_dict(tree, keep_empty_nodes=True))
     values: dict[Any, np.ndarray] = {}
     for pair in sorted(pairs, key=lambda pair: pair.layer.subtract):
         tensor = as_array(state[pair.name], pair.name)
@@ -221,20 +206,13 @@ def to_torch(
     *,
     num_batches_tracked: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Return a state dict of PyTorch with the values of a model's variables.
+    """Return a state dict of PyTorch with the values of a model's variables, as arrays.
 
     Args:
         variables: of the model, as `from_torch` gives them.
         mapping: as of `from_torch`; by default the names are the model's own.
         num_batches_tracked: what every BN layer is told of the past; PyTorch reads it
             only where momentum=None.
-
-    Returns:
-        Arrays by name, for `write_state_dict`.
-
-    Raises:
-        TorchError: the mapping has no name for an array, or what is flattened before a
-            layer cannot be told.
 
     Example:
         >>> import jax
@@ -246,10 +224,8 @@ def to_torch(
     """
     ours = leaves_of(variables)
     named = {leaf: list(_named(key, leaf, mapping)) for key, leaf in ours.items()}
-    problems = [f"{leaf} has no name" for leaf, pairs in named.items() if not pairs]
-    if problems:
-        raise _misfit(problems)
     pairs = [pair for each in named.values() for pair in each]
+    _check_fit([f"{leaf} has no name" for leaf in named if not named[leaf]])
     _check_flattened(pairs, ours)
     arrays = flatten_dict(unfreeze(dict(variables)))
     state = {}
@@ -270,14 +246,7 @@ def pair_arrays(
     *,
     keep: Sequence[str] = (),
 ) -> list[Pair]:
-    """Return which tensor is which array, as `from_torch` takes them; of shapes too.
-
-    Example:
-        >>> variables = {"params": {"logits": {"kernel": np.ones((2, 3))}}}
-        >>> [pair] = pair_arrays({"fc.weight": np.ones((3, 2))}, variables, RESNET)
-        >>> pair.name, str(pair.leaf)
-        ('fc.weight', 'params/logits/kernel')
-    """
+    """Return which tensor is which array, as `from_torch` takes them; of shapes too."""
     if not state:
         raise TorchError("the state dict is empty; expected tensors by name.")
     ours = leaves_of(variables)
@@ -298,16 +267,14 @@ def pair_arrays(
             continue
         leaf, shape = ours.get((layer.path, last)), tuple(np.shape(state[name]))
         if leaf is None or leaf in kept:
-            why = (
-                f"{leaf} keeps its value" if leaf else _missing(layer, last, name, ours)
-            )
+            missing = "" if leaf else _missing(layer, last, name, ours)
+            why = missing or f"{leaf} keeps its value"
             problems.append(f"no place for {name} {shape}: {why}")
             continue
         pair = Pair(name, leaf, layer)
-        if shape != pair.torch_shape:
-            problems.append(
-                f"{name} {shape} for {leaf}, which needs {pair.torch_shape}"
-            )
+        needed = pair.torch_shape
+        if shape != needed:
+            problems.append(f"{name} {shape} for {leaf}, which needs {needed}")
         other = sources.setdefault((leaf, layer.subtract), name)
         if other != name:
             problems.append(f"{other} and {name} are both for {leaf}")
@@ -316,8 +283,7 @@ def pair_arrays(
         if leaf not in kept and (leaf, False) not in sources:
             shape = Pair("", leaf, Layer("")).torch_shape
             problems.append(f"nothing for {leaf}, which needs {shape}")
-    if problems:
-        raise _misfit(problems)
+    _check_fit(problems)
     _check_flattened(pairs, ours)
     return pairs
 
@@ -347,13 +313,13 @@ _FIELD = re.compile(r"\{([a-z]+)([+-]\d+)?\}|\*")
 
 @functools.lru_cache(maxsize=1024)
 def _regex(pattern: str) -> re.Pattern[str]:
-    parts, end = [], 0
+    found, end = "", 0
     for field in _FIELD.finditer(pattern):
-        parts.append(re.escape(pattern[end : field.start()]))
-        parts.append(f"(?P<{field[1]}>\\d+)" if field[1] else "(?P<REST>.*)")
+        found += re.escape(pattern[end : field.start()])
+        found += f"(?P<{field[1]}>\\d+)" if field[1] else "(?P<REST>.*)"
         end = field.end()
     try:
-        return re.compile("".join(parts) + re.escape(pattern[end:]))
+        return re.compile(found + re.escape(pattern[end:]))
     except re.error as error:
         raise TorchError(
             f"mapping: {pattern!r} has a field twice; expected each of {{i}}, {{j}} "
@@ -362,12 +328,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _translate(path: str, source: str, target: str, old: str, new: str) -> str | None:
-    """Return a path of the pattern `source` as `target` has it; None if it is none.
-
-    Example:
-        >>> _translate("a1.2", "a{i}.{j}", "a{i}/b{j+1}", ".", "/")
-        'a1/b3'
-    """
+    """Return a path of the pattern `source` as `target` has it; None if it is none."""
     found = _regex(source).fullmatch(path)
     if found is None:
         return None
@@ -436,8 +397,8 @@ def _kept(ours: Mapping[Any, Leaf], keep: Sequence[str]) -> set[Leaf]:
         found = {
             leaf
             for leaf in ours.values()
-            for path in (str(leaf), f"{leaf.layer}/{leaf.path[-1]}")
-            if f"{path}/".startswith(f"{prefix}/")
+            if f"{leaf}/".startswith(f"{prefix}/")
+            or f"{leaf.layer}/{leaf.path[-1]}/".startswith(f"{prefix}/")
         }
         if not found:
             raise TorchError(
@@ -455,10 +416,10 @@ def _check_flattened(pairs: Sequence[Pair], ours: Mapping[Any, Leaf]) -> None:
     rows.
     """
     kernels = [leaf.shape for leaf in ours.values() if leaf.path[-1] == "kernel"]
-    if all(len(shape) < 3 for shape in kernels):
+    maps = [shape for shape in kernels if len(shape) > 2]
+    if not maps:
         return
-    widths = {shape[-1] for shape in kernels}
-    widths |= {shape[-2] for shape in kernels if len(shape) > 2}
+    widths = {shape[-1] for shape in kernels} | {shape[-2] for shape in maps}
     for pair in pairs:
         leaf, rows = pair.leaf, pair.leaf.shape[:1]
         matrix = leaf.path[-1] == "kernel" and len(leaf.shape) == 2
@@ -473,19 +434,16 @@ def _check_flattened(pairs: Sequence[Pair], ours: Mapping[Any, Leaf]) -> None:
             )
 
 
-SHOWN = 40
-"""How many problems a message names."""
-
-
-def _misfit(problems: Sequence[str]) -> TorchError:
-    more = f"\n  and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    return TorchError(
-        "the state dict does not fit the network:\n  "
-        + "\n  ".join(problems[:SHOWN])
-        + more
-        + "\nBuild the same network; or say in the mapping where a layer of PyTorch "
-        "goes (None: nowhere), and with keep which arrays of ours keep their values."
-    )
+def _check_fit(problems: Sequence[str], shown: int = 40) -> None:
+    more = [f"and {len(problems) - shown} more"] if len(problems) > shown else []
+    if problems:
+        raise TorchError(
+            "the state dict does not fit the network:\n  "
+            + "\n  ".join([*problems[:shown], *more])
+            + "\nBuild the same network; or say in the mapping where a layer of "
+            "PyTorch goes (None: nowhere), and with keep which arrays of ours keep "
+            "their values."
+        )
 
 
 def _missing(layer: Layer, last: str, name: str, ours: Mapping[Any, Leaf]) -> str:
@@ -505,12 +463,7 @@ def _hint(given: str, ours: Mapping[Any, Leaf]) -> str:
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
-    """Return a key that sorts "layer.10" after "layer.2".
-
-    Example:
-        >>> sorted(["layer.10", "layer.2", "fc"], key=natural)
-        ['fc', 'layer.2', 'layer.10']
-    """
+    """Return a key that sorts "layer.10" after "layer.2"."""
     parts = re.split(r"(\d+)", name)
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in parts]
 
@@ -518,12 +471,7 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 def classes_in(
     state: Mapping[str, Any], mapping: LayerMapping, layer: str = "logits"
 ) -> int | None:
-    """Return how many classes a layer of ours has in a state dict; None without it.
-
-    Example:
-        >>> classes_in({"fc.bias": np.zeros(7)}, RESNET)
-        7
-    """
+    """Return how many classes a layer of ours has in a state dict; None without it."""
     for name in state:
         found, last = find(name, mapping) or (None, "")
         if found is not None and (found.path, last) == (layer, "bias"):
@@ -532,11 +480,7 @@ def classes_in(
 
 
 def as_array(value: Any, name: str) -> np.ndarray:
-    """Return an array of what may be a tensor of PyTorch, with its dtype.
-
-    Raises:
-        TorchError: the tensor, called `name`, is quantized or otherwise no array.
-    """
+    """Return an array of what may be a tensor of PyTorch, with its dtype."""
     if not hasattr(value, "detach"):
         return np.asarray(value)
     try:
@@ -555,21 +499,9 @@ def as_array(value: Any, name: str) -> np.ndarray:
 def batch_norm_options(
     momentum: float | None = 0.1, eps: float = 1e-5, *, affine: bool = True
 ) -> dict[str, Any]:
-    r"""Return what makes `bnjax.linen.BatchNorm` do as torch.nn.BatchNorm.
+    """Return what makes `bnjax.linen.BatchNorm` do as a torch.nn.BatchNorm of these.
 
-    .. math:: \mathrm{momentum} = 1 - \mathrm{momentum}_\mathrm{PyTorch}
-
-    Args:
-        momentum: of the layer in PyTorch, the weight of the new statistics.
-        eps: of the layer in PyTorch.
-        affine: of the layer in PyTorch.
-
-    Raises:
-        TorchError: momentum is None.
-
-    Example:
-        >>> batch_norm_options(0.1)["momentum"], torch_batch_norm_options(0.9)
-        (0.9, {'momentum': 0.1, 'eps': 1e-05})
+    PyTorch's momentum is the weight of the new statistics, ours is 1 minus it.
     """
     if momentum is None:
         raise TorchError(
@@ -593,9 +525,5 @@ def torch_batch_norm_options(
     """Return what makes torch.nn.BatchNorm do as `bnjax.linen.BatchNorm`.
 
     PyTorch keeps the unbiased variance, as with unbiased=True here.
-
-    Args:
-        momentum: of the layer here, the weight of the old statistics.
-        epsilon: of the layer here.
     """
     return {"momentum": round(1 - momentum, 12), "eps": epsilon}

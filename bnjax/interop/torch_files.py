@@ -32,6 +32,12 @@ SAFETENSORS = (".safetensors",)
 PICKLES = (".pt", ".pth", ".bin")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "params")
 PREFIXES = ("module.", "_orig_mod.")
+PACKAGES = {
+    "safetensors.numpy": "the package safetensors: pip install safetensors, or "
+    "'bnjax[train]'.",
+    "torch": "PyTorch: pip install torch. Or, where PyTorch is, write the weights with "
+    "safetensors.torch.save_file to a .safetensors file.",
+}
 # Before 2.6, weights_only=True could be made to run code (CVE-2025-32434).
 OLDEST_TORCH = (2, 6)
 
@@ -47,13 +53,6 @@ def read_state_dict(path: Path | str) -> dict[str, np.ndarray]:
     Args:
         path: a .safetensors file, which needs the package safetensors, or a .pt, .pth
             or .bin file of `torch.save`, which needs PyTorch.
-
-    Returns:
-        Arrays by name, of the dtypes of the file; bfloat16 is that of ml_dtypes.
-
-    Raises:
-        TorchError: the file is not there, is damaged or of another kind, holds more
-            than tensors, or a package is missing.
 
     Example:
         >>> import tempfile
@@ -80,23 +79,7 @@ def write_state_dict(
 ) -> None:
     """Write tensors by name, for `load_state_dict` in PyTorch; whole or not at all.
 
-    Args:
-        path: a .safetensors file, which needs the package safetensors, or a .pt, .pth
-            or .bin file, which needs PyTorch.
-        state: arrays by name, as `bnjax.interop.torch.to_torch` gives them.
-        overwrite: a file that is there may be replaced.
-
-    Raises:
-        TorchError: the file is there already or cannot be written, its ending is
-            unknown, or a package is missing.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "bn.npz"
-        >>> write_state_dict(path, {"bn.weight": np.ones(2)})
-        Traceback (most recent call last):
-        bnjax.interop.torch.TorchError: .../bn.npz ends in '.npz'; expected a file
-        of PyTorch weights: .safetensors, .pt, .pth, .bin.
+    The kinds of file are those of `read_state_dict`.
     """
     path = Path(path)
     pickled = _is_pickle(path)
@@ -106,23 +89,21 @@ def write_state_dict(
     if pickled:
         torch = _torch(path)
         file = io.BytesIO()
-        torch.save({name: _as_tensor(torch, a) for name, a in arrays.items()}, file)
+        tensors = {}
+        for name, array in arrays.items():
+            half = array.dtype == ml_dtypes.bfloat16
+            tensor = torch.from_numpy((array.view(np.int16) if half else array).copy())
+            tensors[name] = tensor.view(torch.bfloat16) if half else tensor
+        torch.save(tensors, file)
         content = file.getvalue()
     else:
-        content = _safetensors(path).save(arrays, metadata={"format": "pt"})
+        safetensors = _package("safetensors.numpy", path)
+        content = safetensors.save(arrays, metadata={"format": "pt"})
     write_output(path, content, overwrite=overwrite)
 
 
 def format_mapping(mapping: LayerMapping) -> str:
-    """Return a mapping as JSON, a line a layer, as `read_mapping` reads it.
-
-    Example:
-        >>> print(format_mapping({"a": Layer("dense1", channels=16), "b": "dense2"}))
-        {
-          "a": {"path": "dense1", "channels": 16},
-          "b": "dense2"
-        }
-    """
+    """Return a mapping as JSON, a line a layer, as `read_mapping` reads it."""
     lines = []
     for name, given in mapping.items():
         value: Any = given
@@ -134,11 +115,7 @@ def format_mapping(mapping: LayerMapping) -> str:
 
 
 def read_mapping(path: Path | str) -> dict[str, str | Layer | None]:
-    """Read a mapping from a JSON file: paths, arguments of `Layer`, or null.
-
-    Raises:
-        TorchError: the file is not there, or holds something else.
-    """
+    """Read a mapping from a JSON file: paths, arguments of `Layer`, or null."""
     mapping: dict[str, str | Layer | None] = {}
     try:
         for name, value in json.loads(Path(path).read_text(encoding="utf-8")).items():
@@ -164,7 +141,7 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    load = _safetensors(path).load_file
+    load = _package("safetensors.numpy", path).load_file
     try:
         state = load(path)
     except Exception as error:
@@ -193,8 +170,20 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
             f"{path} is damaged, or was not written by torch.save: "
             f"{first_line(error)}. Copy or download it again."
         ) from error
-    tensors = _unwrapped(path, content).items()
-    return {name: as_array(value, f"{path}: {name}") for name, value in tensors}
+    top = content if isinstance(content, Mapping) else {}
+    for key in (None, *WRAPPERS):
+        state = top if key is None else top.get(key)
+        tensors = state if isinstance(state, Mapping) else {}
+        tensors = {str(k): v for k, v in tensors.items() if hasattr(v, "detach")}
+        if tensors:
+            if key is not None:
+                print(f"note: {path}: took the weights under {key!r}", file=sys.stderr)
+            return {name: as_array(v, f"{path}: {name}") for name, v in tensors.items()}
+    keys = list(content) if isinstance(content, Mapping) else type(content).__name__
+    raise TorchError(
+        f"{path} holds {keys}; expected tensors by name, as model.state_dict() gives "
+        f"them, at the top or under one of {', '.join(WRAPPERS)}."
+    )
 
 
 def _check_memory(path: Path) -> None:
@@ -202,23 +191,20 @@ def _check_memory(path: Path) -> None:
 
     torch.save compresses nothing. weights_only=True lets a file call bytearray(n).
     """
-    size = path.stat().st_size
+    size, unpacked, what = path.stat().st_size, 0, ""
     if not size:
         return
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
     ):
-        allocates = whole.find(b"bytearray\n") >= 0
-    unpacked = 0
+        if whole.find(b"bytearray\n") >= 0:
+            what = "it asks for memory that holds no tensor"
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         unpacked = sum(each.file_size for each in archive.infolist())
-    if allocates or unpacked > size:
-        what = (
-            f"{size:,} bytes unpack to {unpacked:,}"
-            if unpacked > size
-            else ("it asks for memory that holds no tensor")
-        )
+    if unpacked > size:
+        what = f"{size:,} bytes unpack to {unpacked:,}"
+    if what:
         raise TorchError(
             f"{path} was refused: {what}, which torch.save writes for no state dict, "
             "and to read it could fill the memory. Where you trust it, open it in "
@@ -226,52 +212,15 @@ def _check_memory(path: Path) -> None:
         )
 
 
-def _unwrapped(path: Path, content: Any) -> dict[str, Any]:
-    tensors = _tensors(content)
-    for key in () if tensors else WRAPPERS:
-        tensors = _tensors(content.get(key)) if isinstance(content, Mapping) else {}
-        if tensors:
-            print(f"note: {path}: took the weights under {key!r}", file=sys.stderr)
-            break
-    if not tensors:
-        keys = list(content) if isinstance(content, Mapping) else type(content).__name__
-        raise TorchError(
-            f"{path} holds {keys}; expected tensors by name, as model.state_dict() "
-            f"gives them, at the top or under one of {', '.join(WRAPPERS)}."
-        )
-    return tensors
-
-
-def _tensors(content: Any) -> dict[str, Any]:
-    if not isinstance(content, Mapping):
-        return {}
-    return {str(k): v for k, v in content.items() if hasattr(v, "detach")}
-
-
-def _as_tensor(torch: Any, array: np.ndarray) -> Any:
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
-
-
-def _safetensors(path: Path) -> Any:
+def _package(name: str, path: Path) -> Any:
     try:
-        return importlib.import_module("safetensors.numpy")
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise TorchError(
-            f"{path} needs the package safetensors: pip install safetensors, or "
-            "'bnjax[train]'."
-        ) from error
+        raise TorchError(f"{path} needs {PACKAGES[name]}") from error
 
 
 def _torch(path: Path) -> Any:
-    try:
-        torch = importlib.import_module("torch")
-    except ModuleNotFoundError as error:
-        raise TorchError(
-            f"{path} needs PyTorch: pip install torch. Or, where PyTorch is, write "
-            "the weights with safetensors.torch.save_file to a .safetensors file."
-        ) from error
+    torch = _package("torch", path)
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < OLDEST_TORCH:
         raise TorchError(

@@ -24,20 +24,7 @@ from bnjax.interop.torch import (
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ...]:
     """Return the layers of a linen model in the order of their first calls.
 
-    The model is called on shapes alone.
-
-    Args:
-        model: of any kind.
-        *args: what it is called with: arrays or `jax.ShapeDtypeStruct`; the first are
-            the images.
-        **kwargs: likewise, such as train=False.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from bnjax.models import LeNet
-        >>> layers = trace(LeNet(), jnp.zeros((1, 28, 28, 1)), train=False)
-        >>> [layer.path for layer in layers if layer.channels]
-        ['dense1']
+    The model is called on shapes alone: of what it is called with, the images first.
     """
     layers: dict[str, Layer] = {}
     channels: int | None = args[0].shape[-1] if args[0].ndim > 3 else None
@@ -79,7 +66,8 @@ def propose_mapping(
 
     Layers whose arrays have the same shapes in PyTorch's layout are paired; where
     several have, the first of one is the first of the other, a block's shortcut being
-    taken for its last layer. What has no counterpart is left out.
+    taken for its last layer; `alike` says which those are. What has no counterpart is
+    left out.
 
     Args:
         state: arrays or tensors by name; shapes are enough.
@@ -87,9 +75,6 @@ def propose_mapping(
         layers: of the model, as `trace` gives them. Without them the order is that of
             the names, and what is flattened before a layer is not known.
         known: what is known of the mapping.
-
-    Returns:
-        A mapping; `alike` says what to look at in it.
 
     Example:
         >>> variables = {"params": {"conv": {"kernel": np.ones((3, 3, 1, 8))}}}
@@ -125,16 +110,11 @@ def propose_mapping(
 
 
 def alike(mapping: LayerMapping, variables: Mapping[str, Any]) -> list[str]:
-    """Return the names in a proposal that rest on the order of layers alone.
-
-    Other layers of ours have arrays of the same shapes.
-    """
+    """Return the names in a proposal that rest on the order of layers alone."""
     shapes = _torch_shapes(variables, {})
     counts = collections.Counter(shapes.values())
     paths = {name: as_layer(given).path for name, given in mapping.items()}
-    return [
-        n for n, path in paths.items() if path in shapes and counts[shapes[path]] > 1
-    ]
+    return [name for name in paths if counts[shapes.get(paths[name], frozenset())] > 1]
 
 
 def _torch_shapes(
@@ -147,9 +127,7 @@ def _torch_shapes(
         shape = Pair("", leaf, Layer(path, transposed=back)).torch_shape
         shapes.setdefault(path, set()).add((last, shape))
     order = {path: i for i, path in enumerate(called)}
-    paths = sorted(
-        shapes, key=lambda path: (order.get(path, len(order)), natural(path))
-    )
+    paths = sorted(shapes, key=lambda p: (order.get(p, len(order)), natural(p)))
     return {path: frozenset(shapes[path]) for path in _shortcuts_last(paths, "/")}
 
 
@@ -160,10 +138,6 @@ def _shortcuts_last(paths: Sequence[str], separator: str) -> list[str]:
     """Return paths with the shortcut of a block behind the rest of the block.
 
     PyTorch's models define it last, where others call it first.
-
-    Example:
-        >>> _shortcuts_last(["block1/skip/conv", "block1/conv1", "block2/conv1"], "/")
-        ['block1/conv1', 'block1/skip/conv', 'block2/conv1']
     """
     parts = [tuple(path.split(separator)) for path in paths]
     last: dict[tuple[str, ...], int] = {}

@@ -1,8 +1,18 @@
 """Networks to train, by name.
 
 `create("mlp", ...)` builds one; `MODELS` lists what there is, `options` what each can
-be told. Every model is a `flax.linen.Module` called as `model(images, train=...)` and
-returns logits.
+be told. Every model is a `flax.linen.Module` called as `model(images, train=...)`, with
+images of shape (batch, height, width, channels), and returns logits of shape (batch,
+classes), float32 or wider. Options of the same name mean the same in all:
+
+- `classes`: number of logits;
+- `normalization`: what stands before each nonlinearity;
+- `activation`: a name of `jax.nn`;
+- `width`: factor on the number of filters of every layer; see `layers.scaled`;
+- `weight_scale`: factor on the standard deviation of the initial weights;
+- `dropout`: rate before the classifier; rng stream "dropout";
+- `dtype`: of the computation; that of images and parameters if None;
+- `param_dtype`: of the parameters.
 """
 
 import dataclasses
@@ -29,20 +39,13 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def options(name: str) -> tuple[str, ...]:
-    """Return the names of what the model called `name` can be told.
-
-    Args:
-        name: a key of `MODELS`.
-
-    Raises:
-        ValueError: no model has that name.
-
-    Example:
-        >>> from bnjax import models
-        >>> "pool" in models.options("lenet"), "depth" in models.options("resnet20")
-        (True, False)
-    """
-    make = _find(name)
+    """Return the names of what the model called `name` can be told."""
+    if name not in MODELS:
+        raise ValueError(
+            f"models.create: no model is called {name!r}.{did_you_mean(name, MODELS)} "
+            f"Expected one of: {', '.join(sorted(MODELS))}."
+        )
+    make = MODELS[name]
     given: set[str] = {"parent", "name"}
     if isinstance(make, functools.partial):
         given |= set(make.keywords)
@@ -52,17 +55,7 @@ def options(name: str) -> tuple[str, ...]:
 
 
 def create(name: str, **given: Any) -> nn.Module:
-    """Build the model called `name`.
-
-    Args:
-        name: a key of `MODELS`.
-        **given: the model's own options, such as `classes` or `normalization`.
-
-    Returns:
-        The module, not yet initialized.
-
-    Raises:
-        ValueError: no model has that name, or the model has no such option.
+    """Build the model called `name`, with its own options; not yet initialized.
 
     Example:
         >>> from bnjax import models
@@ -77,12 +70,3 @@ def create(name: str, **given: Any) -> nn.Module:
                 f"{did_you_mean(option, known)} Expected one of: {', '.join(known)}."
             )
     return MODELS[name](**given)
-
-
-def _find(name: str) -> Callable[..., nn.Module]:
-    if name not in MODELS:
-        raise ValueError(
-            f"models.create: no model is called {name!r}.{did_you_mean(name, MODELS)} "
-            f"Expected one of: {', '.join(sorted(MODELS))}."
-        )
-    return MODELS[name]

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from bnjax.models.layers import (
     ConvNorm,
+    check_choice,
     check_images,
     check_width,
     classify,
@@ -73,10 +74,7 @@ PRINTED_MODULES = tuple(
 class InceptionModule(nn.Module):
     """Branches of filters of several sizes on one input, joined along the channels.
 
-    Args:
-        size: filters of each branch.
-        width: factor on all of them; see `scaled`.
-        conv: makes a `ConvNorm` from features, kernel, stride and name.
+    `conv` makes a `ConvNorm` from features, kernel, stride and name.
 
     References:
         Szegedy et al. 2015, "Going deeper with convolutions", section 4; Ioffe and
@@ -89,16 +87,9 @@ class InceptionModule(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Return shape (batch, height / stride, width / stride, channels').
+        """Return shape (batch, height / stride, width / stride, channels')."""
 
-        Args:
-            x: shape (batch, height, width, channels).
-            train: normalize by the batch and update the running statistics.
-        """
-
-        def conv(
-            x: jax.Array, features: int, kernel: int, name: str, stride: int = 1
-        ) -> jax.Array:
+        def conv(x: Any, features: int, kernel: int, name: str, stride: int = 1) -> Any:
             layer = self.conv(scaled(features, self.width), kernel, stride, name=name)
             return layer(x, train=train)
 
@@ -125,17 +116,12 @@ class Inception(nn.Module):
     r"""Figure 5 of the paper, by its filters; every convolution is a `ConvNorm`.
 
     The figure's printed depths are not all the sums of its filters: 4c and 4d sum to
-    608 where 576 is printed, and 4e then to 1056 where 1024 is. With 1000 classes it
-    has 11,285,224 parameters; no reading of the figure gives the 13.6 million of the
-    text.
-
-    The baseline that the paper calls Inception has `normalization` of kind "none",
-    `local_response_norm` and `dropout` 0.4. GoogLeNet's auxiliary classifiers, of which
-    the paper says nothing, are left out.
+    608 where 576 is printed, and 4e then to 1056 where 1024 is. The baseline that the
+    paper calls Inception has `normalization` of kind "none", `local_response_norm` and
+    `dropout` 0.4. GoogLeNet's auxiliary classifiers, of which the paper says nothing,
+    are left out.
 
     Args:
-        classes: number of logits.
-        width: factor on the number of filters of every layer; see `scaled`.
         stem: what comes before module 3a: "imagenet", 7x7 filters of stride 2 and in
             all an eighth of the height and width; or "small" for images of 32x32, 3x3
             filters of stride 1 and a quarter.
@@ -143,29 +129,11 @@ class Inception(nn.Module):
         printed_depths: project to 96 channels in 4c and 4d, as TF-slim does, which
             gives the printed depths.
         local_response_norm: after the first pooling and before the second.
-        dropout: rate before the classifier; rng stream "dropout".
-        normalization: what stands before each nonlinearity.
         per_activation: in modules 5a and 5b, normalize each position by itself; the
             parameters then fit one size of image.
-        activation: a name of `jax.nn`.
-        weight_scale: factor on the standard deviation of the initial weights of the
-            convolutions, which is He's.
-        dtype: of the computation; that of images and parameters if None.
-        param_dtype: of the parameters.
+        weight_scale: of the convolutions, whose standard deviation is He's.
 
-    Raises:
-        ValueError: the images are no batch of images, or the width is not positive.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from bnjax.models import Inception
-        >>> model = Inception(classes=10, width=0.125, stem="small")
-        >>> images = jnp.zeros((2, 32, 32, 3))
-        >>> variables = jax.eval_shape(
-        ...     lambda: model.init(jax.random.key(0), images, train=False)
-        ... )
-        >>> variables["params"]["module_3a"]["conv_3x3"]["conv"]["kernel"].shape
-        (3, 3, 8, 8)
+    The others are those of `bnjax.models`.
 
     References:
         Ioffe and Szegedy 2015, section 4.2 and Figure 5.
@@ -187,13 +155,10 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Return logits, shape (batch, classes), float32 or wider.
-
-        Args:
-            images: shape (batch, height, width, channels), floating.
-            train: normalize by the batch, update the running statistics, drop features.
-        """
-        self._check(images)
+        """Return logits."""
+        check_images("Inception", images)
+        check_width("Inception", self.width)
+        check_choice("Inception: stem", self.stem, get_args(Stem))
         conv = functools.partial(
             ConvNorm,
             normalization=self.normalization,
@@ -202,44 +167,31 @@ class Inception(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        respond = (
-            local_response_normalization if self.local_response_norm else lambda x: x
-        )
+        lrn = self.local_response_norm
+        respond = local_response_normalization if lrn else lambda x: x
         filters = functools.partial(scaled, width=self.width)
         kernel, stride = (7, 2) if self.stem == "imagenet" else (3, 1)
-        multiplier = 8 if self.separable_conv1 else None
-        x = conv(
-            filters(64), kernel, stride, depth_multiplier=multiplier, name="conv1"
-        )(images, train=train)
+        separable: Any = {"depth_multiplier": 8} if self.separable_conv1 else {}
+        x = conv(filters(64), kernel, stride, name="conv1", **separable)(
+            images, train=train
+        )
         x = respond(_pool(x, "max", 2))
         x = conv(filters(64), 1, name="conv2_reduce")(x, train=train)
         x = respond(conv(filters(192), 3, name="conv2")(x, train=train))
         x = _pool(x, "max", 2)
         for size in PRINTED_MODULES if self.printed_depths else MODULES:
             last = self.per_activation and size.name.startswith("5")
-            x = InceptionModule(
-                size,
-                self.width,
-                functools.partial(conv, per_activation=last),
-                name=f"module_{size.name}",
-            )(x, train=train)
+            own = functools.partial(conv, per_activation=last)
+            x = InceptionModule(size, self.width, own, name=f"module_{size.name}")(
+                x, train=train
+            )
         return classify(
             x.mean((1, 2)),
             self.classes,
             train=train,
             dropout=self.dropout,
-            kernel_init=nn.initializers.lecun_normal(),
             param_dtype=self.param_dtype,
         )
-
-    def _check(self, images: jax.Array) -> None:
-        check_images("Inception", images)
-        check_width("Inception", self.width)
-        if self.stem not in get_args(Stem):
-            raise ValueError(
-                f"Inception: stem={self.stem!r}; expected one of "
-                f"{', '.join(get_args(Stem))}."
-            )
 
 
 def _pool(x: jax.Array, kind: str, stride: int) -> jax.Array:

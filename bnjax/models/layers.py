@@ -1,5 +1,6 @@
 """What the networks are made of."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,27 +24,14 @@ class ConvNorm(nn.Module):
     the convolution is separable.
 
     Args:
-        features: channels of the output.
         kernel: height and width of the filters.
-        stride: of the filters, down and across.
         padding: "SAME" and "VALID" as in TensorFlow; or pixels on every side.
         depth_multiplier: where given, filters of the full size act on each channel by
             itself, so many on each, and 1x1 filters join them; nothing in between.
-        normalization: what stands before the nonlinearity.
-        activation: a name of `jax.nn`; "identity" for none.
-        kernel_init: of the filters.
         zero_scale: start the scale of BN at 0.
         per_activation: see `Normalization.__call__`.
-        dtype: of the computation; that of input and parameters if None.
-        param_dtype: of the parameters.
 
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> layer = ConvNorm(8, 3, normalization=Normalization(), activation="relu")
-        >>> x = jnp.ones((2, 5, 5, 4))
-        >>> variables = layer.init(jax.random.key(0), x, train=False)
-        >>> jax.tree.map(jnp.shape, variables["params"])
-        {'bn': {'bias': (8,), 'scale': (8,)}, 'conv': {'kernel': (3, 3, 4, 8)}}
+    The others are those of `bnjax.models`.
 
     References:
         Ioffe and Szegedy 2015, section 3.2.
@@ -68,41 +56,23 @@ class ConvNorm(nn.Module):
     ) -> jax.Array:
         """Return the activations, shape (batch, height', width', features).
 
-        Args:
-            x: shape (batch, height, width, channels).
-            residual: added before the nonlinearity; shape of the output.
-            train: normalize by the batch and update the running statistics.
+        The residual, of that shape, is added before the nonlinearity.
         """
-        options: dict[str, Any] = {
-            "kernel_init": self.kernel_init,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
-        size: Sequence[int] = (self.kernel, self.kernel)
-        stride = self.stride
-        padding = self.padding
+        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv = functools.partial(nn.Conv, kernel_init=self.kernel_init, **dtypes)
+        use_bias = self.normalization.needs_bias
+        size = (self.kernel, self.kernel), self.stride, self.padding
         if self.depth_multiplier is not None:
             channels = x.shape[-1]
-            x = nn.Conv(
+            x = conv(
                 channels * self.depth_multiplier,
-                size,
-                stride,
-                padding,
+                *size,
                 feature_group_count=channels,
                 use_bias=False,
                 name="depthwise",
-                **options,
             )(x)
-            size, stride, padding = (1, 1), 1, "VALID"
-        x = nn.Conv(
-            self.features,
-            size,
-            stride,
-            padding,
-            use_bias=self.normalization.needs_bias,
-            name="conv",
-            **options,
-        )(x)
+            size = (1, 1), 1, "VALID"
+        x = conv(self.features, *size, use_bias=use_bias, name="conv")(x)
         return self.normalization(
             x,
             train=train,
@@ -111,8 +81,7 @@ class ConvNorm(nn.Module):
             residual=residual,
             zero_scale=self.zero_scale,
             per_activation=self.per_activation,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            **dtypes,
         )
 
 
@@ -121,22 +90,15 @@ def classify(
     classes: int,
     *,
     train: bool,
-    dropout: float = 0.0,
-    kernel_init: nn.initializers.Initializer,
     param_dtype: Any,
+    dropout: float = 0.0,
+    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
 ) -> jax.Array:
     """Return logits, by a linear layer called "logits".
 
     Called inside a module's compact method, it adds the layer to that module. It is
-    computed in float32 or wider, whatever the dtype of the layers before.
-
-    Args:
-        features: shape (batch, n).
-        classes: number of logits.
-        train: drop features, where there is dropout.
-        dropout: rate at which features are dropped in training.
-        kernel_init: of the weights.
-        param_dtype: of the parameters.
+    computed in float32 or wider, whatever the dtype of the layers before. Features,
+    shape (batch, n), are dropped at rate `dropout` in training.
     """
     features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     features = nn.Dropout(dropout, deterministic=not train)(features)
@@ -166,15 +128,6 @@ def local_response_normalization(
         alpha: weight of the mean square; divided by n, as in Caffe.
         beta: the exponent.
         k: added to the energy.
-
-    Raises:
-        ValueError: `size` is even or not positive.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> x = jnp.array([1.0, 0.0, 2.0, 2.0])
-        >>> print(local_response_normalization(x, size=3, alpha=3.0, beta=1.0))
-        [0.5        0.         0.22222222 0.22222222]
 
     References:
         Krizhevsky, Sutskever and Hinton 2012, section 3.3; the defaults are those of
@@ -206,12 +159,7 @@ def convolution_init(weight_scale: float) -> nn.initializers.Initializer:
 
 
 def scaled(features: int, width: float) -> int:
-    """Return `features` times `width`: the nearest multiple of 4, at least 4.
-
-    Example:
-        >>> scaled(96, 0.125), scaled(64, 0.1), scaled(64, 0.01), scaled(6, 1.0)
-        (12, 8, 4, 6)
-    """
+    """Return `features` times `width`: the nearest multiple of 4, at least 4."""
     if width == 1:
         return features
     return max(4, 4 * int(features * width / 4 + 0.5))
@@ -224,6 +172,12 @@ def check_width(model: str, width: float) -> None:
             f"{model}: width={width}; expected a positive number, such as 0.5 for half "
             "as many channels."
         )
+
+
+def check_choice(option: str, value: Any, known: Sequence[str]) -> None:
+    """Refuse a value that is none of those known."""
+    if value not in known:
+        raise ValueError(f"{option}={value!r}; expected one of {', '.join(known)}.")
 
 
 def check_images(model: str, images: jax.Array, smallest: int = 1) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bnjax.models.layers import ConvNorm, check_images, classify
+from bnjax.models.layers import ConvNorm, check_choice, check_images, classify
 from bnjax.models.normalization import Normalization
 
 Pool = Literal["avg", "max"]
@@ -20,27 +20,11 @@ class LeNet(nn.Module):
     features reach the first layer.
 
     Args:
-        classes: number of logits.
         pool: what the pooling takes of 2x2 pixels.
-        normalization: what stands before each nonlinearity.
-        activation: a name of `jax.nn`.
-        weight_scale: factor on the standard deviation of the initial weights before
-            each nonlinearity, which is Glorot's.
-        dtype: of the computation; that of images and parameters if None.
-        param_dtype: of the parameters.
+        weight_scale: of the weights before each nonlinearity, whose standard deviation
+            is Glorot's.
 
-    Raises:
-        ValueError: the images are none of at least 16x16, or `pool` is unknown.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from bnjax.models import LeNet
-        >>> images = jnp.zeros((1, 28, 28, 1))
-        >>> variables = jax.eval_shape(
-        ...     lambda: LeNet().init(jax.random.key(0), images, train=False)
-        ... )
-        >>> variables["params"]["dense1"]["kernel"].shape
-        (256, 120)
+    The others are those of `bnjax.models`.
 
     References:
         LeCun et al. 1998; with batch normalization: Zhang et al., "Dive into Deep
@@ -57,18 +41,9 @@ class LeNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Return logits, shape (batch, classes), float32 or wider.
-
-        Args:
-            images: shape (batch, height, width, channels), floating.
-            train: normalize by the batch and update the running statistics.
-        """
+        """Return logits."""
         check_images("LeNet", images, smallest=16)
-        if self.pool not in get_args(Pool):
-            raise ValueError(
-                f"LeNet: pool={self.pool!r}; expected one of "
-                f"{', '.join(get_args(Pool))}."
-            )
+        check_choice("LeNet: pool", self.pool, get_args(Pool))
         pool = nn.max_pool if self.pool == "max" else nn.avg_pool
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         kernel_init = nn.initializers.variance_scaling(

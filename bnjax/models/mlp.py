@@ -1,5 +1,6 @@
 """The fully connected network of the paper's MNIST experiment."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,12 +23,9 @@ class MLP(nn.Module):
 
     Args:
         hidden: width of each hidden layer.
-        classes: number of logits.
         weight_std: standard deviation of the Gaussian the weights start from.
-        normalization: what stands before each nonlinearity.
-        activation: a name of `jax.nn`.
-        dtype: of the computation; that of inputs and parameters if None.
-        param_dtype: of the parameters.
+
+    The others are those of `bnjax.models`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -52,33 +50,21 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Return logits, shape (batch, classes), float32 or wider.
-
-        Args:
-            images: shape (batch, ...), floating; flattened here.
-            train: normalize by the batch and update the running statistics.
-        """
-        options: dict[str, Any] = {
-            "kernel_init": nn.initializers.normal(self.weight_std),
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
+        """Return logits of images of any shape, flattened here."""
+        kernel_init = nn.initializers.normal(self.weight_std)
+        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        dense = functools.partial(nn.Dense, kernel_init=kernel_init, **dtypes)
         use_bias = self.normalization.needs_bias
         z = images.reshape(images.shape[0], -1)
         for i, width in enumerate(self.hidden):
-            z = nn.Dense(width, use_bias=use_bias, name=f"dense_{i}", **options)(z)
+            z = dense(width, use_bias=use_bias, name=f"dense_{i}")(z)
             z = self.normalization(
-                z,
-                train=train,
-                activation=self.activation,
-                name=f"bn_{i}",
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
+                z, train=train, activation=self.activation, name=f"bn_{i}", **dtypes
             )
         return classify(
             z,
             self.classes,
             train=train,
-            kernel_init=options["kernel_init"],
+            kernel_init=kernel_init,
             param_dtype=self.param_dtype,
         )

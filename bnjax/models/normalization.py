@@ -1,6 +1,7 @@
 """Which normalization a model uses: one home for all models."""
 
 import dataclasses
+import functools
 from typing import Any, Literal, get_args
 
 import jax
@@ -39,10 +40,6 @@ class Normalization:
         record_inputs: where the collection "intermediates" is mutable, write the input
             of each nonlinearity there, as `<name of the layer>_input/value`.
 
-    Raises:
-        ValueError: the kind is unknown, or Flax's layer is asked for what it does not
-            have: an unbiased variance, virtual batches, deferred statistics.
-
     References:
         Ioffe and Szegedy 2015, sections 3.1 and 3.2.
     """
@@ -60,9 +57,9 @@ class Normalization:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
+            known = ", ".join(get_args(Kind))
             raise ValueError(
-                f"Normalization: kind={self.kind!r}; expected one of "
-                f"{', '.join(get_args(Kind))}."
+                f"Normalization: kind={self.kind!r}; expected one of {known}."
             )
         if self.kind == "flax" and self.unbiased:
             raise ValueError(
@@ -96,22 +93,11 @@ class Normalization:
     ) -> jax.Array:
         """Return activation(BN(x) + residual); without BN where the kind is "none".
 
-        Args:
-            x: pre-activations, shape (batch, ..., features).
-            train: normalize by the batch and update the running statistics.
-            activation: a name of `jax.nn`; "identity" for none.
-            name: of the layer in the variables.
-            residual: added before the activation; shape of `x`.
-            zero_scale: start the scale at 0, so that a residual block starts as the
-                identity; of no effect where the kind is "none".
-            per_activation: normalize each position of a map by itself, over the batch
-                alone, with a scale and bias of its own: `x` is of shape (batch, height,
-                width, channels), the parameters (height, width, channels).
-            dtype: of the output; that of `x` and the parameters if None.
-            param_dtype: of scale and bias; float32 if None.
-
-        Returns:
-            An array of the shape of `x`.
+        `x` and `residual` are of shape (batch, ..., features), the variables are under
+        `name`. With `zero_scale` the scale starts at 0, so that a residual block starts
+        as the identity. With `per_activation` each position of a map is normalized by
+        itself, over the batch alone, with a scale and bias of its own, of shape
+        (height, width, channels).
         """
         nonlinear = activation != "identity"
         fused = self.kind == "batch" and not (self.record_inputs and nonlinear)
@@ -133,8 +119,15 @@ class Normalization:
             if self.kind == "flax":
                 x = nn.BatchNorm(**options)(x)
             else:
-                options["activation"] = activation if fused else None
-                x = self._layer(options)(x, residual=residual)
+                options |= {
+                    "activation": activation if fused else None,
+                    "unbiased": self.unbiased,
+                }
+                layer: Any = BatchNorm
+                if self.virtual_batch_size is not None or self.deferred:
+                    size = self.virtual_batch_size
+                    layer = functools.partial(GhostBatchNorm, virtual_batch_size=size)
+                x = layer(**options)(x, residual=residual)
         if fused:
             return x
         if residual is not None and self.kind != "batch":
@@ -144,25 +137,10 @@ class Normalization:
         activate = as_activation(activation)
         return x if activate is None else activate(x)
 
-    def _layer(self, options: dict[str, Any]) -> BatchNorm:
-        options = options | {"unbiased": self.unbiased}
-        if self.virtual_batch_size is None and not self.deferred:
-            return BatchNorm(**options)
-        return GhostBatchNorm(virtual_batch_size=self.virtual_batch_size, **options)
-
     def updated_stats(self, batch_stats: Any, batch_moments: Any) -> Any:
-        """Move the running statistics of every layer once.
-
-        Args:
-            batch_stats: the collection of that name, before.
-            batch_moments: likewise, the Moments of each layer over all that the
-                statistics are to learn from.
-
-        Returns:
-            The new collection "batch_stats".
-        """
-        stats: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_stats))
-        found: dict[tuple[str, ...], Any] = dict(flatten_dict(batch_moments))
+        """Return the collection `batch_stats`, moved once by each layer's Moments."""
+        stats: dict[Any, Any] = dict(flatten_dict(batch_stats))
+        found: dict[Any, Any] = dict(flatten_dict(batch_moments))
         for (*layer, _), moments in found.items():
             mean, var = (*layer, "mean"), (*layer, "var")
             new = functional.update_batch_stats(
@@ -180,10 +158,5 @@ class _Recorder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> None:
-        self.sow(
-            "intermediates",
-            "value",
-            x,
-            init_fn=lambda: x,
-            reduce_fn=lambda _, new: new,
-        )
+        keep = {"init_fn": lambda: x, "reduce_fn": lambda _, new: new}
+        self.sow("intermediates", "value", x, **keep)

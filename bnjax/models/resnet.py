@@ -1,8 +1,7 @@
 """Residual networks, for images of 32x32 and of 224x224."""
 
-import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +18,15 @@ from bnjax.models.layers import (
 from bnjax.models.normalization import Normalization
 
 
-@dataclasses.dataclass(frozen=True)
-class ResNetSize:
-    """How many blocks of which kind a residual network has.
+class ResNetSize(NamedTuple):
+    """How many blocks of which kind each stage has; four are for images of 224x224.
 
-    Args:
-        blocks: in each stage; every stage but the first halves height and width.
-        bottleneck: blocks of 1x1, 3x3 and 1x1 with four times the features; else of
-            two 3x3.
+    Every stage but the first halves height and width. Blocks are of two 3x3, or with
+    `bottleneck` of 1x1, 3x3 and 1x1 with four times the features.
     """
 
     blocks: tuple[int, ...]
     bottleneck: bool = False
-
-    @property
-    def large_images(self) -> bool:
-        """Whether it is for images of 224x224, with projections; else for 32x32."""
-        return len(self.blocks) == 4
-
-    @property
-    def features(self) -> tuple[int, ...]:
-        """Of the 3x3 convolutions of each stage."""
-        return (64, 128, 256, 512) if self.large_images else (16, 32, 64)
 
 
 SIZES = {
@@ -62,12 +48,8 @@ class Block(nn.Module):
     Where the shape changes, the input takes every second pixel and new channels of 0, a
     shortcut without parameters; or it goes through a 1x1 convolution and BN.
 
-    Args:
-        features: of the output.
-        stride: of the first convolution.
-        zero_scale: start the scale of the last BN at 0, the block as the identity.
-        conv: makes a `ConvNorm`.
-        project: through a convolution.
+    `conv` makes a `ConvNorm`; `zero_scale` starts the scale of the last BN at 0, the
+    block as the identity.
 
     References:
         He et al. 2016, "Deep residual learning", section 4.2, option A; with
@@ -89,12 +71,9 @@ class Block(nn.Module):
             shortcut = x[:, :: self.stride, :: self.stride]
             new = self.features - x.shape[-1]
             shortcut = jnp.pad(shortcut, [(0, 0)] * 3 + [(new // 2, new - new // 2)])
-        x = self.conv(self.features, 3, self.stride, padding=1, name="conv1")(
-            x, train=train
-        )
-        last = self.conv(
-            self.features, 3, padding=1, zero_scale=self.zero_scale, name="conv2"
-        )
+        conv = functools.partial(self.conv, self.features, 3, padding=1)
+        x = conv(stride=self.stride, name="conv1")(x, train=train)
+        last = conv(zero_scale=self.zero_scale, name="conv2")
         return last(x, residual=shortcut.astype(x.dtype), train=train)
 
 
@@ -104,11 +83,7 @@ class Bottleneck(nn.Module):
     Where the shape changes, the input goes through a 1x1 convolution and BN. The stride
     is on the 3x3, as in torchvision; in the paper it is on the first 1x1.
 
-    Args:
-        features: of the 3x3; the output has four times as many.
-        stride: of the 3x3.
-        zero_scale: start the scale of the last BN at 0.
-        conv: makes a `ConvNorm`.
+    The features are those of the 3x3; the output has four times as many.
 
     References:
         He et al. 2016, "Deep residual learning", section 4.1, option B.
@@ -151,31 +126,11 @@ class ResNet(nn.Module):
 
     Args:
         depth: a key of `SIZES`.
-        classes: number of logits.
-        width: factor on the number of filters of every layer; see `scaled`.
         zero_scale: start the scale of the last BN of each block at 0, so that each
             block starts as the identity.
-        dropout: rate before the classifier; rng stream "dropout".
-        normalization: what stands before each nonlinearity.
-        activation: a name of `jax.nn`.
-        weight_scale: factor on the standard deviation of the initial weights of the
-            convolutions, which is He's.
-        dtype: of the computation; that of images and parameters if None.
-        param_dtype: of the parameters.
+        weight_scale: of the convolutions, whose standard deviation is He's.
 
-    Raises:
-        ValueError: no network has that depth, the images are no batch of images, the
-            width is not positive, or `zero_scale` is asked for without a scale.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from bnjax.models import ResNet
-        >>> model, images = ResNet(20, classes=10), jnp.zeros((1, 32, 32, 3))
-        >>> variables = jax.eval_shape(
-        ...     lambda: model.init(jax.random.key(0), images, train=False)
-        ... )
-        >>> sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-        269722
+    The others are those of `bnjax.models`.
 
     References:
         He et al. 2016, "Deep residual learning for image recognition"; the zero scale:
@@ -195,17 +150,20 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Return logits of shape (batch, classes).
-
-        Args:
-            images: shape (batch, height, width, channels), floating.
-            train: normalize by the batch, update the running statistics, drop features.
-
-        Returns:
-            Logits, shape (batch, classes), float32 or wider.
-        """
-        self._check(images)
+        """Return logits."""
+        if self.depth not in SIZES:
+            known = ", ".join(map(str, sorted(SIZES)))
+            raise ValueError(f"ResNet: depth={self.depth}; expected one of {known}.")
+        if self.zero_scale and self.normalization.kind == "none":
+            raise ValueError(
+                'ResNet: zero_scale=True with normalization of kind "none", which has '
+                "no scale; expected a normalization, or zero_scale=False."
+            )
+        check_images("ResNet", images)
+        check_width("ResNet", self.width)
         size = SIZES[self.depth]
+        large = len(size.blocks) == 4
+        widths = (64, 128, 256, 512) if large else (16, 32, 64)
         conv = functools.partial(
             ConvNorm,
             normalization=self.normalization,
@@ -214,45 +172,26 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-        first = scaled(size.features[0], self.width)
-        if size.large_images:
+        first = scaled(widths[0], self.width)
+        if large:
             x = conv(first, 7, 2, padding=3, name="conv1")(images, train=train)
             padding: Any = ((1, 1), (1, 1))
             x = nn.max_pool(x, (3, 3), (2, 2), padding)
         else:
             x = conv(first, 3, padding=1, name="conv1")(images, train=train)
-        block: Any = functools.partial(Block, project=size.large_images)
+        block: Any = functools.partial(Block, project=large)
         block = Bottleneck if size.bottleneck else block
-        for stage, (blocks, features) in enumerate(
-            zip(size.blocks, size.features, strict=True), start=1
-        ):
+        for stage, blocks in enumerate(size.blocks, start=1):
+            features = scaled(widths[stage - 1], self.width)
             for i in range(blocks):
+                stride, name = 2 if stage > 1 and i == 0 else 1, f"block{i + 1}"
                 x = block(
-                    scaled(features, self.width),
-                    2 if stage > 1 and i == 0 else 1,
-                    self.zero_scale,
-                    conv,
-                    name=f"stage{stage}_block{i + 1}",
+                    features, stride, self.zero_scale, conv, name=f"stage{stage}_{name}"
                 )(x, train=train)
         return classify(
             x.mean((1, 2)),
             self.classes,
             train=train,
             dropout=self.dropout,
-            kernel_init=nn.initializers.lecun_normal(),
             param_dtype=self.param_dtype,
         )
-
-    def _check(self, images: jax.Array) -> None:
-        if self.depth not in SIZES:
-            raise ValueError(
-                f"ResNet: depth={self.depth}; expected one of "
-                f"{', '.join(map(str, sorted(SIZES)))}."
-            )
-        if self.zero_scale and self.normalization.kind == "none":
-            raise ValueError(
-                'ResNet: zero_scale=True with normalization of kind "none", which has '
-                "no scale; expected a normalization, or zero_scale=False."
-            )
-        check_images("ResNet", images)
-        check_width("ResNet", self.width)

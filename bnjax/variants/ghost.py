@@ -34,38 +34,20 @@ def ghost_batch_norm(
     `Moments.merge`. It is for training: inference has no groups, see
     `bnjax.batch_norm`.
 
-    Args:
-        x: input, of rank 2 or more, the examples along its first axis.
-        scale: gamma, shape (features,); None for ones.
-        bias: beta, shape (features,); None for zeros.
-        batch_stats: running statistics, shape (features,).
-        virtual_batch_size: examples in a group; divides the batch. None for one group.
-        momentum: weight of the old statistics (PyTorch's 0.1 is 0.9 here).
-        unbiased: running variance with m / (m - 1), m the values in all groups.
-        use_fast_variance: as in `bnjax.batch_norm`.
-        **options: `axis`, `epsilon`, `activation`, `residual`, `dtype`, `axis_name` and
-            `axis_index_groups` of `bnjax.batch_norm`.
-
-    Returns:
-        The output, of the shape of `x`, and the new BatchStats.
-
-    Raises:
-        ValueError: the size does not divide the batch, or leaves one value per channel.
+    `x` is of rank 2 or more, the examples along its first axis; `virtual_batch_size` is
+    the number of examples in a group, which divides the batch, or None for one group.
+    With `unbiased` the running variance has the factor m / (m - 1), m being the values
+    in all groups. The others are those of `bnjax.batch_norm`, of which `axis`,
+    `epsilon`, `activation`, `residual`, `dtype`, `axis_name` and `axis_index_groups`
+    are the options.
 
     Examples:
         >>> import jax.numpy as jnp, bnjax
         >>> x = jnp.array([[0.0], [2.0], [10.0], [14.0]])
-        >>> y, stats = ghost_batch_norm(
-        ...     x,
-        ...     None,
-        ...     None,
-        ...     bnjax.BatchStats.init(1),
-        ...     virtual_batch_size=2,
-        ...     momentum=0.0,
-        ...     unbiased=False,
-        ... )
-        >>> print(y.ravel().round(2), stats.mean, stats.var)
-        [-1.  1. -1.  1.] [6.5] [32.75]
+        >>> old, options = bnjax.BatchStats.init(1), {"virtual_batch_size": 2}
+        >>> y, new = ghost_batch_norm(x, None, None, old, momentum=0.0, **options)
+        >>> print(y.ravel().round(2), new.mean, new.var.round(2))
+        [-1.  1. -1.  1.] [6.5] [43.67]
 
     References:
         Hoffer, Hubara and Soudry 2017, "Train longer, generalize better", Algorithm 1.
@@ -130,15 +112,7 @@ def normalize_groups(
 
 
 def merge_stacked(moments: Moments) -> Moments:
-    """Join moments that are stacked along a leading axis.
-
-    Example:
-        >>> parts = Moments(
-        ...     *jnp.array([[[1.0], [5.0]], [[0.0], [0.0]], [[1.0], [1.0]]])
-        ... )
-        >>> print(merge_stacked(parts).mean, merge_stacked(parts).var)
-        [3.] [4.]
-    """
+    """Join moments that are stacked along a leading axis."""
     parts = range(moments.count.shape[0])
     first, *rest = (jax.tree.map(lambda leaf, i=i: leaf[i], moments) for i in parts)
     return first.merge(*rest)
@@ -155,22 +129,8 @@ class GhostBatchNorm(BatchNorm):
     Attributes:
         virtual_batch_size: examples in a group; divides the batch. None for one group.
 
-    The other attributes are those of `bnjax.linen.BatchNorm`.
-
-    Raises:
-        ValueError: for a mask in training, beside what `ghost_batch_norm` raises.
-
-    Examples:
-        >>> import jax, jax.numpy as jnp
-        >>> layer = GhostBatchNorm(use_running_average=False, virtual_batch_size=2)
-        >>> x = jnp.array([[0.0], [2.0], [10.0], [14.0]])
-        >>> variables = layer.init(jax.random.key(0), x)
-        >>> y, _ = layer.apply(variables, x, mutable=["batch_stats"])
-        >>> print(y.ravel().round(2))
-        [-1.  1. -1.  1.]
-
-    References:
-        Hoffer, Hubara and Soudry 2017.
+    The other attributes are those of `bnjax.linen.BatchNorm`; a mask is refused in
+    training.
     """
 
     virtual_batch_size: int | None = None
@@ -184,29 +144,20 @@ class GhostBatchNorm(BatchNorm):
         batch_stats: BatchStats,
         **options: Any,
     ) -> tuple[jax.Array, BatchStats]:
-        if not options.pop("update_stats"):
-            return super()._transform(
-                x, scale, bias, batch_stats, update_stats=False, **options
-            )
-        momentum, unbiased = options.pop("momentum"), options.pop("unbiased")
-        del options["use_running_average"]
+        if not options["update_stats"]:
+            return super()._transform(x, scale, bias, batch_stats, **options)
+        del options["update_stats"], options["use_running_average"]
+        moving = {name: options.pop(name) for name in ("momentum", "unbiased")}
         if options.pop("mask") is not None:
             raise ValueError(
                 "batch_norm: a mask was given to groups of a virtual batch size; "
                 "expected none. Leave the padding out of the batch."
             )
         fast = options.pop("use_fast_variance")
-        y, moments = normalize_groups(
-            x,
-            scale,
-            bias,
-            virtual_batch_size=self.virtual_batch_size,
-            origin=batch_stats.mean if fast else None,
-            **options,
-        )
+        options["virtual_batch_size"] = self.virtual_batch_size
+        origin = batch_stats.mean if fast else None
+        y, moments = normalize_groups(x, scale, bias, origin=origin, **options)
         if self.is_mutable_collection(MOMENTS):
             self.put_variable(MOMENTS, "moments", moments)
             return y, batch_stats
-        return y, functional.update_batch_stats(
-            batch_stats, moments, momentum=momentum, unbiased=unbiased
-        )
+        return y, functional.update_batch_stats(batch_stats, moments, **moving)

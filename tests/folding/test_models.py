@@ -21,7 +21,10 @@ CASES = [
 ]
 SLOW = [
     ("inception", SMALL, {"width": 0.125, "stem": "small", "printed_depths": True}),
-    ("resnet50", (1, 32, 32, 3), {"width": 0.0625}),
+    *(
+        (f"resnet{depth}", (1, 32, 32, 3), {"width": 0.0625})
+        for depth in (18, 34, 50, 101, 152)
+    ),
     ("resnet56", (2, 16, 16, 3), {"width": 0.25}),
     ("resnet110", (2, 16, 16, 3), {"width": 0.25}),
     ("inception", (1, 64, 64, 3), {"width": 0.25, "separable_conv1": True}),

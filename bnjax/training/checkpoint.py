@@ -26,7 +26,7 @@ from bnjax._validate import first_line
 from bnjax.training.config import Config, RunError, result_config
 from bnjax.training.faults import DivergedError
 from bnjax.training.step import TrainState
-from bnjax.training.workdir import CHECKPOINTS, written_by
+from bnjax.training.workdir import CHECKPOINTS, made_by
 
 METADATA_FILE = "metadata/metadata"
 DIGESTS = "sha256.json"
@@ -209,9 +209,11 @@ class Checkpoints:
 
     def _read(self, where: Path, target: Any) -> tuple[Any, dict[str, Any]]:
         if (where / OLD_MANIFEST).exists():
+            version = made_by(self.workdir)
+            by = f"bnjax {version}" if version else "an earlier version of bnjax"
             raise RunError(
-                f"checkpoint {where} was written by {written_by(self.workdir)}, and "
-                f"bnjax {bnjax.__version__} cannot read it: the format changed in "
+                f"checkpoint {where} was written by {by}, and bnjax"
+                f" {bnjax.__version__} cannot read it: the format changed in "
                 "0.2.0. Resume or evaluate the run with the version that wrote it, or "
                 "train again in a new --workdir."
             )

@@ -245,6 +245,19 @@ class Preset:
     time: str = ""
 
 
+def vary(config: Any, **changes: Any) -> Any:
+    """Return a configuration with some fields changed, those of a group by a dict.
+
+    Example:
+        >>> vary(Config(9, 8, 0.1), seed=1, bn={"sync": "group:2"}).bn.sync
+        'group:2'
+    """
+    for name, change in changes.items():
+        if dataclasses.is_dataclass(getattr(config, name)):
+            changes[name] = vary(getattr(config, name), **change)
+    return dataclasses.replace(config, **changes)
+
+
 INCIDENTAL = frozenset(
     {
         "parallel",
@@ -372,7 +385,7 @@ def _read(kind: Any, value: Any, path: str) -> Any:
         return tuple(_read(choices[0], item, path) for item in value)
     if origin is dict and isinstance(value, dict):
         return {name: _read_option(item) for name, item in value.items()}
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return None if value is None else _read(choices[0], value, path)
     for given, expected in ((str, Path), (int, float), (kind, kind)):
         if kind is expected and type(value) is given:

@@ -7,27 +7,18 @@ mirrored; their colours stay as they are, so that `data.augment.strength` has no
 The members of the ensemble vary bn-x5: 30 times the rate is too much at this size.
 """
 
-import dataclasses
-
-from bnjax.data.config import AugmentConfig
-from bnjax.training.config import (
-    BatchNormConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Preset,
-)
+from bnjax.training.config import Config, Preset, vary
 from bnjax.training.presets import imagenet
 
 LEARNING_RATE = 0.03
 """Of cifar10-inception, the best of a sweep, and cifar10-bn-baseline."""
 STEPS = 8_000
-IMAGES = DataConfig(
-    name="cifar10",
-    mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2470, 0.2435, 0.2616),
-)
+IMAGES = {
+    "name": "cifar10",
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+    "augment": {"kind": "shift"},
+}
 MINUTES = "About 7 minutes on one CPU core."
 
 
@@ -35,45 +26,29 @@ def reduced(config: Config) -> Config:
     """Return an ImageNet preset at the size of CIFAR-10."""
     decay = config.optim.schedule_options
     steps = round(STEPS / config.steps * decay["transition_steps"])
-    return dataclasses.replace(
+    rate = LEARNING_RATE * config.learning_rate / imagenet.INCEPTION.learning_rate
+    return vary(
         config,
         steps=STEPS,
-        learning_rate=round(
-            LEARNING_RATE * config.learning_rate / imagenet.INCEPTION.learning_rate, 6
-        ),
+        learning_rate=round(rate, 6),
         eval_every=500,
         checkpoint_every=1000,
         eval_batch_size=1000,
-        model=dataclasses.replace(config.model, width=0.125, stem="small"),
-        data=dataclasses.replace(
-            IMAGES,
-            shuffle=config.data.shuffle,
-            augment=dataclasses.replace(config.data.augment, kind="shift"),
-        ),
-        optim=dataclasses.replace(
-            config.optim, schedule_options={**decay, "transition_steps": steps}
-        ),
+        model={"width": 0.125, "stem": "small"},
+        data={**IMAGES, "test_split": "test", "image_size": None},
+        optim={"schedule_options": {**decay, "transition_steps": steps}},
     )
 
 
 def resnet(depth: int, *, warmup_steps: int = 0) -> Config:
     """Return the settings of He et al. (2016) for a ResNet on CIFAR-10."""
-    return Config(
-        steps=64_000,
-        batch_size=128,
-        learning_rate=0.1,
+    return vary(
+        Config(steps=64_000, batch_size=128, learning_rate=0.1),
         eval_every=1000,
-        model=ModelConfig(name=f"resnet{depth}"),
-        data=dataclasses.replace(IMAGES, augment=AugmentConfig(kind="shift")),
-        optim=OptimizerConfig(
-            name="sgd",
-            options=imagenet.MOMENTUM,
-            weight_decay=1e-4,
-            schedule="piecewise_constant_schedule",
-            schedule_options={"boundaries_and_scales": {32_000: 0.1, 48_000: 0.1}},
-            warmup_steps=warmup_steps,
-        ),
-        bn=BatchNormConfig(momentum=0.9, epsilon=1e-5),
+        model={"name": f"resnet{depth}"},
+        data=IMAGES,
+        optim=imagenet.stepwise(32_000, 48_000) | {"warmup_steps": warmup_steps},
+        bn={"momentum": 0.9},
     )
 
 

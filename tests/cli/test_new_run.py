@@ -88,7 +88,8 @@ def test_replaced_or_left_as_it_was(trained, tmp_path, monkeypatch):
     new = tmp_path / "new"
 
     def write(**options):
-        write_run(new, "digits", opened.config, state, {"command": "x"}, **options)
+        source, made_by = opened.source, {"command": "x"}
+        write_run(new, "digits", opened.config, source, state, made_by, **options)
 
     def fail(*args, **kwargs):
         raise ValueError("the disk is full")

@@ -248,7 +248,7 @@ def test_values_at_the_edge(flags):
     make_optimizer(parse_train(flags.split())[1])
 
 
-class EvalRecord:
+class TestRecord:
     @pytest.mark.parametrize("preset", PRESETS)
     def test_it_comes_back_as_it_was(self, preset):
         flags = ["--workdir", "a/b", "--learning-rate", "2"]

@@ -308,10 +308,8 @@ PIECEWISE = {"schedule": "piecewise_constant_schedule"}
         ),
         ({"name": "scale_by_adam"}, "Optax has no such function"),
         ({"schedule": "cosine"}, "--optim.schedule cosine: .*cosine_decay_schedule"),
-        (
-            {"options": {"b1": 0.9}},
-            "--optim.options b1: sgd .* It has momentum",
-        ),
+        ({"options": {"b1": 0.9}}, "--optim.options b1: sgd .* It has momentum"),
+        ({"options": {"momentun": 0.9}}, r"no such keyword\. Did you mean 'momentum'"),
         ({"options": {"momentum": 1.0}}, r"momentum=1.0: expected a number in \[0, 1"),
         ({"options": {"momentum": "big"}}, "--optim.options momentum=big: expected"),
         (

@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 import bnjax
-from bnjax._files import check_output, write_output
+from bnjax._files import OutputError, check_output, write_output
 from bnjax._validate import did_you_mean
+from bnjax.data.config import SettingError
 
 try:
     import tyro
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from bnjax.training.config import Config, OptimizerConfig
 
 Platform = Literal["cpu", "cuda", "tpu", "rocm"]
+WEIGHT_SUFFIXES = (".npz", ".safetensors")
 USAGE = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -74,25 +76,21 @@ def run_command(name: str, words: Sequence[str], *, prog: str) -> int:
     """Run a command by its name, called `prog` in its help; return the exit status."""
 
     def run() -> None:
-        from bnjax.data.config import SettingError
-
         if name not in COMMANDS:
-            problem = (
-                f"there is no command {name!r}." if name else "no command is given."
-            )
+            given = f"there is no command {name!r}." if name else "no command is given."
             raise SettingError(
-                f"{problem}{did_you_mean(name, COMMANDS)} Expected one of: "
+                f"{given}{did_you_mean(name, COMMANDS)} Expected one of: "
                 f"{', '.join(COMMANDS)}. bnjax --help says what they do.",
             )
-        command, given = COMMANDS[name], list(words)
+        command, args = COMMANDS[name], list(words)
         if command is train:
-            train(given, prog=prog)
+            train(args, prog=prog)
             return
-        if command is import_torch and "--" in given:
-            place = given.index("--")
-            command = functools.partial(command, flags=tuple(given[place + 1 :]))
-            del given[place:]
-        tyro.cli(command, prog=prog, args=given)
+        if command is import_torch and "--" in args:
+            place = args.index("--")
+            command = functools.partial(command, flags=tuple(args[place + 1 :]))
+            del args[place:]
+        tyro.cli(command, prog=prog, args=args)
 
     return run_reporting(run)
 
@@ -123,8 +121,7 @@ def run_reporting(main: Callable[[], None]) -> int:
     except Exception as error:
         # Imported here: --help needs none of it.
         from bnjax._cpu.build import BuildError
-        from bnjax._files import OutputError
-        from bnjax.data.config import DataError, SettingError
+        from bnjax.data.config import DataError
         from bnjax.interop.export import ExportError
         from bnjax.interop.torch import TorchError
         from bnjax.training.config import RunError
@@ -147,9 +144,6 @@ def run_reporting(main: Callable[[], None]) -> int:
     return 0
 
 
-# train
-
-
 def train(words: Sequence[str], *, prog: str = "bnjax train") -> None:
     """Train a network; bnjax train --help lists the presets."""
     preset, config = parse_train(words, prog=prog)
@@ -167,7 +161,6 @@ def parse_train(
     A `--model` other than the preset's starts from its own options; one of the user's
     own also from the defaults of `--bn`, and its module may lie in the current folder.
     """
-    from bnjax.data.config import SettingError
     from bnjax.training.config import Config, is_import_path, validate
     from bnjax.training.presets import DEFAULT, PRESETS
 
@@ -256,7 +249,6 @@ def _with_options(
 
 def _check_flags(config: "Config", words: Sequence[str]) -> None:
     """Refuse a flag by another program's name, or without the group that it is in."""
-    from bnjax.data.config import SettingError
     from bnjax.training.config import as_flag, flag_values
 
     flags = [as_flag(name) for name in flag_values(config)]
@@ -281,9 +273,6 @@ def _list_presets(prog: str) -> str:
         f"{text}\nWhat to expect of one, and its settings: {prog} PRESET --help.\n"
         f"Without a preset it is {DEFAULT}, whose settings follow:"
     )
-
-
-# eval
 
 
 def evaluate(
@@ -321,9 +310,6 @@ def evaluate(
     )
 
 
-# predict
-
-
 def predict(
     run: Run,
     images: Images,
@@ -346,7 +332,6 @@ def predict(
         force: Replace --output if it is there.
         trust: Import the code that the run names as its network.
     """
-    from bnjax.data.config import SettingError
     from bnjax.training.evaluation import load_run
     from bnjax.training.runs import classify, format_table, list_images
 
@@ -372,9 +357,6 @@ def predict(
         for each in described
     ]
     print(format_table(("image", *map(str, range(1, len(rows[0])))), rows))
-
-
-# export
 
 
 def export(
@@ -408,7 +390,6 @@ def export(
     import jax
     import jax.numpy as jnp
 
-    from bnjax.data.config import SettingError
     from bnjax.data.pipeline import make_to_inputs
     from bnjax.interop.export import check_export, export_inference, save
     from bnjax.training.config import RunError
@@ -455,11 +436,6 @@ def export(
     )
 
 
-# fold
-
-WEIGHT_SUFFIXES = (".npz", ".safetensors")
-
-
 def fold(
     run: Run,
     out: Out,
@@ -480,7 +456,6 @@ def fold(
     """
     from flax.traverse_util import flatten_dict
 
-    from bnjax.data.config import SettingError
     from bnjax.interop.torch_files import write_state_dict
     from bnjax.training.evaluation import load_run
     from bnjax.training.runs import EXAMPLES, fold_state
@@ -528,9 +503,6 @@ def fold(
     )
 
 
-# inspect
-
-
 def inspect(
     run: Run,
     json: Flag = False,
@@ -550,7 +522,6 @@ def inspect(
         var_below: And where var is below this. None: the run's epsilon.
         trust: Import the code that the run names as its network.
     """
-    from bnjax.data.config import SettingError
     from bnjax.training.evaluation import load_run
     from bnjax.training.runs import find_layers, format_table
 
@@ -590,9 +561,6 @@ def inspect(
     )
 
 
-# recompute-stats
-
-
 def recompute_stats(
     run: Run,
     output: Path,
@@ -620,7 +588,6 @@ def recompute_stats(
         trust: Import the code that the run names as its network.
         data_dir: Where tfds sets are. None: where the run had them.
     """
-    from bnjax.data.config import SettingError
     from bnjax.training.checkpoint import open_checkpoints
     from bnjax.training.config import RunError
     from bnjax.training.evaluation import PopulationEstimator, load_run
@@ -673,9 +640,6 @@ def recompute_stats(
     )
 
 
-# import-torch
-
-
 def import_torch(
     file: File,
     output: Path,
@@ -714,7 +678,6 @@ def import_torch(
             ~/tensorflow_datasets.
         flags: What follows --.
     """
-    from bnjax.data.config import SettingError
     from bnjax.interop.torch import from_torch, known_mapping
     from bnjax.interop.torch_files import read_mapping, read_state_dict
     from bnjax.interop.torch_proposal import propose_mapping, trace

@@ -144,9 +144,7 @@ def describe(preset: str, config: Config, source: Source) -> dict[str, Any]:
         "config": to_json(config),
         "data": source.description,
         "versions": {
-            "bnjax": bnjax.__version__,
-            "flax": flax.__version__,
-            "jax": jax.__version__,
+            **{module.__name__: module.__version__ for module in (bnjax, flax, jax)},
             "python": platform.python_version(),
         },
         "device": jax.devices()[0].device_kind,

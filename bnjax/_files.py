@@ -1,12 +1,11 @@
 """Where files go: the cache, and outputs that are whole or not there."""
 
 import contextlib
-import io
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, Any, Literal
 
 
 class OutputError(ValueError):
@@ -22,19 +21,12 @@ def cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """Open a file to write, which takes the place of `path` when it is complete."""
-    with _replacing_bytes(path) as raw:
-        file = io.TextIOWrapper(raw, encoding="utf-8", write_through=True)
-        yield file
-        file.detach()
-
-
-@contextlib.contextmanager
-def _replacing_bytes(path: Path) -> Iterator[BinaryIO]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        encoding = "utf-8" if mode == "w" else None
+        with os.fdopen(handle, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -74,7 +66,7 @@ def write_output(path: Path, content: bytes, *, overwrite: bool = False) -> None
     """
     check_output(path, overwrite=overwrite)
     try:
-        with _replacing_bytes(path) as file:
+        with replacing(path, "wb") as file:
             file.write(content)
     except OSError as error:
         raise OutputError(

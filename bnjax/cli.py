@@ -678,12 +678,12 @@ def import_torch(
             ~/tensorflow_datasets.
         flags: What follows --.
     """
-    from bnjax.interop.torch import from_torch, known_mapping
-    from bnjax.interop.torch_files import read_mapping, read_state_dict
-    from bnjax.interop.torch_proposal import propose_mapping, trace
+    from bnjax.interop.torch import TorchError, from_torch, known_mapping
+    from bnjax.interop.torch_files import format_mapping, read_mapping, read_state_dict
+    from bnjax.interop.torch_proposal import alike, propose_mapping, trace
     from bnjax.training.program import Program
     from bnjax.training.runs import check_new_run, write_run
-    from bnjax.training.transfer import source_of_weights, unconfirmed
+    from bnjax.training.transfer import source_of_weights
 
     if model is not None:
         flags = ("--model", model, *flags)
@@ -710,7 +710,14 @@ def import_torch(
         called = trace(program.model, program.images, train=False)
         layers = propose_mapping(tensors, variables, called, told)
         if not confirm:
-            raise unconfirmed(file, config, layers, variables)
+            by_order = ", ".join(alike(layers, variables)) or "none"
+            raise TorchError(
+                f"{file} was not imported: no mapping is known for {config.model.name}."
+                f" By the shapes of its arrays it could be:\n{format_mapping(layers)}\n"
+                f"By order alone, since others have the same shapes: {by_order}. If "
+                "all of it is right, add --confirm; else write it to a file, put it "
+                "right, and give --mapping FILE."
+            )
     imported = from_torch(tensors, variables, {**told, **layers, **told}, keep=keep)
     write_run(
         output,

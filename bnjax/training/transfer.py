@@ -20,8 +20,8 @@ from bnjax.interop.torch import (
     from_torch,
     known_mapping,
 )
-from bnjax.interop.torch_files import format_mapping, read_state_dict
-from bnjax.interop.torch_proposal import alike, trace
+from bnjax.interop.torch_files import read_state_dict
+from bnjax.interop.torch_proposal import trace
 from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import Config
 from bnjax.training.program import Program
@@ -172,17 +172,3 @@ def source_of_weights(
         )
     description = {"image_shape": shape, "classes": classes}
     return Source.from_description(config.data, description)
-
-
-def unconfirmed(
-    file: Path, config: Config, proposed: LayerMapping, variables: Mapping[str, Any]
-) -> TorchError:
-    """Return the error that shows a proposed mapping, to be confirmed."""
-    by_order = ", ".join(alike(proposed, variables)) or "none"
-    return TorchError(
-        f"{file} was not imported: no mapping is known for {config.model.name}. By the "
-        f"shapes of its arrays it could be:\n{format_mapping(proposed)}\n"
-        f"By order alone, since others have the same shapes: {by_order}. If all of it "
-        "is right, add --confirm; else write it to a file, put it right, and give "
-        "--mapping FILE."
-    )

@@ -52,71 +52,66 @@ def resnet(depth: int, *, warmup_steps: int = 0) -> Config:
     )
 
 
-_X5 = Preset(
-    name="cifar10-bn-x5",
-    summary="BN, 5 times the rate, and the changes of section 4.2.1.",
-    expectation="Test accuracy about 56 %.",
-    time=MINUTES,
-    config=reduced(imagenet.BN_X5),
-)
-
-PRESETS = (
-    Preset(
-        name="cifar10-inception",
-        summary="Inception of an eighth of the width without normalization.",
-        expectation="Test accuracy about 49 %.",
-        time=MINUTES,
-        config=reduced(imagenet.INCEPTION),
-    ),
-    Preset(
-        name="cifar10-bn-baseline",
-        summary="The same with BN before each nonlinearity, nothing else.",
-        expectation="Test accuracy about 55 %.",
-        time=MINUTES,
-        config=reduced(imagenet.BN_BASELINE),
-    ),
-    _X5,
-    Preset(
-        name="cifar10-bn-x30",
-        summary="As cifar10-bn-x5, at 30 times the learning rate.",
-        expectation=(
-            "Test accuracy about 28 %: too high a rate for a network this narrow."
+INCEPTIONS = [
+    Preset(f"cifar10-{name}", summary, expectation, reduced(config), MINUTES)
+    for name, config, summary, expectation in (
+        (
+            "inception",
+            imagenet.INCEPTION,
+            "Inception of an eighth of the width without normalization.",
+            "Test accuracy about 49 %.",
         ),
-        time=MINUTES,
-        config=reduced(imagenet.BN_X30),
-    ),
-    Preset(
-        name="cifar10-bn-x5-sigmoid",
-        summary="As cifar10-bn-x5, with sigmoids in place of ReLU.",
-        expectation="Test accuracy about 63 %.",
-        time=MINUTES,
-        config=reduced(imagenet.BN_X5_SIGMOID),
-    ),
+        (
+            "bn-baseline",
+            imagenet.BN_BASELINE,
+            "The same with BN before each nonlinearity, nothing else.",
+            "Test accuracy about 55 %.",
+        ),
+        (
+            "bn-x5",
+            imagenet.BN_X5,
+            "BN, 5 times the rate, and the changes of section 4.2.1.",
+            "Test accuracy about 56 %.",
+        ),
+        (
+            "bn-x30",
+            imagenet.BN_X30,
+            "As cifar10-bn-x5, at 30 times the learning rate.",
+            "Test accuracy about 28 %: too high a rate for a network this narrow.",
+        ),
+        (
+            "bn-x5-sigmoid",
+            imagenet.BN_X5_SIGMOID,
+            "As cifar10-bn-x5, with sigmoids in place of ReLU.",
+            "Test accuracy about 63 %.",
+        ),
+    )
+]
+PRESETS = (
+    *INCEPTIONS,
     *imagenet.ensemble(
         "cifar10-ensemble",
-        _X5,
+        INCEPTIONS[2],
         "Here 50 to 55 % of the test set.",
         time="About 8 minutes on one CPU core.",
     ),
     Preset(
-        name="cifar10-resnet20",
-        summary="ResNet of 20 layers, 64,000 steps of 128: not of the paper.",
-        expectation="Published (He et al. 2016): 91.25 %.",
-        config=resnet(20),
+        "cifar10-resnet20",
+        "ResNet of 20 layers, 64,000 steps of 128: not of the paper.",
+        "Published (He et al. 2016): 91.25 %.",
+        resnet(20),
     ),
     Preset(
-        name="cifar10-resnet56",
-        summary="The same of 56 layers.",
-        expectation="Published (He et al. 2016): 93.03 %.",
-        config=resnet(56),
+        "cifar10-resnet56",
+        "The same of 56 layers.",
+        "Published (He et al. 2016): 93.03 %.",
+        resnet(56),
     ),
     Preset(
-        name="cifar10-resnet110",
-        summary="The same of 110 layers, with 400 steps of warm-up.",
-        expectation=(
-            "Published (He et al. 2016), at a tenth of the rate for those steps: "
-            "93.57 % at best, 93.39 % on average."
-        ),
-        config=resnet(110, warmup_steps=400),
+        "cifar10-resnet110",
+        "The same of 110 layers, with 400 steps of warm-up.",
+        "Published (He et al. 2016), at a tenth of the rate for those steps: "
+        "93.57 % at best, 93.39 % on average.",
+        resnet(110, warmup_steps=400),
     ),
 )

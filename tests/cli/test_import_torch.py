@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-import eval as eval_program
 from bnjax.cli import parse_train
 from bnjax.data.config import DataConfig
 from bnjax.data.sources import Source
@@ -16,13 +15,7 @@ from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.evaluation import load_run
 from bnjax.training.program import Program
 from bnjax.training.workdir import read_config
-from tests.cli.conftest import FLAGS
-
-
-def evaluated(workdir, tmp_path):
-    output = tmp_path / "eval.json"
-    assert eval_program.main([str(workdir), "--output", str(output)]) == 0
-    return json.loads(output.read_text())
+from tests.cli.conftest import FLAGS, evaluated
 
 
 @pytest.fixture
@@ -123,12 +116,7 @@ def test_a_proposal_is_confirmed(importing, run, fails, tmp_path, monkeypatch):
     write_state_dict(file, tensors)
     argv += ["--model", "own_import_nets:Net"]
     message = fails(*argv)
-    proposed = {
-        "0": "Conv_0",
-        "1": Layer("b", channels=4),
-        "2": "a",
-        "3": "Dense_0",
-    }
+    proposed = {"0": "Conv_0", "1": Layer("b", channels=4), "2": "a", "3": "Dense_0"}
     assert "was not imported: no mapping is known for own_import_nets:Net" in message
     assert format_mapping(proposed) in message
     assert "By order alone, since others have the same shapes: none" in message

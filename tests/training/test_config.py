@@ -318,5 +318,5 @@ def test_a_resumed_run_may_have_more_steps(run_small, small_config):
     )
     _, whole = run_small(optim=optim, steps=60)
     assert train("digits", longer)["state_sha256"] == whole["state_sha256"]
-    with pytest.raises(SettingError, match="--steps: the run has 30, 20 was given"):
+    with pytest.raises(SettingError, match="--steps: the run has 60, 20 was given"):
         train("digits", dataclasses.replace(longer, steps=20))

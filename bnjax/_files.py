@@ -1,12 +1,11 @@
 """Where files go: the cache, and outputs that are whole or not there."""
 
 import contextlib
-import io
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, Any, Literal
 
 
 class OutputError(ValueError):
@@ -22,20 +21,12 @@ def cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
+def replacing(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """Open a file to write, which takes the place of `path` when it is complete."""
-    with replacing_bytes(path) as raw:
-        file = io.TextIOWrapper(raw, encoding="utf-8", write_through=True)
-        yield file
-        file.detach()
-
-
-@contextlib.contextmanager
-def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to write bytes to, as `replacing` does for text."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "wb") as file:
+        encoding = "utf-8" if mode == "w" else None
+        with os.fdopen(handle, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -48,15 +39,7 @@ def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse a place that cannot be written to, before any work is done.
-
-    Args:
-        path: of a file.
-        overwrite: a file that is there may be replaced.
-
-    Raises:
-        OutputError: it is there already, is a folder, or its folder is missing.
-    """
+    """Refuse a place that cannot be written to, before any work is done."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder; expected the name of a file to write.")
     if not path.parent.is_dir():
@@ -72,15 +55,7 @@ def check_output(path: Path, *, overwrite: bool = False) -> None:
 
 
 def write_output(path: Path, content: bytes, *, overwrite: bool = False) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path: of the file.
-        content: all of it.
-        overwrite: a file that is there may be replaced.
-
-    Raises:
-        OutputError: as `check_output`, or the disk does not take it.
+    """Write a file whole or not at all, where `check_output` accepts it.
 
     Example:
         >>> import tempfile
@@ -88,14 +63,10 @@ def write_output(path: Path, content: bytes, *, overwrite: bool = False) -> None
         >>> write_output(path, b"12")
         >>> path.read_bytes()
         b'12'
-        >>> write_output(path, b"34")
-        Traceback (most recent call last):
-        bnjax._files.OutputError: .../weights is there already, and was not
-        overwritten. Give another name, or --force (overwrite=True) to replace it.
     """
     check_output(path, overwrite=overwrite)
     try:
-        with replacing_bytes(path) as file:
+        with replacing(path, "wb") as file:
             file.write(content)
     except OSError as error:
         raise OutputError(

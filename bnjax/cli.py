@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 import bnjax
-from bnjax._files import check_output, write_output
+from bnjax._files import OutputError, check_output, write_output
 from bnjax._validate import did_you_mean
+from bnjax.data.config import SettingError
 
 try:
     import tyro
@@ -34,8 +35,10 @@ except ModuleNotFoundError:
     ) from None
 
 if TYPE_CHECKING:
-    from bnjax.training.config import Config, OptimizerConfig, Preset
+    from bnjax.training.config import Config, OptimizerConfig
 
+Platform = Literal["cpu", "cuda", "tpu", "rocm"]
+WEIGHT_SUFFIXES = (".npz", ".safetensors")
 USAGE = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -56,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Do what the command line says; return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words in (["--help"], ["-h"]):
-        print(_overview())
+        print("usage: bnjax COMMAND ...\n")
+        for name, command in COMMANDS.items():
+            summary = (command.__doc__ or "").partition("\n")[0]
+            print(f"  {name:{max(map(len, COMMANDS)) + 2}}{summary}")
+        print("\nIts arguments and flags: bnjax COMMAND --help.")
         return 0
     if words == ["--version"]:
         print(bnjax.__version__)
@@ -66,70 +73,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, words: Sequence[str], *, prog: str) -> int:
-    """Run a command by its name; return the exit status.
-
-    Args:
-        name: of the command.
-        words: its arguments.
-        prog: what its help calls it.
-
-    Raises:
-        SystemExit: status 0 after --help, 2 after a flag that tyro refuses.
-
-    Example:
-        >>> run_command("inspct", ["runs/a"], prog="bnjax inspct")
-        2
-    """
+    """Run a command by its name, called `prog` in its help; return the exit status."""
 
     def run() -> None:
-        command, given = _find(name), list(words)
+        if name not in COMMANDS:
+            given = f"there is no command {name!r}." if name else "no command is given."
+            raise SettingError(
+                f"{given}{did_you_mean(name, COMMANDS)} Expected one of: "
+                f"{', '.join(COMMANDS)}. bnjax --help says what they do.",
+            )
+        command, args = COMMANDS[name], list(words)
         if command is train:
-            train(given, prog=prog)
+            train(args, prog=prog)
             return
-        if command is import_torch and "--" in given:
-            place = given.index("--")
-            command = functools.partial(command, flags=tuple(given[place + 1 :]))
-            del given[place:]
-        tyro.cli(command, prog=prog, args=given)
+        if command is import_torch and "--" in args:
+            place = args.index("--")
+            command = functools.partial(command, flags=tuple(args[place + 1 :]))
+            del args[place:]
+        tyro.cli(command, prog=prog, args=args)
 
     return run_reporting(run)
-
-
-def _find(name: str) -> Callable[..., None]:
-    from bnjax.data.config import SettingError
-
-    if name not in COMMANDS:
-        given = f"there is no command {name!r}." if name else "no command is given."
-        raise SettingError(
-            f"{given}{did_you_mean(name, COMMANDS)} Expected one of: "
-            f"{', '.join(COMMANDS)}. bnjax --help says what they do.",
-        )
-    return COMMANDS[name]
-
-
-def _overview() -> str:
-    """Return what --help prints: the first line of each command's docstring."""
-    width = max(map(len, COMMANDS)) + 2
-    lines = (
-        f"  {name:{width}}{(command.__doc__ or '').partition(chr(10))[0]}"
-        for name, command in COMMANDS.items()
-    )
-    return "\n".join(
-        (
-            "usage: bnjax COMMAND ...",
-            "",
-            *lines,
-            "",
-            "Its arguments and flags: bnjax COMMAND --help.",
-        )
-    )
 
 
 def run_reporting(main: Callable[[], None]) -> int:
     """Run `main` and turn what a person can put right into one line on stderr.
 
-    Returns:
-        The exit status: 0, 2 for a setting, 128 and its number for a signal, else 1.
+    The exit status is 0, 2 for a setting, 128 and its number for a signal, else 1.
     """
     try:
         main()
@@ -150,39 +119,29 @@ def run_reporting(main: Callable[[], None]) -> int:
         )
         return 1
     except Exception as error:
-        status = _status(error)
-        if status is None:
+        # Imported here: --help needs none of it.
+        from bnjax._cpu.build import BuildError
+        from bnjax.data.config import DataError
+        from bnjax.interop.export import ExportError
+        from bnjax.interop.torch import TorchError
+        from bnjax.training.config import RunError
+        from bnjax.training.faults import Stopped
+        from bnjax.training.hosts import leave_hosts
+
+        known = (DataError, ExportError, TorchError, RunError, BuildError)
+        if isinstance(error, Stopped):
+            status = 128 + error.signal
+        elif isinstance(error, SettingError | OutputError):
+            status = USAGE
+        elif isinstance(error, known):
+            status = 1
+        else:
             raise
         label = "error: " if isinstance(error, ValueError) else ""
         print(f"{label}{error}", file=sys.stderr)
-        from bnjax.training.hosts import leave_hosts
-
         leave_hosts(status)
         return status
     return 0
-
-
-def _status(error: Exception) -> int | None:
-    """Return the exit status of what a person can put right; None of all else."""
-    # Imported here: --help needs none of it.
-    from bnjax._cpu.build import BuildError
-    from bnjax._files import OutputError
-    from bnjax.data.config import DataError, SettingError
-    from bnjax.interop.export import ExportError
-    from bnjax.interop.torch import TorchError
-    from bnjax.training.config import RunError
-    from bnjax.training.faults import Stopped
-
-    if isinstance(error, SettingError | OutputError):
-        return USAGE
-    if isinstance(error, Stopped):
-        return 128 + error.signal
-    if isinstance(error, DataError | ExportError | TorchError | RunError | BuildError):
-        return 1
-    return None
-
-
-# train
 
 
 def train(words: Sequence[str], *, prog: str = "bnjax train") -> None:
@@ -197,33 +156,16 @@ def train(words: Sequence[str], *, prog: str = "bnjax train") -> None:
 def parse_train(
     words: Sequence[str], *, prog: str = "bnjax train"
 ) -> tuple[str, "Config"]:
-    """Read `[PRESET] [--flags]`.
+    """Read `[PRESET] [--flags]`; return the preset's name and its configuration.
 
     A `--model` other than the preset's starts from its own options; one of the user's
     own also from the defaults of `--bn`, and its module may lie in the current folder.
-
-    Args:
-        words: the arguments.
-        prog: what --help calls the program.
-
-    Returns:
-        The preset's name and its configuration with the flags applied.
-
-    Raises:
-        SettingError: the preset is unknown, or a value is one no run can use.
-        SystemExit: status 0 after --help, 2 after a flag tyro refuses.
-
-    Example:
-        >>> name, config = parse_train(["mnist", "--steps", "10", "--no-batch-norm"])
-        >>> name, config.steps, config.batch_norm, config.batch_size
-        ('mnist', 10, False, 60)
     """
-    from bnjax.data.config import SettingError
     from bnjax.training.config import Config, is_import_path, validate
     from bnjax.training.presets import DEFAULT, PRESETS
 
     named = bool(words) and not words[0].startswith("-")
-    name, flags = (words[0], words[1:]) if named else (DEFAULT, words)
+    name, *flags = words if named else (DEFAULT, *words)
     if name not in PRESETS:
         raise SettingError(
             f"preset {name!r} is unknown.{did_you_mean(name, PRESETS)} "
@@ -242,12 +184,14 @@ def parse_train(
     preset = PRESETS[name]
     default = _with_model(preset.config, flags)
     _check_flags(default, flags)
+    said = f"{preset.expectation} {preset.time}".strip()
+    about = f"{name}: `python train.py {name}`.\n\n{preset.summary}\n{said}"
     config = tyro.cli(
         Config,
         prog=f"{prog} {name if named else '[PRESET]'}",
-        description=_describe(preset) if named else _list_presets(prog),
+        description=about if named else _list_presets(prog),
         default=default,
-        args=list(flags),
+        args=flags,
     )
     optim = _with_options(config.optim, default.optim)
     config = dataclasses.replace(config, optim=optim)
@@ -276,11 +220,10 @@ def _with_model(config: "Config", flags: Sequence[str]) -> "Config":
     from bnjax.training.config import BatchNormConfig, ModelConfig, is_import_path
 
     name = config.model.name
-    for flag, value in itertools.pairwise([*flags, ""]):
+    for word, after in itertools.pairwise([*flags, ""]):
+        flag, equals, value = word.partition("=")
         if flag in _MODEL_FLAGS:
-            name = value
-        elif flag.startswith(tuple(f"{each}=" for each in _MODEL_FLAGS)):
-            name = flag.partition("=")[2]
+            name = value if equals else after
     if name == config.model.name:
         return config
     bn = BatchNormConfig() if is_import_path(name) else config.bn
@@ -296,22 +239,19 @@ def _with_options(
     """
     changes = {}
     for name, field in (("name", "options"), ("schedule", "schedule_options")):
-        same = getattr(given, name) == getattr(preset, name)
         ours, theirs = getattr(preset, field), getattr(given, field)
-        # tyro gives the very default where a flag is left out.
-        changes[field] = {
-            **(ours if same else {}),
-            **({} if theirs is ours else theirs),
-        }
+        if theirs is ours:  # tyro gives the very default where a flag is left out.
+            theirs = {}
+        same = getattr(given, name) == getattr(preset, name)
+        changes[field] = {**(ours if same else {}), **theirs}
     return dataclasses.replace(given, **changes)
 
 
 def _check_flags(config: "Config", words: Sequence[str]) -> None:
     """Refuse a flag by another program's name, or without the group that it is in."""
-    from bnjax.data.config import SettingError
-    from bnjax.training.config import flag_values
+    from bnjax.training.config import as_flag, flag_values
 
-    flags = [f"--{name}".replace("_", "-") for name in flag_values(config)]
+    flags = [as_flag(name) for name in flag_values(config)]
     grouped = {f"--{flag.rpartition('.')[2]}": flag for flag in flags if "." in flag}
     right = grouped | dict.fromkeys([*flags, "--model"], "") | _OTHER_NAMES
     for word in words:
@@ -320,42 +260,19 @@ def _check_flags(config: "Config", words: Sequence[str]) -> None:
             raise SettingError(f"there is no flag {given}. Did you mean {meant}?")
 
 
-def _describe(preset: "Preset") -> str:
-    """Return a preset's text: its command, what it is, what to expect.
-
-    Example:
-        >>> from bnjax.training.presets import PRESETS
-        >>> print(_describe(PRESETS["lenet-mnist"]))
-        lenet-mnist: `python train.py lenet-mnist`.
-        <BLANKLINE>
-        The same network and settings on MNIST.
-        Test accuracy about 98.6 %, ...
-    """
-    said = f"{preset.expectation} {preset.time}".strip()
-    return f"{preset.name}: `{preset.command}`.\n\n{preset.summary}\n{said}"
-
-
 def _list_presets(prog: str) -> str:
     """Return the text that --help opens with: each preset in a line."""
     from bnjax.training.presets import DEFAULT, PRESETS
 
-    lines = []
+    text = "Train a network. PRESET is one of:\n"
     for summary, group in itertools.groupby(PRESETS.values(), lambda p: p.summary):
         first, *rest = (preset.name for preset in group)
         names = f"{first} to {rest[-1].rpartition('-')[2]}" if rest else first
-        lines.append(f"  {names}: {summary}")
-    return "\n".join(
-        (
-            "Train a network. PRESET is one of:",
-            *lines,
-            "",
-            f"What to expect of one, and its settings: {prog} PRESET --help.",
-            f"Without a preset it is {DEFAULT}, whose settings follow:",
-        )
+        text += f"  {names}: {summary}\n"
+    return (
+        f"{text}\nWhat to expect of one, and its settings: {prog} PRESET --help.\n"
+        f"Without a preset it is {DEFAULT}, whose settings follow:"
     )
-
-
-# eval
 
 
 def evaluate(
@@ -393,9 +310,6 @@ def evaluate(
     )
 
 
-# predict
-
-
 def predict(
     run: Run,
     images: Images,
@@ -418,7 +332,6 @@ def predict(
         force: Replace --output if it is there.
         trust: Import the code that the run names as its network.
     """
-    from bnjax.data.config import SettingError
     from bnjax.training.evaluation import load_run
     from bnjax.training.runs import classify, format_table, list_images
 
@@ -446,18 +359,11 @@ def predict(
     print(format_table(("image", *map(str, range(1, len(rows[0])))), rows))
 
 
-# export
-
-
 def export(
     run: Run,
     out: Out,
     fold: bool = True,
-    platforms: tuple[Literal["cpu", "cuda", "tpu", "rocm"], ...] = (
-        "cpu",
-        "cuda",
-        "tpu",
-    ),
+    platforms: tuple[Platform, ...] = ("cpu", "cuda", "tpu"),
     inputs: Literal["pixels", "floats"] = "pixels",
     softmax: Flag = False,
     batch_size: int | None = None,
@@ -484,7 +390,6 @@ def export(
     import jax
     import jax.numpy as jnp
 
-    from bnjax.data.config import SettingError
     from bnjax.data.pipeline import make_to_inputs
     from bnjax.interop.export import check_export, export_inference, save
     from bnjax.training.config import RunError
@@ -513,29 +418,22 @@ def export(
         return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, "float32")))
 
     dtype = jnp.uint8 if inputs == "pixels" else jnp.float32
+    images = jax.ShapeDtypeStruct((1, *opened.source.image_shape), dtype)
     exported = export_inference(
-        inference,
-        None,
-        jax.ShapeDtypeStruct((1, *opened.source.image_shape), dtype),
-        platforms=platforms,
-        batch_size=batch_size,
+        inference, None, images, platforms=platforms, batch_size=batch_size
     )
     save(exported, out, overwrite=force)
-    [given], [result] = exported.in_avals, exported.out_avals
+    given, result = (
+        f"{aval.dtype} of shape ({', '.join(map(str, aval.shape))})"
+        for aval in (*exported.in_avals, *exported.out_avals)
+    )
     pixels = f", pixels from 0 to {opened.source.max_value}"
     print(
         f"{out}: {out.stat().st_size:,} bytes, step {int(state.step):,} of {run}\n"
-        f"takes {given.dtype} of shape ({', '.join(map(str, given.shape))})"
-        f"{pixels if inputs == 'pixels' else ''}\n"
-        f"gives {result.dtype} of shape ({', '.join(map(str, result.shape))}), "
-        f"{'probabilities' if softmax else 'logits'}\n"
+        f"takes {given}{pixels if inputs == 'pixels' else ''}\n"
+        f"gives {result}, {'probabilities' if softmax else 'logits'}\n"
         f"on {', '.join(exported.platforms)}"
     )
-
-
-# fold
-
-WEIGHT_SUFFIXES = (".npz", ".safetensors")
 
 
 def fold(
@@ -558,7 +456,6 @@ def fold(
     """
     from flax.traverse_util import flatten_dict
 
-    from bnjax.data.config import SettingError
     from bnjax.interop.torch_files import write_state_dict
     from bnjax.training.evaluation import load_run
     from bnjax.training.runs import EXAMPLES, fold_state
@@ -579,10 +476,8 @@ def fold(
     opened = load_run(run, trust=trust, examples=False)
     program, state = opened.restore()
     folded, difference = fold_state(program, state, opened.source.image_shape, dtype)
-    weights = {
-        "/".join(path): np.asarray(leaf)
-        for path, leaf in flatten_dict(folded.variables).items()
-    }
+    arrays = flatten_dict(folded.variables, sep="/")
+    weights = {str(path): np.asarray(leaf) for path, leaf in arrays.items()}
     described = {
         "workdir": str(run),
         "step": int(state.step),
@@ -608,9 +503,6 @@ def fold(
     )
 
 
-# inspect
-
-
 def inspect(
     run: Run,
     json: Flag = False,
@@ -630,7 +522,6 @@ def inspect(
         var_below: And where var is below this. None: the run's epsilon.
         trust: Import the code that the run names as its network.
     """
-    from bnjax.data.config import SettingError
     from bnjax.training.evaluation import load_run
     from bnjax.training.runs import find_layers, format_table
 
@@ -644,14 +535,9 @@ def inspect(
         state.params, state.batch_stats, scale_below=scale_below, var_below=var_below
     )
     if json:
-        described = {
-            "workdir": str(run),
-            "step": int(state.step),
-            "scale_below": scale_below,
-            "var_below": var_below,
-            "layers": layers,
-        }
-        print(_to_text(described), end="")
+        described = {"workdir": str(run), "step": int(state.step)}
+        described |= {"scale_below": scale_below, "var_below": var_below}
+        print(_to_text({**described, "layers": layers}), end="")
         return
     title = f"{run}, step {int(state.step):,}"
     if not layers:
@@ -659,28 +545,20 @@ def inspect(
         return
     print(f"{title}: {len(layers)} BN layer{'s' if len(layers) > 1 else ''}")
     header = ("layer", "features", "scale", "bias", "mean", "var", "dead")
-    rows = [
-        (
-            layer["path"],
-            f"{layer['features']:,}",
-            *(_range(layer[name]) for name in header[2:6]),
-            f"{layer['dead']:,}",
-        )
-        for layer in layers
-    ]
+    rows = []
+    for layer in layers:
+        ranges = [
+            "-" if values is None else f"{values['min']:.3g} to {values['max']:.3g}"
+            for values in map(layer.get, header[2:6])
+        ]
+        count, dead = f"{layer['features']:,}", f"{layer['dead']:,}"
+        rows.append((layer["path"], count, *ranges, dead))
     print(format_table(header, rows))
     dead, units = (sum(layer[n] for layer in layers) for n in ("dead", "features"))
     print(
         f"{dead:,} of {units:,} units are dead: |scale| below {scale_below:g} or var "
         f"below {var_below:g}."
     )
-
-
-def _range(values: dict[str, float] | None) -> str:
-    return "-" if values is None else f"{values['min']:.3g} to {values['max']:.3g}"
-
-
-# recompute-stats
 
 
 def recompute_stats(
@@ -710,7 +588,6 @@ def recompute_stats(
         trust: Import the code that the run names as its network.
         data_dir: Where tfds sets are. None: where the run had them.
     """
-    from bnjax.data.config import SettingError
     from bnjax.training.checkpoint import open_checkpoints
     from bnjax.training.config import RunError
     from bnjax.training.evaluation import PopulationEstimator, load_run
@@ -745,19 +622,14 @@ def recompute_stats(
         new = PopulationEstimator(config, program, feed, parallel).estimate(
             state, batches, method=method, layers=layers or None, report=report
         )
+    made_by = {"command": "recompute-stats", "run": str(run), "batches": batches}
     write_run(
         output,
         read_record(run).get("preset", ""),
         dataclasses.replace(config, workdir=output),
         source,
         new,
-        {
-            "command": "recompute-stats",
-            "run": str(run),
-            "batches": batches,
-            "method": method,
-            "layers": layers,
-        },
+        {**made_by, "method": method, "layers": layers},
         metadata=dataclasses.replace(metadata, test_accuracy=None),
         force=force,
     )
@@ -766,9 +638,6 @@ def recompute_stats(
         f"{output} holds step {int(state.step):,} with statistics over {batches:,} "
         f"batches of {config.batch_size:,}: python eval.py {output}"
     )
-
-
-# import-torch
 
 
 def import_torch(
@@ -809,18 +678,25 @@ def import_torch(
             ~/tensorflow_datasets.
         flags: What follows --.
     """
-    from bnjax.interop.torch import from_torch, known_mapping
-    from bnjax.interop.torch_files import read_mapping, read_state_dict
-    from bnjax.interop.torch_proposal import propose_mapping, trace
+    from bnjax.interop.torch import TorchError, from_torch, known_mapping
+    from bnjax.interop.torch_files import format_mapping, read_mapping, read_state_dict
+    from bnjax.interop.torch_proposal import alike, propose_mapping, trace
     from bnjax.training.program import Program
     from bnjax.training.runs import check_new_run, write_run
-    from bnjax.training.transfer import source_of_weights, unconfirmed
+    from bnjax.training.transfer import source_of_weights
 
     if model is not None:
         flags = ("--model", model, *flags)
     if data_dir is not None:
         flags = ("--data-dir", str(data_dir), *flags)
-    told: dict[str, Any] = {**dict(map(_pair, names)), **dict.fromkeys(ignore)}
+    for pair in names:
+        if not all(pair.partition("=")):
+            raise SettingError(
+                f"--names {pair}: expected THEIRS=OURS, a layer of PyTorch and the "
+                "path of ours, such as linear=logits."
+            )
+    told: dict[str, Any] = dict(pair.split("=", 1) for pair in names)
+    told |= dict.fromkeys(ignore)
     check_new_run(output, force=force)
     preset, config = parse_train([preset, *flags])
     tensors = read_state_dict(file)
@@ -834,7 +710,14 @@ def import_torch(
         called = trace(program.model, program.images, train=False)
         layers = propose_mapping(tensors, variables, called, told)
         if not confirm:
-            raise unconfirmed(file, config, layers, variables)
+            by_order = ", ".join(alike(layers, variables)) or "none"
+            raise TorchError(
+                f"{file} was not imported: no mapping is known for {config.model.name}."
+                f" By the shapes of its arrays it could be:\n{format_mapping(layers)}\n"
+                f"By order alone, since others have the same shapes: {by_order}. If "
+                "all of it is right, add --confirm; else write it to a file, put it "
+                "right, and give --mapping FILE."
+            )
     imported = from_torch(tensors, variables, {**told, **layers, **told}, keep=keep)
     write_run(
         output,
@@ -849,18 +732,6 @@ def import_torch(
         f"{file}: {len(tensors)} tensors of {config.model.name}\n"
         f"{output} holds the network as of step 0: python eval.py {output}"
     )
-
-
-def _pair(text: str) -> tuple[str, str]:
-    from bnjax.data.config import SettingError
-
-    theirs, _, ours = text.partition("=")
-    if not theirs or not ours:
-        raise SettingError(
-            f"--names {text}: expected THEIRS=OURS, a layer of PyTorch and the path of "
-            "ours, such as linear=logits."
-        )
-    return theirs, ours
 
 
 def _to_text(value: Any) -> str:

@@ -26,7 +26,7 @@ from bnjax._validate import first_line
 from bnjax.training.config import Config, RunError, result_config
 from bnjax.training.faults import DivergedError
 from bnjax.training.step import TrainState
-from bnjax.training.workdir import CHECKPOINTS, written_by
+from bnjax.training.workdir import CHECKPOINTS, made_by
 
 METADATA_FILE = "metadata/metadata"
 DIGESTS = "sha256.json"
@@ -38,19 +38,12 @@ ROOM = 2**18
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint holds beside the state.
+    """What a checkpoint holds beside the state."""
 
-    Args:
-        test_accuracy: of this very step, None if it was not evaluated.
-        feed: where the input stands, as `Feed.state()` gave it.
-        seconds: time spent in steps so far.
-        dropped: steps dropped so far.
-    """
-
-    test_accuracy: float | None = None
-    feed: dict[str, Any] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-    dropped: int = 0
+    test_accuracy: float | None = None  # Of this very step, if it was evaluated.
+    feed: dict[str, Any] = dataclasses.field(default_factory=dict)  # `Feed.state()`.
+    seconds: float = 0.0  # In steps so far.
+    dropped: int = 0  # Steps so far.
 
 
 class DamageError(RunError):
@@ -75,15 +68,10 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoints of one run: the newest `config.keep` and the best are kept.
 
-    Args:
-        workdir: the folder of the run.
-        config: of the run.
-        read_only: create and delete nothing.
+    With `read_only`, nothing is created or deleted.
     """
 
-    def __init__(
-        self, workdir: Path, config: Config, *, read_only: bool = False
-    ) -> None:
+    def __init__(self, workdir: Path, config: Config, *, read_only: bool) -> None:
         self.workdir = workdir
         self.folder = workdir / CHECKPOINTS
         self._config = result_config(config)
@@ -96,6 +84,7 @@ class Checkpoints:
         best = checkpoint_managers.BestN(
             get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
         )
+        kept = checkpoint_managers.AnyPreservationPolicy([newest, best])
         # Each host has a folder of its own, and nobody waits for another.
         host = jax.process_index()
         self._manager = _Manager(
@@ -103,9 +92,7 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 read_only=read_only,
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                    [newest, best]
-                ),
+                preservation_policy=kept,
                 # Of folders created meanwhile orbax tells by keys that hosts share.
                 async_options=ocp.AsyncOptions(
                     create_directories_asynchronously=False,
@@ -129,25 +116,26 @@ class Checkpoints:
     ) -> None:
         """Start to write a checkpoint, and return as soon as the state is copied.
 
-        Args:
-            state: what to write; its buffers may be donated afterwards.
-            metadata: what to write beside it.
-
-        Raises:
-            DivergedError: the state is not finite.
-            RunError: the disk does not take it, or did not take the one before.
-                Whichever it is, the last good checkpoint is kept.
+        Its buffers may be donated then. Whatever fails, the last good one is kept.
         """
         self.wait()
         step = int(np.asarray(state.step).ravel()[0])
         arrays = jax.tree.map(_copy, state)
-        if not _is_finite(arrays):
+        leaves = jax.tree.leaves((arrays.params, arrays.batch_stats))
+        if not all(np.isfinite(leaf).all() for leaf in leaves):
             raise DivergedError(
                 f"the state after step {step} is not finite. {self.last_good()} "
                 "Try a lower --learning-rate."
             )
         self._writing = self.folder / str(step)
-        self._check_room(arrays)
+        # orbax finds out half-way, and says so in many tracebacks.
+        needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + ROOM
+        if (free := shutil.disk_usage(self.folder).free) < needed:
+            raise RunError(
+                f"checkpoint {self._writing} could not be written: the disk has "
+                f"{free:,} bytes left and {needed:,} are wanted. {self.last_good()} "
+                "Make room, or give a --workdir on another disk."
+            )
         metadata = metadata or CheckpointMetadata()
         record = {"config": self._config, **dataclasses.asdict(metadata)}
         items = ocp.args.Composite(
@@ -167,17 +155,10 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, target: TrainState) -> tuple[TrainState, CheckpointMetadata]:
-        """Read the newest checkpoint that is whole, into a state.
+        """Read the newest checkpoint that is whole, into a state like `target`.
 
         A damaged one is named on standard error, put aside unless the run is only
         read, and the one before it is read.
-
-        Args:
-            target: a state of the shapes and the devices to restore to.
-
-        Raises:
-            RunError: there is none, all are damaged, or it was made with another
-                configuration or by an earlier version of bnjax.
         """
         arrays, record = self._newest(jax.tree.map(_copy, target))
         names = [field.name for field in dataclasses.fields(CheckpointMetadata)]
@@ -185,14 +166,7 @@ class Checkpoints:
         return jax.tree.map(_like, arrays, target), metadata
 
     def restore_tree(self) -> dict[str, Any]:
-        """Read the newest checkpoint that is whole, knowing nothing of the network.
-
-        Returns:
-            The fields of a `TrainState`: nested dicts of NumPy arrays.
-
-        Raises:
-            RunError: as `restore`.
-        """
+        """Read it as nested dicts of NumPy arrays, knowing nothing of the network."""
         return self._newest(None)[0]
 
     def steps(self) -> list[int]:
@@ -221,7 +195,9 @@ class Checkpoints:
             for error in damaged:
                 print(f"warning: {error} Going back to {step}.", file=sys.stderr)
                 if not self._read_only:
-                    _put_aside(error.where)
+                    aside = error.where.with_name(error.where.name + DAMAGED)
+                    shutil.rmtree(aside, ignore_errors=True)
+                    error.where.rename(aside)
                     self._manager.reload()
             return found
         if damaged:
@@ -233,9 +209,11 @@ class Checkpoints:
 
     def _read(self, where: Path, target: Any) -> tuple[Any, dict[str, Any]]:
         if (where / OLD_MANIFEST).exists():
+            version = made_by(self.workdir)
+            by = f"bnjax {version}" if version else "an earlier version of bnjax"
             raise RunError(
-                f"checkpoint {where} was written by {written_by(self.workdir)}, and "
-                f"bnjax {bnjax.__version__} cannot read it: the format changed in "
+                f"checkpoint {where} was written by {by}, and bnjax"
+                f" {bnjax.__version__} cannot read it: the format changed in "
                 "0.2.0. Resume or evaluate the run with the version that wrote it, or "
                 "train again in a new --workdir."
             )
@@ -261,17 +239,6 @@ class Checkpoints:
     def _remove_partial(self) -> None:
         for path in self.folder.glob(f"*{PARTIAL}*"):
             shutil.rmtree(path, ignore_errors=True)
-
-    def _check_room(self, state: TrainState) -> None:
-        # orbax finds out half-way, and says so in many tracebacks.
-        needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + ROOM
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise RunError(
-                f"checkpoint {self._writing} could not be written: the disk has "
-                f"{free:,} bytes left and {needed:,} are wanted. {self.last_good()} "
-                "Make room, or give a --workdir on another disk."
-            )
 
     @contextlib.contextmanager
     def _explaining_failure(self) -> Iterator[None]:
@@ -320,23 +287,16 @@ def _check_files(where: Path) -> None:
 def _digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file that orbax wrote for an item, by its path."""
     digests = {}
-    for path in sorted(folder.glob("*/**/*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            digests[path.relative_to(folder).as_posix()] = digest
+    for path in filter(Path.is_file, sorted(folder.glob("*/**/*"))):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[path.relative_to(folder).as_posix()] = digest
     return digests
 
 
 def _accuracy(record: Any) -> float:
     accuracy = record.get("test_accuracy") if isinstance(record, dict) else None
     return -1.0 if accuracy is None else accuracy
-
-
-def _put_aside(where: Path) -> None:
-    aside = where.with_name(where.name + DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    where.rename(aside)
 
 
 def _copy(leaf: jax.Array) -> Any:
@@ -353,8 +313,3 @@ def _like(leaf: Any, target: jax.Array) -> jax.Array:
 
 def _is_key(leaf: jax.Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _is_finite(state: TrainState) -> bool:
-    leaves = jax.tree.leaves((state.params, state.batch_stats))
-    return all(np.isfinite(leaf).all() for leaf in leaves)

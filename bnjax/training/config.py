@@ -5,15 +5,18 @@ tyro reads these classes for the command line; the sentence under each field is 
 """
 
 import ast
+import contextlib
 import dataclasses
+import json
 import math
 import operator
+import os
 import re
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -87,24 +90,20 @@ class BatchNormConfig:
 
 
 def read_options(words: Sequence[str]) -> dict[str, Any]:
-    """Read keywords for a function of Optax.
-
-    Args:
-        words: NAME=VALUE each; a value is a literal of Python's, or else a string.
+    """Return keywords, NAME=VALUE each: a literal of Python's, or else a string.
 
     Example:
         >>> read_options(["b1=0.9", "nesterov=True", "accumulator_dtype=bfloat16"])
         {'b1': 0.9, 'nesterov': True, 'accumulator_dtype': 'bfloat16'}
     """
-    options = {}
+    options: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not (name.isidentifier() and equals):
             raise ValueError(f"{word!r} given; expected NAME=VALUE, such as b1=0.9.")
-        try:
+        options[name] = value
+        with contextlib.suppress(SyntaxError, ValueError):
             options[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
-            options[name] = value
     return options
 
 
@@ -237,15 +236,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A run by name.
-
-    Args:
-        name: as the command line has it.
-        summary: what it is, in a line.
-        expectation: the test accuracy, and where that comes from.
-        config: the settings.
-        time: how long it takes. Empty: it was not run.
-    """
+    """A run by name, the accuracy to expect, and how long it takes if it was run."""
 
     name: str
     summary: str
@@ -253,10 +244,18 @@ class Preset:
     config: Config
     time: str = ""
 
-    @property
-    def command(self) -> str:
-        """Return what trains it."""
-        return f"python train.py {self.name}"
+
+def vary(config: Any, **changes: Any) -> Any:
+    """Return a configuration with some fields changed, those of a group by a dict.
+
+    Example:
+        >>> vary(Config(9, 8, 0.1), seed=1, bn={"sync": "group:2"}).bn.sync
+        'group:2'
+    """
+    for name, change in changes.items():
+        if dataclasses.is_dataclass(getattr(config, name)):
+            changes[name] = vary(getattr(config, name), **change)
+    return dataclasses.replace(config, **changes)
 
 
 INCIDENTAL = frozenset(
@@ -276,108 +275,60 @@ INCIDENTAL = frozenset(
     }
 )
 """Fields of `Config` that no result depends on: a resumed run may change them."""
+OPTIONS = tuple(field.name for field in dataclasses.fields(ModelConfig)[1:])
 
 
 def is_import_path(name: str) -> bool:
-    """Say whether a model's name is a function of the user's own.
-
-    Example:
-        >>> is_import_path("my_package.nets:make_net"), is_import_path("mlp")
-        (True, False)
-    """
+    """Return whether a model's name is a function of the user's own."""
     return ":" in name
 
 
-OPTIONS = tuple(
-    field.name for field in dataclasses.fields(ModelConfig) if field.name != "name"
-)
+def as_flag(field: str) -> str:
+    """Return the flag of a field, such as "bn.sync"."""
+    return f"--{field.replace('_', '-')}"
 
 
 def set_options(model: ModelConfig) -> dict[str, Any]:
-    """Return the options that are set.
-
-    Example:
-        >>> set_options(ModelConfig(name="lenet", pool="max"))
-        {'pool': 'max'}
-    """
+    """Return the options that are set."""
     values = {name: getattr(model, name) for name in OPTIONS}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def refuse_options(model: ModelConfig, known: Collection[str]) -> None:
-    """Refuse an option that the model does not have.
-
-    Args:
-        model: what is asked for.
-        known: the names of the options it has.
-
-    Raises:
-        SettingError: naming the option, and those that there are.
-
-    Example:
-        >>> refuse_options(ModelConfig(name="lenet", width=0.5), ("pool",))
-        Traceback (most recent call last):
-        bnjax.data.config.SettingError: --model.width 0.5: lenet has no such option;
-        it has --model.pool.
-    """
+    """Refuse an option that the model does not have; it has those `known`."""
     for name, value in set_options(model).items():
-        if name in known:
-            continue
-        has = [f"--model.{each.replace('_', '-')}" for each in OPTIONS if each in known]
-        raise SettingError(
-            f"--model.{name.replace('_', '-')} {value}: {model.name} has no such "
-            f"option; it has {', '.join(has) or 'none'}.{did_you_mean(name, known)}",
-        )
+        if name not in known:
+            has = [as_flag(f"model.{each}") for each in OPTIONS if each in known]
+            raise SettingError(
+                f"{as_flag(f'model.{name}')} {value}: {model.name} has no such option; "
+                f"it has {', '.join(has) or 'none'}.{did_you_mean(name, known)}",
+            )
 
 
 def to_json(config: Any) -> Any:
-    """Return a configuration as JSON holds it.
-
-    Example:
-        >>> to_json(OptimizerConfig(options={"momentum": 0.9}))["options"]
-        {'momentum': 0.9}
-    """
-    if dataclasses.is_dataclass(config):
-        fields = dataclasses.fields(config)
-        return {field.name: to_json(getattr(config, field.name)) for field in fields}
-    if isinstance(config, dict):
-        return {str(name): to_json(value) for name, value in config.items()}
-    if isinstance(config, tuple | list):
-        return [to_json(item) for item in config]
-    return str(config) if isinstance(config, Path) else config
+    """Return a configuration as JSON holds it."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))
 
 
 def from_json(value: Any, where: str, made_by: str | None = None) -> Config:
-    """Read a configuration back, exactly as it was.
+    """Return the configuration that `to_json` was given, if a run can use it.
 
     Args:
-        value: what `to_json` gave.
+        value: what `to_json` returned.
         where: the file, for messages.
         made_by: the version of bnjax that wrote it, where that is known.
-
-    Raises:
-        RunError: a field is missing, unknown or of another type, or its value is one
-            that no run can use.
-
-    Example:
-        >>> config = Config(steps=9, batch_size=8, learning_rate=0.1)
-        >>> from_json(to_json(config), "config.json") == config
-        True
-        >>> from_json({"steps": 9}, "config.json", made_by="0.0.1")
-        Traceback (most recent call last):
-        bnjax.training.config.RunError: config.json was made by bnjax 0.0.1; this is ...
     """
     try:
         config = _read(Config, value, "")
         validate(config)
     except (TypeError, ValueError) as error:
+        problem, advice = "is damaged", "Restore the file"
         if made_by not in (None, bnjax.__version__):
             problem = f"was made by bnjax {made_by}; this is {bnjax.__version__}"
-            advice = "Use that version, or train again."
-        else:
-            problem = "is damaged"
-            advice = "Restore the file, or train again."
-        raise RunError(f"{where} {problem}: {error} {advice}") from error
+            advice = "Use that version"
+        raise RunError(f"{where} {problem}: {error} {advice}, or train again.") from (
+            error
+        )
     return config
 
 
@@ -392,23 +343,13 @@ def result_config(config: Config) -> dict[str, Any]:
 
 
 def differences(recorded: Config, given: Config) -> list[str]:
-    """Name each flag that keeps a run from being resumed.
-
-    Example:
-        >>> recorded = Config(steps=9, batch_size=8, learning_rate=0.1)
-        >>> differences(recorded, dataclasses.replace(recorded, seed=1, keep=9))
-        ['--seed: the run has 0, 1 was given']
-        >>> differences(recorded, dataclasses.replace(recorded, steps=10))
-        []
-        >>> differences(recorded, dataclasses.replace(recorded, steps=8))
-        ['--steps: the run has 9, 8 was given']
-    """
+    """Name each flag that keeps a run from being resumed."""
     before, now = flag_values(recorded), flag_values(given)
     incidental = {*INCIDENTAL, *(f"data.{name}" for name in DATA_INCIDENTAL)}
     if given.steps > recorded.steps:
         incidental.add("steps")
     return [
-        f"--{name.replace('_', '-')}: the run has {before[name]}, {now[name]} was given"
+        f"{as_flag(name)}: the run has {before[name]}, {now[name]} was given"
         for name in before
         if before[name] != now[name]
         and incidental.isdisjoint({name, name.partition(".")[0]})
@@ -416,12 +357,7 @@ def differences(recorded: Config, given: Config) -> list[str]:
 
 
 def flag_values(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the value of each flag, without dashes.
-
-    Example:
-        >>> flag_values(BatchNormConfig(), "bn.")["bn.momentum"]
-        0.99
-    """
+    """Return the value of each field by its name, such as "bn.momentum"."""
     values = {}
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
@@ -433,9 +369,17 @@ def flag_values(config: Any, prefix: str = "") -> dict[str, Any]:
 def _read(kind: Any, value: Any, path: str) -> Any:
     """Return `value` as `kind`, or raise naming the place."""
     if dataclasses.is_dataclass(kind):
-        return _read_fields(kind, value, path)
+        names = {field.name for field in dataclasses.fields(kind)}
+        if not isinstance(value, dict) or set(value) != names:
+            given = sorted(value) if isinstance(value, dict) else value
+            raise ValueError(
+                f"{path or 'the configuration'} has {given}; expected {sorted(names)}."
+            )
+        hints = typing.get_type_hints(kind)
+        read = {n: _read(hints[n], value[n], f"{path}.{n}".lstrip(".")) for n in names}
+        return kind(**read)  # pyright: ignore[reportCallIssue]
     origin, choices = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal and value in choices:
+    if origin is Literal and value in choices:
         return value
     if origin is tuple and isinstance(value, list):
         return tuple(_read(choices[0], item, path) for item in value)
@@ -443,12 +387,9 @@ def _read(kind: Any, value: Any, path: str) -> Any:
         return {name: _read_option(item) for name, item in value.items()}
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _read(choices[0], value, path)
-    if kind is Path and isinstance(value, str):
-        return Path(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
-        return value
+    for given, expected in ((str, Path), (int, float), (kind, kind)):
+        if kind is expected and type(value) is given:
+            return expected(value)
     raise TypeError(f"{path} is {value!r}; expected {kind}.")
 
 
@@ -457,18 +398,6 @@ def _read_option(value: Any) -> Any:
     if isinstance(value, dict):
         return {int(k) if k.isdigit() else k: v for k, v in value.items()}
     return value
-
-
-def _read_fields(kind: Any, value: Any, path: str) -> Any:
-    names = {field.name for field in dataclasses.fields(kind)}
-    if not isinstance(value, dict) or set(value) != names:
-        given = sorted(value) if isinstance(value, dict) else value
-        raise ValueError(
-            f"{path or 'the configuration'} has {given}; expected {sorted(names)}."
-        )
-    hints = typing.get_type_hints(kind)
-    read = {n: _read(hints[n], value[n], f"{path}.{n}".lstrip(".")) for n in names}
-    return kind(**read)
 
 
 # Of each field, whether a value is accepted, and what was expected. None is not
@@ -518,25 +447,49 @@ _RULES: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
 
 
 def validate(config: Config) -> None:
-    """Refuse values no run can use.
-
-    Raises:
-        SettingError: naming the flag, what was given and what was expected.
-    """
+    """Refuse values no run can use, and say what was expected of which flag."""
     for names, accepts, expected in _RULES:
         for name in names.split():
             value = operator.attrgetter(name)(config)
             if value is not None and not accepts(value):
-                _refuse(name, value, expected)
+                _refuse(config, name, expected)
     validate_data(config.data)
-    _check_model(config.model)
-    _check_hosts(config.hosts)
-    _check_batch_norm(config)
+    model, hosts, bn = config.model, config.hosts, config.bn
+    if not is_import_path(model.name):
+        if model.name not in MODELS:
+            known = ", ".join(MODELS)
+            own = "a function of your own, such as my_package.nets:make_net"
+            _refuse(config, "model.name", f"one of {known}, or {own}", MODELS)
+        refuse_options(model, models.options(model.name))
+    if model.activation not in (None, *ACTIVATIONS):
+        known = ", ".join(ACTIVATIONS)
+        _refuse(config, "model.activation", f"one of {known}", ACTIVATIONS)
+    if not 0 <= hosts.index < hosts.count:
+        _refuse(config, "hosts.index", f"from 0 to --hosts.count {hosts.count} - 1")
+    if hosts.coordinator is None and hosts.count > 1:
+        expected = "ADDRESS:PORT of host 0 for several hosts"
+        _refuse(config, "hosts.coordinator", expected)
     if not 0 <= config.optim.warmup_steps < config.steps:
         expected = f"0 or more, and fewer than the {config.steps} --steps"
-        _refuse("optim.warmup_steps", config.optim.warmup_steps, expected)
+        _refuse(config, "optim.warmup_steps", expected)
     if config.batch_size % config.accumulate:
-        _refuse("accumulate", config.accumulate, f"a divisor of {config.batch_size}")
+        _refuse(config, "accumulate", f"a divisor of {config.batch_size}")
+    if config.batch_norm and config.batch_size < 2:
+        raise SettingError(
+            "--batch-size 1: batch normalization in training needs at least 2 examples "
+            "to take statistics over. Give a larger batch, or --no-batch-norm.",
+        )
+    if config.batch_norm and bn.implementation == "flax":
+        if bn.unbiased:
+            raise SettingError(
+                "--bn.implementation flax keeps the biased variance only: "
+                "add --bn.no-unbiased.",
+            )
+        if (bn.sync, bn.virtual_batch_size, config.accumulate) != ("global", None, 1):
+            raise SettingError(
+                "--bn.implementation flax has the statistics of a whole batch only: "
+                "leave out --bn.sync, --bn.virtual-batch-size and --accumulate.",
+            )
     if config.resume and config.workdir is None:
         raise SettingError(
             "--resume needs the folder of the run to continue: add --workdir."
@@ -548,53 +501,9 @@ def validate(config: Config) -> None:
         )
 
 
-def _check_model(model: ModelConfig) -> None:
-    if not is_import_path(model.name):
-        if model.name not in MODELS:
-            expected = (
-                f"one of {', '.join(MODELS)}, or a function of your own, such as "
-                "my_package.nets:make_net"
-            )
-            hint = did_you_mean(model.name, MODELS)
-            _refuse("model.name", model.name, expected, hint)
-        refuse_options(model, models.options(model.name))
-    if model.activation is not None and model.activation not in ACTIVATIONS:
-        hint = did_you_mean(model.activation, ACTIVATIONS)
-        expected = f"one of {', '.join(ACTIVATIONS)}"
-        _refuse("model.activation", model.activation, expected, hint)
-
-
-def _check_hosts(hosts: HostsConfig) -> None:
-    if not 0 <= hosts.index < hosts.count:
-        expected = f"from 0 to --hosts.count {hosts.count} - 1"
-        _refuse("hosts.index", hosts.index, expected)
-    if hosts.coordinator is None and hosts.count > 1:
-        _refuse("hosts.coordinator", None, "ADDRESS:PORT of host 0 for several hosts")
-
-
-def _check_batch_norm(config: Config) -> None:
-    if not config.batch_norm:
-        return
-    if config.batch_size < 2:
-        raise SettingError(
-            "--batch-size 1: batch normalization in training needs at least 2 examples "
-            "to take statistics over. Give a larger batch, or --no-batch-norm.",
-        )
-    if config.bn.implementation != "flax":
-        return
-    if config.bn.unbiased:
-        raise SettingError(
-            "--bn.implementation flax keeps the biased variance only: "
-            "add --bn.no-unbiased.",
-        )
-    given = (config.bn.sync, config.bn.virtual_batch_size, config.accumulate)
-    if given != ("global", None, 1):
-        raise SettingError(
-            "--bn.implementation flax has the statistics of a whole batch only: leave "
-            "out --bn.sync, --bn.virtual-batch-size and --accumulate.",
-        )
-
-
-def _refuse(field: str, value: object, expected: str, hint: str = "") -> None:
-    flag = "--" + field.replace("_", "-")
-    raise SettingError(f"{flag} {value}: expected {expected}.{hint}")
+def _refuse(
+    config: Config, field: str, expected: str, choices: Iterable[str] = ()
+) -> NoReturn:
+    value = operator.attrgetter(field)(config)
+    hint = did_you_mean(str(value), choices)
+    raise SettingError(f"{as_flag(field)} {value}: expected {expected}.{hint}")

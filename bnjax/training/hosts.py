@@ -23,7 +23,13 @@ from jax.experimental import multihost_utils
 import bnjax
 from bnjax._validate import first_line
 from bnjax.data.config import SettingError
-from bnjax.training.config import Config, HostsConfig, RunError, result_config
+from bnjax.training.config import (
+    Config,
+    HostsConfig,
+    RunError,
+    as_flag,
+    result_config,
+)
 
 HEARTBEAT_SECONDS = 30
 LAST_WORDS_SECONDS = 2
@@ -32,21 +38,24 @@ SHARED = ("parallel", "devices", "on_nan", "resume")
 
 
 def join_hosts(hosts: HostsConfig) -> None:
-    """Connect this process with those of the other hosts, before any computation.
-
-    Args:
-        hosts: where host 0 is, how many there are, and which this is.
-
-    Raises:
-        RunError: the port is taken, or the hosts do not all come; for "auto", there is
-            no cluster that JAX finds.
-    """
+    """Connect this process with those of the other hosts, before any computation."""
     if hosts.coordinator is None:
         return
     automatic = hosts.coordinator == "auto"
     place = () if automatic else (hosts.coordinator, hosts.count, hosts.index)
     if not automatic and hosts.index == 0:
-        _check_port(hosts.coordinator)
+        # JAX 0.10 would end in a segmentation fault where the port is taken.
+        port = int(hosts.coordinator.rpartition(":")[2])
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                raise RunError(
+                    f"--hosts.coordinator {hosts.coordinator}: port {port} cannot be "
+                    f"used on this host: {error.strerror}. Give another port on every "
+                    "host."
+                ) from error
     # JAX ends the process, with a stack of C++ frames, where its own time is up. So it
     # is given more, and waits in a thread that is left behind.
     waiting = ThreadPool(1).apply_async(
@@ -61,11 +70,9 @@ def join_hosts(hosts: HostsConfig) -> None:
     try:
         waiting.get(hosts.timeout)
     except multiprocessing.TimeoutError:
-        who = (
-            f"the --hosts.count {hosts.count} hosts did not all come"
-            if hosts.index == 0
-            else "host 0 was not reached, or another host did not come,"
-        )
+        who = "host 0 was not reached, or another host did not come,"
+        if hosts.index == 0:
+            who = f"the --hosts.count {hosts.count} hosts did not all come"
         raise RunError(
             f"--hosts.coordinator {hosts.coordinator}: {who} within {hosts.timeout} s. "
             "Start the same command on every host, each with its own --hosts.index; "
@@ -85,7 +92,7 @@ def settings(preset: str, config: Config) -> dict[str, Any]:
     """Return what must be the same on every host, by the names of `train.py`."""
     values = flatten_dict(result_config(config), sep=".")
     values |= {name: getattr(config, name) for name in SHARED}
-    flags = {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+    flags = {as_flag(name): value for name, value in values.items()}
     versions = {"bnjax": bnjax.__version__, "jax": jax.__version__}
     return {"the preset": preset, **versions, **flags}
 
@@ -93,11 +100,7 @@ def settings(preset: str, config: Config) -> dict[str, Any]:
 def check_hosts_agree(values: Mapping[str, Any]) -> None:
     """Refuse to go on where hosts have different values; every host has to call this.
 
-    Args:
-        values: JSON values by the names that the message gives them.
-
-    Raises:
-        SettingError: on every host, with the names and values that differ.
+    They are JSON values by the names that the message gives them.
     """
     if jax.process_count() == 1:
         return
@@ -122,11 +125,7 @@ def check_hosts_agree(values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Raise what each of several hosts has to say before JAX ends it.
-
-    Raises:
-        RunError: another host is gone.
-    """
+    """Raise what each of several hosts has to say before JAX ends it."""
     try:
         yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:
@@ -160,10 +159,8 @@ def leave_hosts(status: int) -> None:
 def host_folder(config: Config) -> Iterator[Config]:
     """Give every host but the first a folder of its own, gone in the end.
 
-    So one host writes the run and prints, and all run the same program.
-
-    Args:
-        config: of the run. A run to resume is read from its `workdir`, on every host.
+    So one host writes the run and prints, and all run the same program. A run to resume
+    is read from its `workdir`, on every host.
     """
     if config.hosts.coordinator is None or jax.process_index() == 0:
         yield config
@@ -177,17 +174,3 @@ def host_folder(config: Config) -> Iterator[Config]:
         if config.resume and config.workdir is not None and config.workdir.exists():
             shutil.copytree(config.workdir, copy)
         yield dataclasses.replace(config, workdir=copy)
-
-
-def _check_port(coordinator: str) -> None:
-    """Refuse a port that is taken: JAX 0.10 would end in a segmentation fault."""
-    port = int(coordinator.rpartition(":")[2])
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise RunError(
-                f"--hosts.coordinator {coordinator}: port {port} cannot be used on "
-                f"this host: {error.strerror}. Give another port on every host."
-            ) from error

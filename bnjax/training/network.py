@@ -1,13 +1,13 @@
 """The network that a configuration names: of `bnjax.models`, or the user's own."""
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,23 +22,22 @@ from bnjax.training.config import (
     OPTIONS,
     BatchNormConfig,
     Config,
+    as_flag,
     is_import_path,
     refuse_options,
     set_options,
 )
 
 _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_NO_AVERAGE = "Give its BatchNorm layers use_running_average=not train."
 
 
 def make_network(config: Config, **offered: Any) -> nn.Module:
-    """Make the network of a run.
+    """Return the network of a run.
 
     Args:
         config: of the run.
         **offered: what every network may take: classes, normalization, dtype.
-
-    Raises:
-        SettingError: it is not to be had, or has no such option.
     """
     path, options = config.model.name, set_options(config.model)
     if not is_import_path(path):
@@ -52,13 +51,12 @@ def make_network(config: Config, **offered: Any) -> nn.Module:
         )
     options |= {name: value for name, value in offered.items() if name in known}
     try:
-        network = find_factory(path)(**options)
+        network = _find_factory(path)(**options)
     except Exception as error:
         raise _refused(path, f"calling it failed: {_told(error)}") from error
     if not isinstance(network, nn.Module):
-        raise _refused(
-            path, f"it gave {_article(network)}; expected a flax.linen.Module."
-        )
+        message = f"it gave {_article(network)}; expected a flax.linen.Module."
+        raise _refused(path, message)
     parameters = inspect.signature(network.__call__).parameters.values()
     if not any(p.name == "train" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise _refused(
@@ -72,13 +70,10 @@ def make_network(config: Config, **offered: Any) -> nn.Module:
 
 
 def takes_normalization(config: Config) -> bool:
-    """Say whether the network is built on `bnjax.models.Normalization`.
+    """Return whether the network is built on `bnjax.models.Normalization`.
 
     One that is not shares no statistics between the devices of a pmap, nor between
     micro-batches.
-
-    Raises:
-        SettingError: the network cannot be imported.
     """
     path = config.model.name
     offered = {*OPTIONS, "classes", "normalization", "dtype"}
@@ -91,17 +86,6 @@ def check_network(
     """Refuse a network of the user's own that cannot be trained as it is asked for.
 
     It is traced in training and in evaluation, and nothing is computed.
-
-    Args:
-        config: of the run.
-        network: as `make_network` made it.
-        image_shape: of one example.
-        classes: how many labels there are.
-
-    Raises:
-        SettingError: it fails, keeps more than "params" and "batch_stats", gives no
-            logits of shape (batch, classes), its statistics never change, or it cannot
-            follow a flag.
     """
     path = config.model.name
     if not is_import_path(path):
@@ -114,7 +98,7 @@ def check_network(
     if not config.batch_norm:
         flags.append("--no-batch-norm")
     flags += [
-        f"--bn.{field.name.replace('_', '-')}"
+        as_flag(f"bn.{field.name}")
         for field in dataclasses.fields(BatchNormConfig)
         if getattr(config.bn, field.name) != field.default
     ]
@@ -134,10 +118,6 @@ def _check_traces(
     path: str, network: nn.Module, images: jax.ShapeDtypeStruct, classes: int
 ) -> bool:
     """Trace the network, and return whether it keeps running statistics."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-
-    def init(key: Any, images: Any) -> Any:
-        return network.init(key, images, train=False)
 
     def train(batch_stats: Any, params: Any, key: Any, images: Any) -> Any:
         logits, updated = network.apply(
@@ -149,26 +129,30 @@ def _check_traces(
         )
         return updated.get("batch_stats", {}), logits
 
-    def evaluate(variables: Any, images: Any) -> Any:
-        return network.apply(variables, images, train=False)
-
+    key = jax.eval_shape(lambda: jax.random.key(0))
     step = "initializing it"
     try:
+        init = functools.partial(network.init, train=False)
         variables = jax.eval_shape(init, key, images)
-        _check_collections(path, variables)
+        if others := sorted(set(variables) - {"params", "batch_stats"}):
+            raise _refused(
+                path,
+                f"it keeps the collections {', '.join(others)}; expected params and "
+                "batch_stats alone: nothing else is trained or saved.",
+            )
+        if "params" not in variables:
+            raise _refused(path, "it has no parameters to train.")
         batch_stats = variables.get("batch_stats", {})
         step = "calling it with train=True"
         traced = jax.make_jaxpr(train, return_shape=True)
         arguments = (batch_stats, variables["params"], key, images)
         jaxpr, (new_stats, logits) = traced(*arguments)
         step = "calling it with train=False"
+        evaluate = functools.partial(network.apply, train=False)
         evaluated = jax.eval_shape(evaluate, variables, images)
     except ModifyScopeVariableError as error:
-        raise _refused(
-            path,
-            "it changes its statistics with train=False. Give its BatchNorm layers "
-            "use_running_average=not train.",
-        ) from error
+        message = f"it changes its statistics with train=False. {_NO_AVERAGE}"
+        raise _refused(path, message) from error
     except SettingError:
         raise
     except Exception as error:
@@ -193,50 +177,17 @@ def _check_traces(
         if old is new
     ]
     if leaves and len(still) == len(leaves):
-        raise _refused(
-            path,
-            "its batch_stats never change in training. Give its BatchNorm layers "
-            "use_running_average=not train.",
-        )
+        message = f"its batch_stats never change in training. {_NO_AVERAGE}"
+        raise _refused(path, message)
     if still:
-        print(
-            f"note: of {path}, batch_stats {', '.join(still)} never change in "
-            "training.",
-            file=sys.stderr,
-        )
+        names = ", ".join(still)
+        note = f"note: of {path}, batch_stats {names} never change in training."
+        print(note, file=sys.stderr)
     return bool(leaves)
 
 
-def _check_collections(path: str, variables: Mapping[str, Any]) -> None:
-    others = sorted(set(variables) - {"params", "batch_stats"})
-    if others:
-        raise _refused(
-            path,
-            f"it keeps the collections {', '.join(others)}; expected params and "
-            "batch_stats alone: nothing else is trained or saved.",
-        )
-    if "params" not in variables:
-        raise _refused(path, "it has no parameters to train.")
-
-
-def find_factory(path: str) -> Callable[..., Any]:
-    """Import what makes a network: this runs the module's code.
-
-    Args:
-        path: "module:function"; the module is looked for where Python looks.
-
-    Returns:
-        The function, or the class.
-
-    Raises:
-        SettingError: it cannot be imported, or is nothing that makes a network.
-
-    Example:
-        >>> find_factory("flax.linen:Dens")
-        Traceback (most recent call last):
-        bnjax.data.config.SettingError: --model flax.linen:Dens: module flax.linen
-        has no 'Dens'. Did you mean 'Dense'?
-    """
+def _find_factory(path: str) -> Callable[..., Any]:
+    """Import what makes a network, "module:function": this runs the module's code."""
     if not _PATH.fullmatch(path) or ".py:" in path:
         raise _refused(
             path,
@@ -247,26 +198,24 @@ def find_factory(path: str) -> Callable[..., Any]:
     importlib.invalidate_caches()
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if f"{module_name}.".startswith(f"{missing}."):
-            problem = (
-                f"there is no module {missing!r}. Start train.py in the folder that "
-                "holds it, or add that folder to PYTHONPATH, as other commands need it."
-            )
-        else:
+    except Exception as error:
+        problem = f"importing {module_name} failed: {_told(error)}"
+        if isinstance(error, ModuleNotFoundError):
+            missing = error.name or ""
             problem = (
                 f"{module_name} imports {missing!r}, which is not installed: pip "
                 "install it, or mend the import."
             )
+            if f"{module_name}.".startswith(f"{missing}."):
+                problem = (
+                    f"there is no module {missing!r}. Start train.py in the folder "
+                    "that holds it, or add that folder to PYTHONPATH, as other "
+                    "commands need it."
+                )
         raise _refused(path, problem) from error
-    except Exception as error:
-        message = f"importing {module_name} failed: {_told(error)}"
-        raise _refused(path, message) from error
     factory = getattr(module, name, None)
     if factory is None:
-        public = [each for each in vars(module) if not each.startswith("_")]
-        hint = did_you_mean(name, public)
+        hint = did_you_mean(name, [n for n in vars(module) if not n.startswith("_")])
         raise _refused(path, f"module {module_name} has no {name!r}.{hint}")
     if isinstance(factory, nn.Module) or not callable(factory):
         raise _refused(
@@ -279,7 +228,7 @@ def find_factory(path: str) -> Callable[..., Any]:
 
 def _keywords(path: str, offered: set[str]) -> set[str]:
     """Return which of the keywords offered the function takes; it needs no other."""
-    parameters = inspect.signature(find_factory(path)).parameters.values()
+    parameters = inspect.signature(_find_factory(path)).parameters.values()
     for each in parameters:
         optional = each.default is not each.empty
         if optional or each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
@@ -293,8 +242,7 @@ def _keywords(path: str, offered: set[str]) -> set[str]:
             )
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
         return offered
-    named = {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
-    return offered & named
+    return offered & {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY}
 
 
 def _refused(path: str, message: str) -> SettingError:
@@ -308,12 +256,9 @@ def _article(value: Any) -> str:
 
 def _told(error: Exception) -> str:
     """Return what went wrong, and where: outside any installed package if possible."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if "site-packages" not in frame.filename
-        and not frame.filename.startswith("<frozen")
-        and Path(frame.filename) != Path(__file__)
-    ]
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    place = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        installed = "site-packages" in frame.filename
+        if not installed and not frame.filename.startswith(("<frozen", __file__)):
+            place = f" ({frame.filename}, line {frame.lineno})"
     return f"{type(error).__name__}: {first_line(error)}{place}"

@@ -10,40 +10,34 @@ import optax
 
 from bnjax._validate import did_you_mean, first_line
 from bnjax.data.config import SettingError
-from bnjax.training.config import Config
+from bnjax.training.config import Config, OptimizerConfig
 
 OPTIMIZERS = {
     name: function
-    for name, function in vars(optax).items()
-    if inspect.isfunction(function)
-    and not name.startswith(("_", "scale_by_"))
+    for name, function in inspect.getmembers(optax, inspect.isfunction)
+    if not name.startswith(("_", "scale_by_"))
     and next(iter(inspect.signature(function).parameters), "") == "learning_rate"
 }
 SCHEDULES = {
     name: function
-    for name, function in vars(optax.schedules).items()
-    if inspect.isfunction(function)
-    and inspect.signature(function).return_annotation == optax.Schedule
+    for name, function in inspect.getmembers(optax.schedules, inspect.isfunction)
+    if inspect.signature(function).return_annotation == optax.Schedule
 }
-UNDECAYED = frozenset({"bias", "scale"})
+# Of keywords whose other values Optax takes for something else in silence.
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(
+        ("momentum", "b1", "b2", "b3", "decay"),
+        (lambda x: x is None or 0 <= x < 1, "a number in [0, 1)"),
+    ),
+    **dict.fromkeys(
+        ("eps", "decay_rate", "transition_steps", "decay_steps"),
+        (lambda x: x is not None and x > 0, "a positive number"),
+    ),
+}
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Return the learning rate as a function of the step, counted from 0.
-
-    Raises:
-        SettingError: Optax has no such schedule, or one with other keywords.
-
-    Example:
-        >>> from bnjax.training.config import Config, OptimizerConfig
-        >>> options = {"decay_rate": 0.5, "transition_steps": 10, "staircase": True}
-        >>> halving = OptimizerConfig(
-        ...     schedule="exponential_decay", schedule_options=options, warmup_steps=4
-        ... )
-        >>> config = Config(steps=30, batch_size=8, learning_rate=0.8, optim=halving)
-        >>> [round(float(make_schedule(config)(t)), 3) for t in (0, 1, 3, 4, 13, 14)]
-        [0.2, 0.4, 0.8, 0.8, 0.8, 0.4]
-    """
+    """Return the learning rate as a function of the step, counted from 0."""
     optim, rate = config.optim, config.learning_rate
     warmup, left = optim.warmup_steps, config.steps - optim.warmup_steps
     options = optim.schedule_options
@@ -59,9 +53,9 @@ def make_schedule(config: Config) -> optax.Schedule:
         # They count from the start of the run, Optax's from the end of the warm-up.
         moved = {step - warmup: factor for step, factor in steps.items()}
         options = {**options, "boundaries_and_scales": moved}
-    ours = {"value": rate, "init_value": rate, "peak_value": rate, "end_value": 0.0}
-    ours |= {"transition_steps": left, "decay_steps": left}
-    after = _call("schedule", SCHEDULES, optim.schedule, options, ours, fill=False)
+    ours = dict.fromkeys(("value", "init_value", "peak_value"), rate)
+    ours |= {"end_value": 0.0, "transition_steps": left, "decay_steps": left}
+    after = _call("schedule", optim, options, ours)
     if warmup == 0:
         return after
     # It starts above zero: no step is without effect.
@@ -74,24 +68,11 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
     Gradients are clipped by their global norm first, before any weight decay. With
     `config.ema` it keeps an average of the parameters.
-
-    Raises:
-        SettingError: Optax has no such optimizer or schedule, one with other keywords,
-            or one that needs more than gradients and parameters.
-
-    Example:
-        >>> from bnjax.training.config import Config, OptimizerConfig
-        >>> optim = OptimizerConfig("sgd", {"momentun": 0.9})
-        >>> make_optimizer(Config(1, batch_size=8, learning_rate=0.1, optim=optim))
-        Traceback (most recent call last):
-        bnjax.data.config.SettingError: --optim.options momentun: sgd has no such
-        keyword. Did you mean 'momentum'? It has ...
     """
     optim = config.optim
-    masks = ("mask", "weight_decay_mask", "trust_ratio_mask")
     ours = {"learning_rate": make_schedule(config), "weight_decay": optim.weight_decay}
-    ours |= dict.fromkeys(masks, decayed)
-    chain = [_call("name", OPTIMIZERS, optim.name, optim.options, ours, fill=True)]
+    ours |= dict.fromkeys(("mask", "weight_decay_mask", "trust_ratio_mask"), decayed)
+    chain = [_call("name", optim, optim.options, ours)]
     own_decay = "weight_decay" in inspect.signature(OPTIMIZERS[optim.name]).parameters
     if optim.weight_decay and not own_decay:
         # As the gradient of an L2 penalty.
@@ -107,34 +88,21 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     return optimizer if config.ema is None else keep_average(optimizer, config.ema)
 
 
-_FLAGS = {"name": "--optim.options", "schedule": "--optim.schedule-options"}
-# Values that Optax takes for something else in silence, or that lead to none.
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ("momentum", "b1", "b2", "b3", "decay"),
-        (lambda x: x is None or 0 <= x < 1, "a number in [0, 1)"),
-    ),
-    **dict.fromkeys(
-        ("eps", "decay_rate", "transition_steps", "decay_steps"),
-        (lambda x: x is not None and x > 0, "a positive number"),
-    ),
-}
-
-
 def _call(
     field: str,
-    functions: Mapping[str, Callable[..., Any]],
-    name: str,
+    optim: OptimizerConfig,
     options: Mapping[str, Any],
     ours: Mapping[str, Any],
-    *,
-    fill: bool,
 ) -> Any:
-    """Call a function by its name with a user's keywords, and ours below them.
+    """Call the function that `optim` names with the user's options, and ours below.
 
-    Ours are given wherever the function takes them with `fill`, else where it has to
-    be given them.
+    An optimizer is given ours where it takes them, a schedule where it needs them.
     """
+    functions, flag = {
+        "name": (OPTIMIZERS, "--optim.options"),
+        "schedule": (SCHEDULES, "--optim.schedule-options"),
+    }[field]
+    name = getattr(optim, field)
     if name not in functions:
         raise SettingError(
             f"--optim.{field} {name}: Optax has no such function."
@@ -142,26 +110,27 @@ def _call(
             f"{', '.join(sorted(functions))}."
         )
     parameters = inspect.signature(functions[name]).parameters
-    required = [n for n, p in parameters.items() if p.default is p.empty]
     keywords = [n for n in parameters if n != "learning_rate"]
     for given, value in options.items():
-        flag = f"{_FLAGS[field]} {given}"
         if given not in keywords:
             raise SettingError(
-                f"{flag}: {name} has no such keyword.{did_you_mean(given, keywords)} "
+                f"{flag} {given}: {name} has no such keyword."
+                f"{did_you_mean(given, keywords)} "
                 f"It has {', '.join(keywords) or 'none'}."
             )
         accepts, expected = _RANGES.get(given, (None, ""))
         if accepts and not (isinstance(value, int | float | None) and accepts(value)):
-            raise SettingError(f"{flag}={value}: expected {expected}.")
-    filled = {n: ours[n] for n in (parameters if fill else required) if n in ours}
-    if missing := [n for n in required if n not in {**filled, **options}]:
+            raise SettingError(f"{flag} {given}={value}: expected {expected}.")
+    required = [n for n, p in parameters.items() if p.default is p.empty]
+    ours_to_give = parameters if field == "name" else required
+    filled = {**{n: ours[n] for n in ours_to_give if n in ours}, **options}
+    if missing := [n for n in required if n not in filled]:
         raise SettingError(
             f"--optim.{field} {name} needs {', '.join(missing)}: add "
-            f"{_FLAGS[field]} {missing[0]}=VALUE."
+            f"{flag} {missing[0]}=VALUE."
         )
     try:
-        return functions[name](**{**filled, **options})
+        return functions[name](**filled)
     except Exception as error:
         raise _failed(field, name, options, error) from error
 
@@ -181,26 +150,17 @@ def decayed(params: Any) -> Any:
 
     The name decides and not the rank: stacked and grouped layers have scales and
     biases of two dimensions and more.
-
-    Example:
-        >>> layer = {"kernel": jnp.ones((4, 3, 2)), "bias": jnp.ones((4, 2))}
-        >>> decayed({"dense": layer, "bn": {"scale": jnp.ones((4, 2))}})
-        {'bn': {'scale': False}, 'dense': {'bias': False, 'kernel': True}}
     """
-
-    def is_decayed(path: tuple[Any, ...], _: Any) -> bool:
-        return jax.tree_util.keystr(path[-1:], simple=True) not in UNDECAYED
-
-    return jax.tree_util.tree_map_with_path(is_decayed, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: (
+            jax.tree_util.keystr(path[-1:], simple=True) not in ("bias", "scale")
+        ),
+        params,
+    )
 
 
 class AveragedState(NamedTuple):
-    """The state of an optimizer that keeps an average.
-
-    Args:
-        inner: the optimizer's own.
-        average: of the parameters after each step, from zero.
-    """
+    """An optimizer's own state, and the average of the parameters, from zero."""
 
     inner: optax.OptState
     average: optax.EmaState
@@ -215,9 +175,7 @@ def keep_average(
 
     .. math:: \bar\theta_t = \frac{1 - d}{1 - d^t} \sum_{i=1}^t d^{t-i} \theta_i,
 
-    Args:
-        optimizer: whose updates stay as they are.
-        decay: d, the weight of the old average.
+    where the decay d is the weight of the old average.
     """
     ema = optax.ema(decay)
 
@@ -237,20 +195,5 @@ def keep_average(
 
 
 def average_of(state: AveragedState, decay: float) -> Any:
-    """Return the average, free of the zero that it starts from.
-
-    Args:
-        state: of an optimizer made by `keep_average`, after one step or more.
-        decay: as given there.
-
-    Example:
-        >>> optimizer = keep_average(optax.sgd(1.0), decay=0.5)
-        >>> params = jnp.array(8.0)
-        >>> state = optimizer.init(params)
-        >>> for gradient in (2.0, 6.0):
-        ...     updates, state = optimizer.update(jnp.array(gradient), state, params)
-        ...     params = optax.apply_updates(params, updates)
-        >>> print(params, average_of(state, decay=0.5))  # (0.25 * 6 + 0.5 * 0) / 0.75
-        0.0 2.0
-    """
+    """Return the average after one step or more, free of the zero it starts from."""
     return optax.tree.bias_correction(state.average.ema, decay, state.average.count)

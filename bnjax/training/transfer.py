@@ -20,8 +20,8 @@ from bnjax.interop.torch import (
     from_torch,
     known_mapping,
 )
-from bnjax.interop.torch_files import format_mapping, read_state_dict
-from bnjax.interop.torch_proposal import alike, trace
+from bnjax.interop.torch_files import read_state_dict
+from bnjax.interop.torch_proposal import trace
 from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.config import Config
 from bnjax.training.program import Program
@@ -34,33 +34,31 @@ SHOWN = 6
 
 
 def first_state(config: Config, program: Program) -> TrainState:
-    """Return the state before the first step, from `--init-from` where it is given.
-
-    Args:
-        config: of the new run.
-        program: of the new run; its optimizer starts anew.
-
-    Raises:
-        RunError: there is nothing to start from, or it is another network.
-    """
+    """Return the state before the first step, from `--init-from` where it is given."""
     state = program.initial_state()
     if config.init_from is None:
         return state
-    if config.init_from.is_file():
-        params, batch_stats = read_weights(config.init_from, config, program, state)
+    path = config.init_from
+    if path.is_file():
+        given = _read_weights(path, config, program, state)
+    elif (path / CONFIG).is_file() and (path / CHECKPOINTS).is_dir():
+        with open_checkpoints(path, read_config(path), read_only=True) as checkpoints:
+            given = checkpoints.restore_tree()
     else:
-        params, batch_stats = read_network(config.init_from)
-    source = f"--init-from {config.init_from}"
-    adopted, anew = adopt(state.params, params, program.classes, source)
-    if config.init_stats == "reset":
-        batch_stats = state.batch_stats
-    else:
-        batch_stats, _ = adopt(state.batch_stats, batch_stats, None, source)
+        raise SettingError(
+            f"--init-from {path}: expected the folder of a run that wrote a checkpoint "
+            f"({CONFIG} and {CHECKPOINTS} in it).",
+        )
+    source = f"--init-from {path}"
+    adopted, anew = _adopt(state.params, given["params"], program.classes, source)
+    batch_stats = state.batch_stats
+    if config.init_stats != "reset":
+        theirs = given["batch_stats"] or {}
+        batch_stats, _ = _adopt(batch_stats, theirs, None, source)
     count = len(jax.tree.leaves(adopted))
     what = f"; new: {', '.join(anew)}" if anew else ""
     print(
-        f"starting from {count - len(anew)} of {count} arrays of "
-        f"{config.init_from}{what}",
+        f"starting from {count - len(anew)} of {count} arrays of {path}{what}",
         file=sys.stderr,
     )
     return dataclasses.replace(
@@ -71,32 +69,12 @@ def first_state(config: Config, program: Program) -> TrainState:
     )
 
 
-def read_network(path: Path) -> tuple[Tree, Tree]:
-    """Read parameters and running statistics from the folder of a run.
-
-    Raises:
-        RunError: it is no run, it has no checkpoint, or none is whole.
-    """
-    if not (path / CONFIG).is_file() or not (path / CHECKPOINTS).is_dir():
-        raise SettingError(
-            f"--init-from {path}: expected the folder of a run that wrote a checkpoint "
-            f"({CONFIG} and {CHECKPOINTS} in it).",
-        )
-    with open_checkpoints(path, read_config(path), read_only=True) as checkpoints:
-        tree = checkpoints.restore_tree()
-    return tree["params"], tree["batch_stats"] or {}
-
-
-def read_weights(
+def _read_weights(
     path: Path, config: Config, program: Program, state: TrainState
-) -> tuple[Tree, Tree]:
-    """Read parameters and running statistics from a file of PyTorch's.
+) -> Tree:
+    """Return variables from a file of PyTorch's; a last layer is of the classes there.
 
-    Its layers are called as `known_mapping` says, or as the network's own. A last layer
-    of other classes is as in the file.
-
-    Raises:
-        TorchError: the file cannot be read, or holds another network.
+    Its layers are called as `known_mapping` says, or as the network's own.
     """
     tensors = read_state_dict(path)
     mapping = known_mapping(config.model.name, program.images.shape[1:]) or SAME_NAMES
@@ -108,59 +86,39 @@ def read_weights(
         if name in params and classes is not None:
             shape = (*params[name].shape[:-1], classes)
             params[name] = jax.ShapeDtypeStruct(shape, params[name].dtype)
-    variables = {
-        "params": unflatten_dict(params, sep="/"),
-        "batch_stats": state.batch_stats,
-    }
+    own = unflatten_dict(params, sep="/")
+    variables = {"params": own, "batch_stats": state.batch_stats}
     try:
-        found = from_torch(tensors, variables, mapping)
+        return from_torch(tensors, variables, mapping)
     except TorchError as error:
         raise TorchError(
             f"--init-from {path}: {error} Where its layers have other names: python -m "
             "bnjax import-torch with --mapping, then --init-from the run it writes."
         ) from error
-    return found["params"], found["batch_stats"]
 
 
-def adopt(
+def _adopt(
     own: Tree, given: Tree, classes: int | None, source: str
 ) -> tuple[Tree, list[str]]:
-    """Return the tree `own` with the values of `given`.
+    """Return the tree `own` with the values of `given`, and the paths that stayed.
 
-    Args:
-        own: nested dicts of arrays.
-        given: the same of another network. An array whose last axis is not of
-            `classes` entries, where that of `own` is, and which is else of the same
-            shape, belongs to a layer that tells other classes apart: `own`'s stays.
-        classes: how many classes `own` has; None where every array has to fit.
-        source: where `given` is from, for messages.
-
-    Returns:
-        The tree, and the paths of the arrays that stayed.
-
-    Raises:
-        RunError: an array is missing, too many or of another shape.
-
-    Example:
-        >>> own = {"conv": {"bias": jnp.zeros(2)}, "logits": {"bias": jnp.zeros(3)}}
-        >>> given = {"conv": {"bias": jnp.ones(2)}, "logits": {"bias": jnp.ones(5)}}
-        >>> tree, anew = adopt(own, given, 3, "--init-from run")
-        >>> print(tree["conv"]["bias"], anew)
-        [1. 1.] ['logits/bias']
+    An array stays whose last axis has `classes` entries, where that of `given` has
+    others, and which is else of the same shape: its layer tells other classes apart.
     """
     ours: dict[str, Any] = dict(flatten_dict(own, sep="/"))
     theirs: dict[str, Any] = dict(flatten_dict(given, sep="/"))
+    other = [p for p in ours if p in theirs and ours[p].shape != theirs[p].shape]
     anew = [
         path
-        for path, leaf in ours.items()
-        if path in theirs and _tells_other_classes(leaf, theirs[path], classes)
+        for path in other
+        if (*theirs[path].shape[:-1], classes) == ours[path].shape
     ]
     problems = [f"{path} is not there" for path in ours if path not in theirs]
     problems += [f"{path} has no place here" for path in theirs if path not in ours]
     problems += [
-        f"{path} has the shape {theirs[path].shape}, {leaf.shape} here"
-        for path, leaf in ours.items()
-        if path in theirs and path not in anew and leaf.shape != theirs[path].shape
+        f"{path} has the shape {theirs[path].shape}, {ours[path].shape} here"
+        for path in other
+        if path not in anew
     ]
     if problems:
         more = len(problems) - SHOWN
@@ -174,14 +132,6 @@ def adopt(
         for path, leaf in ours.items()
     }
     return unflatten_dict(taken, sep="/"), anew
-
-
-def _tells_other_classes(own: Any, given: Any, classes: int | None) -> bool:
-    return (
-        own.shape != given.shape
-        and own.shape[:-1] == given.shape[:-1]
-        and own.shape[-1] == classes
-    )
 
 
 def source_of_weights(
@@ -222,17 +172,3 @@ def source_of_weights(
         )
     description = {"image_shape": shape, "classes": classes}
     return Source.from_description(config.data, description)
-
-
-def unconfirmed(
-    file: Path, config: Config, proposed: LayerMapping, variables: Mapping[str, Any]
-) -> TorchError:
-    """Return the error that shows a proposed mapping, to be confirmed."""
-    by_order = ", ".join(alike(proposed, variables)) or "none"
-    return TorchError(
-        f"{file} was not imported: no mapping is known for {config.model.name}. By the "
-        f"shapes of its arrays it could be:\n{format_mapping(proposed)}\n"
-        f"By order alone, since others have the same shapes: {by_order}. If all of it "
-        "is right, add --confirm; else write it to a file, put it right, and give "
-        "--mapping FILE."
-    )

@@ -1,6 +1,7 @@
 """The folder of a run: claimed once, written whole."""
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -40,46 +41,25 @@ OURS = (CONFIG, METRICS, SUMMARY, EVALUATION, CHECKPOINTS)
 def default_workdir(preset: str, data_name: str = "") -> Path:
     """Return runs/<preset>-<time>, a folder that does not exist yet.
 
-    Args:
-        preset: of the run.
-        data_name: `--data.name`. The name of a folder of images stands after the
-            preset's, since no preset is made for it.
-
-    Example:
-        >>> default_workdir("digits")
-        PosixPath('runs/digits-20...')
-        >>> default_workdir("cifar10", "../my flowers")
-        PosixPath('runs/cifar10-my_flowers-20...')
+    The name of a folder of images stands after the preset's, since no preset is made
+    for it.
     """
     stem = preset
     if is_folder(data_name):
         folder = Path(data_name).expanduser().resolve().name
         stem = f"{preset}-{re.sub(r'[^A-Za-z0-9._-]+', '_', folder)}"
     stem = f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path = Path("runs") / stem
-    count = 1
-    while path.exists():
-        count += 1
-        path = Path("runs") / f"{stem}-{count}"
-    return path
+    ends = itertools.chain([""], (f"-{count}" for count in itertools.count(2)))
+    paths = (Path("runs") / f"{stem}{end}" for end in ends)
+    return next(path for path in paths if not path.exists())
 
 
 @contextlib.contextmanager
 def claim(workdir: Path, *, resume: bool = False) -> Iterator[bool]:
     """Make the folder and keep every other process from writing to it meanwhile.
 
-    The system frees the lock when this process ends, however it ends.
-
-    Args:
-        workdir: the folder.
-        resume: take a folder that holds a run.
-
-    Yields:
-        Whether it holds a run to resume.
-
-    Raises:
-        RunError: another process writes to it, it holds a run, or it cannot be
-            written to; the message says what to do. No file of a run has been changed.
+    The system frees the lock when this process ends, however it ends. Yields whether
+    the folder holds a run, which `resume` asks for; where it fails, none was changed.
     """
     with contextlib.ExitStack() as stack:
         with writing(workdir):
@@ -103,7 +83,6 @@ def claim(workdir: Path, *, resume: bool = False) -> Iterator[bool]:
 
 
 def _lock(lock: TextIO, workdir: Path) -> None:
-    """Lock an open file, or refuse the folder that it is in."""
     try:
         if fcntl is None:
             raise OSError("this system has none")
@@ -130,30 +109,21 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
         raise RunError(
-            f"{path} could not be written: {reason}. Give a folder on a disk with "
-            "room, and with permission to write, as --workdir."
+            f"{path} could not be written: {error.strerror or error}. Give a folder on "
+            "a disk with room, and with permission to write, as --workdir."
         ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all.
-
-    Raises:
-        RunError: the disk is full, or the folder cannot be written to.
-    """
+    """Write a JSON file whole or not at all."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with writing(path), replacing(path) as file:
         file.write(text)
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of a run.
-
-    Raises:
-        RunError: it is not there, or is no JSON.
-    """
+    """Read a JSON file of a run."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -174,9 +144,7 @@ def describe(preset: str, config: Config, source: Source) -> dict[str, Any]:
         "config": to_json(config),
         "data": source.description,
         "versions": {
-            "bnjax": bnjax.__version__,
-            "flax": flax.__version__,
-            "jax": jax.__version__,
+            **{module.__name__: module.__version__ for module in (bnjax, flax, jax)},
             "python": platform.python_version(),
         },
         "device": jax.devices()[0].device_kind,
@@ -184,45 +152,34 @@ def describe(preset: str, config: Config, source: Source) -> dict[str, Any]:
 
 
 def read_config(workdir: Path) -> Config:
-    """Return the configuration that a run was started with.
-
-    Raises:
-        RunError: the folder is no run, or its config.json is damaged.
-    """
-    record = read_record(workdir)
-    versions = record.get("versions")
-    made_by = versions.get("bnjax") if isinstance(versions, dict) else None
-    return from_json(record["config"], str(workdir / CONFIG), made_by)
+    """Return the configuration that a run was started with."""
+    config = read_record(workdir)["config"]
+    return from_json(config, str(workdir / CONFIG), made_by(workdir))
 
 
-def written_by(workdir: Path) -> str:
-    """Return the version of bnjax that started a run, as a message names it."""
+def made_by(workdir: Path) -> str | None:
+    """Return the version of bnjax that started a run, if it is recorded."""
     versions = read_record(workdir).get("versions")
-    version = versions.get("bnjax") if isinstance(versions, dict) else None
-    return f"bnjax {version}" if version else "an earlier version of bnjax"
+    return versions.get("bnjax") if isinstance(versions, dict) else None
 
 
 def check_same(workdir: Path, described: dict[str, Any], config: Config) -> None:
     """Refuse to go on with a run under another configuration.
 
-    Other versions or another device are named on standard error, since the results
-    may then differ in the last digits.
-
-    Raises:
-        RunError: naming each flag that differs, or config.json is damaged.
+    Other versions or another device are named on standard error.
     """
-    changed = differences(read_config(workdir), config)
-    if changed:
+    if changed := differences(read_config(workdir), config):
         raise SettingError(
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. "
             "Give the flags it was started with, or another --workdir.",
         )
-    before, now = read_record(workdir), described
+    record = read_record(workdir)
     for name in ("versions", "device"):
-        if before.get(name) != now[name]:
+        before, now = record.get(name), described[name]
+        if before != now:
             print(
-                f"note: the run was started with {name} {before.get(name)} and goes on "
-                f"with {now[name]}; the last digits of its results may differ.",
+                f"note: the run was started with {name} {before} and goes on with "
+                f"{now}; the last digits of its results may differ.",
                 file=sys.stderr,
             )
 

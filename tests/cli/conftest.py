@@ -3,6 +3,7 @@ import json
 import jax
 import pytest
 
+import eval as eval_program
 import train as train_program
 from bnjax.cli import main
 from bnjax.training.loop import keep_compiled
@@ -43,6 +44,12 @@ def trained(tmp_path_factory, images):
         return workdir
 
     return call
+
+
+def evaluated(workdir, tmp_path):
+    output = tmp_path / "eval.json"
+    assert eval_program.main([str(workdir), "--output", str(output)]) == 0
+    return json.loads(output.read_text())
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-import eval as eval_program
 from bnjax.cli import parse_train
 from bnjax.data.config import DataConfig
 from bnjax.data.sources import Source
@@ -16,13 +15,7 @@ from bnjax.training.checkpoint import open_checkpoints
 from bnjax.training.evaluation import load_run
 from bnjax.training.program import Program
 from bnjax.training.workdir import read_config
-from tests.cli.conftest import FLAGS
-
-
-def evaluated(workdir, tmp_path):
-    output = tmp_path / "eval.json"
-    assert eval_program.main([str(workdir), "--output", str(output)]) == 0
-    return json.loads(output.read_text())
+from tests.cli.conftest import FLAGS, evaluated
 
 
 @pytest.fixture
@@ -53,9 +46,9 @@ def test_weights_from_pytorch(trained, variables, importing, run, fails, tmp_pat
         )
     expected = evaluated(trained("digits"), tmp_path)
     assert evaluated(new, tmp_path) == {**expected, "step": 0}
-    made_by = json.loads((new / "config.json").read_text())["made_by"]
-    assert made_by["command"] == "import-torch"
-    assert made_by["data"] == {
+    record = json.loads((new / "config.json").read_text())
+    assert record["made_by"] == {"command": "import-torch", "file": str(file)}
+    assert record["data"] == {
         "name": "digits",
         "image_shape": [8, 8],
         "classes": 10,
@@ -123,18 +116,13 @@ def test_a_proposal_is_confirmed(importing, run, fails, tmp_path, monkeypatch):
     write_state_dict(file, tensors)
     argv += ["--model", "own_import_nets:Net"]
     message = fails(*argv)
-    proposed = {
-        "0": "Conv_0",
-        "1": Layer("b", channels=4),
-        "2": "a",
-        "3": "Dense_0",
-    }
+    proposed = {"0": "Conv_0", "1": Layer("b", channels=4), "2": "a", "3": "Dense_0"}
     assert "was not imported: no mapping is known for own_import_nets:Net" in message
     assert format_mapping(proposed) in message
     assert "By order alone, since others have the same shapes: none" in message
     assert not new.exists()
     run(*argv, "--confirm")
-    _, state = load_run(new).restore()
+    _, state = load_run(new, trust=True).restore()
     rows = np.arange(256).reshape(4, 64).T.ravel()
     expected = tensors["1.weight"].T[rows].astype(np.float32)
     np.testing.assert_array_equal(state.params["b"]["kernel"], expected)

@@ -6,17 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-import eval as eval_program
 from bnjax.data.pipeline import make_feed
 from bnjax.training.evaluation import load_run
 from bnjax.training.runs import check_new_run, write_run
 from bnjax.training.step import Stream
-
-
-def evaluated(workdir, tmp_path):
-    output = tmp_path / "eval.json"
-    assert eval_program.main([str(workdir), "--output", str(output)]) == 0
-    return json.loads(output.read_text())
+from tests.cli.conftest import evaluated
 
 
 @pytest.mark.parametrize("method", ["paper", "pooled"])
@@ -88,7 +82,8 @@ def test_replaced_or_left_as_it_was(trained, tmp_path, monkeypatch):
     new = tmp_path / "new"
 
     def write(**options):
-        write_run(new, "digits", opened.config, state, {"command": "x"}, **options)
+        source, made_by = opened.source, {"command": "x"}
+        write_run(new, "digits", opened.config, source, state, made_by, **options)
 
     def fail(*args, **kwargs):
         raise ValueError("the disk is full")

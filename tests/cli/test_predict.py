@@ -6,12 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
-import eval as eval_program
 from bnjax.cli import main
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import open_source
 from bnjax.training.evaluation import load_run
 from bnjax.training.runs import list_images
+from tests.cli.conftest import evaluated
 from tests.data import image_folder, prepared_set
 
 
@@ -33,9 +33,7 @@ def test_agrees_with_the_evaluation(trained, images, run, tmp_path):
         60,
         [],
     )
-    output = tmp_path / "eval.json"
-    assert eval_program.main([str(workdir), "--output", str(output)]) == 0
-    expected = json.loads(output.read_text())
+    expected = evaluated(workdir, tmp_path)
     files = [each["file"] for each in found["images"]]
     assert files == sorted(str(path) for path in images.glob("val/*/*.jpg"))
     correct, loss = 0, []
@@ -76,13 +74,8 @@ def test_table_and_file(trained, digits, run, tmp_path):
     assert lines[0].split() == ["image", "1", "2"]
     for line, each in zip(lines[1:], written["images"], strict=True):
         first, second = each["predictions"]
-        assert line.split() == [
-            each["file"],
-            first["class"],
-            f"{first['probability']:.2%}",
-            second["class"],
-            f"{second['probability']:.2%}",
-        ]
+        shown = [[p["class"], f"{p['probability']:.2%}"] for p in (first, second)]
+        assert line.split() == [each["file"], *shown[0], *shown[1]]
     assert [each["file"][-5:] for each in written["images"]] == ["1.png", "0.png"]
 
 

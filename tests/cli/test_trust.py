@@ -1,5 +1,6 @@
 """Runs are data: what a run names as its network is not imported without --trust."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import eval as eval_program
 import train as train_program
 from bnjax.cli import main
+from bnjax.training.checkpoint import DIGESTS, METADATA_FILE
 from bnjax.training.workdir import CONFIG
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +30,7 @@ def make(classes, normalization, dtype):
 COMMANDS = {
     "eval": [],
     "predict": ["zero.png"],
-    "export": ["out"],
+    "export": ["out.stablehlo"],
     "fold": ["out.npz"],
     "inspect": [],
     "recompute-stats": ["--output", "new"],
@@ -40,10 +42,14 @@ def strangers(trained, tmp_path, monkeypatch):
     """A run with a module beside its config.json, which is the current folder."""
     run, marker = tmp_path / "run", tmp_path / "it ran"
     shutil.copytree(trained("digits"), run)
-    for file in (run / CONFIG, *run.glob("checkpoints/*/manifest.json")):
+    for file in (run / CONFIG, *run.glob(f"checkpoints/*/{METADATA_FILE}")):
         record = json.loads(file.read_text())
         record["config"]["model"] |= {"name": "evil:make", "hidden": None}
         file.write_text(json.dumps(record))
+    for file in run.glob(f"checkpoints/*/{DIGESTS}"):
+        changed = (file.parent / METADATA_FILE).read_bytes()
+        digest = {METADATA_FILE: hashlib.sha256(changed).hexdigest()}
+        file.write_text(json.dumps(json.loads(file.read_text()) | digest))
     (run / "evil.py").write_text(EVIL.format(marker=str(marker)))
     (run / "zero.png").touch()
     monkeypatch.chdir(run)

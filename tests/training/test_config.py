@@ -248,7 +248,7 @@ def test_values_at_the_edge(flags):
     make_optimizer(parse_train(flags.split())[1])
 
 
-class EvalRecord:
+class TestRecord:
     @pytest.mark.parametrize("preset", PRESETS)
     def test_it_comes_back_as_it_was(self, preset):
         flags = ["--workdir", "a/b", "--learning-rate", "2"]
@@ -318,5 +318,5 @@ def test_a_resumed_run_may_have_more_steps(run_small, small_config):
     )
     _, whole = run_small(optim=optim, steps=60)
     assert train("digits", longer)["state_sha256"] == whole["state_sha256"]
-    with pytest.raises(SettingError, match="--steps: the run has 30, 20 was given"):
+    with pytest.raises(SettingError, match="--steps: the run has 60, 20 was given"):
         train("digits", dataclasses.replace(longer, steps=20))

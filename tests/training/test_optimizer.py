@@ -1,10 +1,12 @@
 import math
+from collections import defaultdict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.traverse_util import flatten_dict
 
 from bnjax.data.config import SettingError
 from bnjax.training.config import Config, OptimizerConfig
@@ -29,10 +31,8 @@ LEAVES = ("dense/kernel", "dense/bias", "bn/scale")
 
 
 def flat(tree):
-    return {
-        name: np.asarray(tree[name.split("/")[0]][name.split("/")[1]])
-        for name in LEAVES
-    }
+    leaves = flatten_dict(tree, sep="/")
+    return {name: np.asarray(leaves[name]) for name in LEAVES}
 
 
 def gradients(seed):
@@ -59,18 +59,16 @@ def trajectory(optimizer, steps=4):
     return path
 
 
-def numpy_trajectory(make_rule, l2=0.0, steps=4):
-    """Follow `make_rule(name)(step, gradient, params) -> decrease` of each leaf."""
-    rules = {name: make_rule(name) for name in LEAVES}
+def numpy_trajectory(rule, l2=0.0, steps=4):
+    """Follow `rule(memory, step, gradient, params) -> decrease` of each leaf."""
+    memory = {name: defaultdict(float) for name in LEAVES}
+    memory["dense/kernel"]["decay"] = 0.3
     params, path = flat(START), []
     for seed in range(steps):
         gradient = flat(gradients(seed))
-        if l2:
-            gradient["dense/kernel"] = (
-                gradient["dense/kernel"] + l2 * params["dense/kernel"]
-            )
+        gradient["dense/kernel"] += l2 * params["dense/kernel"]
         params = {
-            name: value - rules[name](seed + 1, gradient[name], value)
+            name: value - rule(memory[name], seed + 1, gradient[name], value)
             for name, value in params.items()
         }
         path.append(params)
@@ -83,98 +81,56 @@ def compare(found, expected, rtol=2e-5):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=rtol, atol=1e-6)
 
 
-def sgd(name):
-    return lambda step, g, w: RATE * g
+def sgd(memory, step, g, w):
+    return RATE * g
 
 
-def momentum(name, weight=0.8, nesterov=False):
-    velocity = 0.0
-
-    def rule(step, g, w):
-        nonlocal velocity
-        velocity = weight * velocity + g
-        return RATE * (g + weight * velocity if nesterov else velocity)
-
-    return rule
+def momentum(memory, step, g, w):
+    memory["v"] = 0.8 * memory["v"] + g
+    return RATE * memory["v"]
 
 
-def adagrad(name):
-    total = 0.1
-
-    def rule(step, g, w):
-        nonlocal total
-        total = total + g**2
-        return RATE * g / np.sqrt(total + 1e-3)
-
-    return rule
+def nesterov(memory, step, g, w):
+    return RATE * g + 0.8 * momentum(memory, step, g, w)
 
 
-def rmsprop(name):
-    mean = 0.0
-
-    def rule(step, g, w):
-        nonlocal mean
-        mean = 0.7 * mean + 0.3 * g**2
-        return RATE * g / np.sqrt(mean + 1e-3)
-
-    return rule
+def adagrad(memory, step, g, w):
+    memory["total"] += g**2
+    return RATE * g / np.sqrt(0.1 + memory["total"] + 1e-3)
 
 
-def adam_direction():
-    m, v = 0.0, 0.0
-
-    def direction(step, g):
-        nonlocal m, v
-        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
-        return m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-3)
-
-    return direction
+def rmsprop(memory, step, g, w):
+    memory["mean"] = 0.7 * memory["mean"] + 0.3 * g**2
+    return RATE * g / np.sqrt(memory["mean"] + 1e-3)
 
 
-def adam(name):
-    direction = adam_direction()
-    return lambda step, g, w: RATE * direction(step, g)
+def adam(memory, step, g, w):
+    memory["m"] = m = 0.8 * memory["m"] + 0.2 * g
+    memory["v"] = v = 0.95 * memory["v"] + 0.05 * g**2
+    return RATE * m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-3)
 
 
-def adamw(name):
-    direction, decay = adam_direction(), 0.3 * (name == "dense/kernel")
-    return lambda step, g, w: RATE * (direction(step, g) + decay * w)
+def adamw(memory, step, g, w):
+    return adam(memory, step, g, w) + RATE * memory["decay"] * w
 
 
-def lamb(name):
-    direction, decay = adam_direction(), 0.3 * (name == "dense/kernel")
-
-    def rule(step, g, w):
-        d = direction(step, g) + decay * w
-        return RATE * d * np.linalg.norm(w) / np.linalg.norm(d)
-
-    return rule
+def lamb(memory, step, g, w):
+    d = adamw(memory, step, g, w) / RATE
+    return RATE * d * np.linalg.norm(w) / np.linalg.norm(d)
 
 
-def lars(name):
-    is_kernel = name == "dense/kernel"
-    velocity = 0.0
-
-    def rule(step, g, w):
-        nonlocal velocity
-        if is_kernel:
-            g = g + 0.3 * w
-            g = g * 0.001 * np.linalg.norm(w) / np.linalg.norm(g)
-        velocity = 0.8 * velocity + RATE * g
-        return velocity
-
-    return rule
+def lars(memory, step, g, w):
+    if memory["decay"]:
+        g = g + 0.3 * w
+        g = g * 0.001 * np.linalg.norm(w) / np.linalg.norm(g)
+    return momentum(memory, step, g, w)
 
 
 MOMENTS = {"b1": 0.8, "b2": 0.95, "eps": 1e-3}
 L2 = {
     "sgd": ("sgd", {}, sgd),
     "momentum": ("sgd", {"momentum": 0.8}, momentum),
-    "nesterov": (
-        "sgd",
-        {"momentum": 0.8, "nesterov": True},
-        lambda name: momentum(name, nesterov=True),
-    ),
+    "nesterov": ("sgd", {"momentum": 0.8, "nesterov": True}, nesterov),
     "adagrad": ("adagrad", {"eps": 1e-3}, adagrad),
     "rmsprop": ("rmsprop", {"eps": 1e-3, "decay": 0.7}, rmsprop),
     "adam": ("adam", MOMENTS, adam),
@@ -224,24 +180,13 @@ def test_clipping_by_the_norm_of_all_gradients_together(limit):
 
 @pytest.mark.parametrize("layers", [(), (3,), (2, 3)], ids=str)
 def test_decay_goes_by_name_whatever_the_rank(layers):
-    layer = {
-        "Dense_0": {
-            "kernel": jnp.ones((*layers, 4, 5)),
-            "bias": jnp.ones((*layers, 5)),
-        },
-        "BatchNorm_0": {
-            "scale": jnp.ones((*layers, 5)),
-            "bias": jnp.ones((*layers, 5)),
-        },
-        "embedding": jnp.ones((*layers, 5)),
+    expected = {
+        "Dense_0": {"kernel": True, "bias": False},
+        "BatchNorm_0": {"scale": False, "bias": False},
+        "embedding": True,
     }
-    assert decayed({"block": layer}) == {
-        "block": {
-            "Dense_0": {"kernel": True, "bias": False},
-            "BatchNorm_0": {"scale": False, "bias": False},
-            "embedding": True,
-        }
-    }
+    params = jax.tree.map(lambda _: jnp.ones((*layers, 5)), expected)
+    assert decayed({"block": params}) == {"block": expected}
 
 
 def cosine(step, left):
@@ -265,38 +210,35 @@ SCHEDULES = {
 }
 
 
+PIECEWISE = "piecewise_constant_schedule"
+
+
+def scheduled(name, **options):
+    return {"schedule": name, "schedule_options": options}
+
+
 @pytest.mark.parametrize("warmup", [0, 1, 8])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules(name, warmup):
     options, expected = SCHEDULES[name]
-    name = name.partition(" ")[0]
-    schedule = make_schedule(
-        config(schedule=name, schedule_options=options, warmup_steps=warmup)
-    )
-    for step in range(40):
-        if step < warmup:
-            value = 0.2 * (step + 1) / warmup
-        else:
-            value = expected(step - warmup, 40 - warmup)
-        found = np.asarray(schedule(step))
-        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-7)
+    optim = scheduled(name.partition(" ")[0], **options)
+    schedule = make_schedule(config(warmup_steps=warmup, **optim))
+    rising = [0.2 * (step + 1) / warmup for step in range(warmup)]
+    after = [expected(step, 40 - warmup) for step in range(40 - warmup)]
+    found = [float(schedule(step)) for step in range(40)]
+    np.testing.assert_allclose(found, rising + after, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("warmup", [0, 8])
 def test_steps_drop_at_their_boundaries_counted_from_the_start(warmup):
-    options = {"boundaries_and_scales": {10: 0.1, 25: 0.1}}
-    schedule = make_schedule(
-        config(
-            schedule="piecewise_constant_schedule",
-            schedule_options=options,
-            warmup_steps=warmup,
-        )
-    )
+    optim = scheduled(PIECEWISE, boundaries_and_scales={10: 0.1, 25: 0.1})
+    schedule = make_schedule(config(warmup_steps=warmup, **optim))
     found = [float(schedule(step)) for step in (9, 10, 24, 25, 39)]
     np.testing.assert_allclose(found, [0.2, 0.02, 0.02, 0.002, 0.002], rtol=1e-5)
 
 
-PIECEWISE = {"schedule": "piecewise_constant_schedule"}
+def adam_with(**options):
+    return {"name": "adam", "options": options}
 
 
 @pytest.mark.parametrize(
@@ -308,41 +250,30 @@ PIECEWISE = {"schedule": "piecewise_constant_schedule"}
         ),
         ({"name": "scale_by_adam"}, "Optax has no such function"),
         ({"schedule": "cosine"}, "--optim.schedule cosine: .*cosine_decay_schedule"),
-        (
-            {"options": {"b1": 0.9}},
-            "--optim.options b1: sgd .* It has momentum",
-        ),
+        ({"options": {"b1": 0.9}}, "--optim.options b1: sgd .* It has momentum"),
+        ({"options": {"momentun": 0.9}}, r"no such keyword\. Did you mean 'momentum'"),
         ({"options": {"momentum": 1.0}}, r"momentum=1.0: expected a number in \[0, 1"),
         ({"options": {"momentum": "big"}}, "--optim.options momentum=big: expected"),
-        (
-            {"name": "adam", "options": {"b2": 1}},
-            r"b2=1: expected a number in \[0, 1\)",
-        ),
-        ({"name": "adam", "options": {"eps": 0}}, "eps=0: expected a positive number"),
-        (
-            {"name": "adam", "options": {"mu_dtype": "x"}},
-            r"adam\(.*mu_dtype=x.*\) fails",
-        ),
+        (adam_with(b2=1), r"b2=1: expected a number in \[0, 1\)"),
+        (adam_with(eps=0), "eps=0: expected a positive number"),
+        (adam_with(mu_dtype="x"), r"--optim.name adam\(mu_dtype=x\) fails"),
         ({"name": "lbfgs"}, r"--optim.name lbfgs\(\) fails: .*'value'"),
         ({"name": "rprop"}, r"--optim.name rprop\(\) fails"),
+        (scheduled("exponential_decay"), "needs decay_rate: add --optim.schedule-op"),
         (
-            {"schedule": "exponential_decay"},
-            "needs decay_rate: add --optim.schedule-op",
-        ),
-        (
-            {"schedule": "exponential_decay", "schedule_options": {"decay_rate": 0}},
+            scheduled("exponential_decay", decay_rate=0),
             "--optim.schedule-options decay_rate=0: expected a positive number",
         ),
         (
-            {
-                "schedule": "linear_schedule",
-                "schedule_options": {"transition_steps": 0},
-            },
+            scheduled("linear_schedule", transition_steps=0),
             "transition_steps=0: expected a positive number",
         ),
-        (PIECEWISE, "boundaries_and_scales=None: expected steps and the factors there"),
         (
-            {**PIECEWISE, "schedule_options": {"boundaries_and_scales": {-5: 0.1}}},
+            scheduled(PIECEWISE),
+            "boundaries_and_scales=None: expected steps and the factors there",
+        ),
+        (
+            scheduled(PIECEWISE, boundaries_and_scales={-5: 0.1}),
             "boundaries_and_scales={-5: 0.1}: expected steps",
         ),
     ],

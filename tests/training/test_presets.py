@@ -6,6 +6,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from bnjax.cli import parse_train
 from bnjax.data.sources import open_source
@@ -19,19 +20,11 @@ from bnjax.training.step import count_parameters
 FIVE = ("inception", "bn-baseline", "bn-x5", "bn-x30", "bn-x5-sigmoid")
 
 
-def flat(value, prefix=""):
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        path: leaf
-        for name, item in value.items()
-        for path, leaf in flat(item, f"{prefix}.{name}".lstrip(".")).items()
-    }
-
-
 def changed(preset, base):
     """The fields by which a preset differs from another, with its values."""
-    mine, others = (flat(to_json(PRESETS[name].config)) for name in (preset, base))
+    mine, others = (
+        flatten_dict(to_json(PRESETS[name].config), sep=".") for name in (preset, base)
+    )
     return {name: mine[name] for name in mine if mine[name] != others[name]}
 
 

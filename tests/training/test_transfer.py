@@ -110,14 +110,14 @@ def test_frozen_statistics_normalize_in_training(start, trained, layout):
 def test_frozen_statistics_are_not_taken_again(start, trained):
     run = start(init_stats="freeze", ema=0.5)
     run.dispatch(2)
-    evaluated = run._population.averaged(run.state)
+    evaluated = run._estimator.averaged(run.state)
     assert tree_sha256(evaluated.batch_stats) == tree_sha256(
         state_of(trained).batch_stats
     )
     with pytest.raises(
         ValueError, match="--batch-stats-from: the run was trained with"
     ):
-        run._population.estimate(run.state, 3)
+        run._estimator.estimate(run.state, 3)
 
 
 def test_it_learns_faster_than_from_nothing(start, small_config):

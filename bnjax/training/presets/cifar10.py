@@ -7,27 +7,18 @@ mirrored; their colours stay as they are, so that `data.augment.strength` has no
 The members of the ensemble vary bn-x5: 30 times the rate is too much at this size.
 """
 
-import dataclasses
-
-from bnjax.data.config import AugmentConfig
-from bnjax.training.config import (
-    BatchNormConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Preset,
-)
+from bnjax.training.config import Config, Preset, vary
 from bnjax.training.presets import imagenet
 
 LEARNING_RATE = 0.03
 """Of cifar10-inception, the best of a sweep, and cifar10-bn-baseline."""
 STEPS = 8_000
-IMAGES = DataConfig(
-    name="cifar10",
-    mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2470, 0.2435, 0.2616),
-)
+IMAGES = {
+    "name": "cifar10",
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2470, 0.2435, 0.2616),
+    "augment": {"kind": "shift"},
+}
 MINUTES = "About 7 minutes on one CPU core."
 
 
@@ -35,113 +26,92 @@ def reduced(config: Config) -> Config:
     """Return an ImageNet preset at the size of CIFAR-10."""
     decay = config.optim.schedule_options
     steps = round(STEPS / config.steps * decay["transition_steps"])
-    return dataclasses.replace(
+    rate = LEARNING_RATE * config.learning_rate / imagenet.INCEPTION.learning_rate
+    return vary(
         config,
         steps=STEPS,
-        learning_rate=round(
-            LEARNING_RATE * config.learning_rate / imagenet.INCEPTION.learning_rate, 6
-        ),
+        learning_rate=round(rate, 6),
         eval_every=500,
         checkpoint_every=1000,
         eval_batch_size=1000,
-        model=dataclasses.replace(config.model, width=0.125, stem="small"),
-        data=dataclasses.replace(
-            IMAGES,
-            shuffle=config.data.shuffle,
-            augment=dataclasses.replace(config.data.augment, kind="shift"),
-        ),
-        optim=dataclasses.replace(
-            config.optim, schedule_options={**decay, "transition_steps": steps}
-        ),
+        model={"width": 0.125, "stem": "small"},
+        data={**IMAGES, "test_split": "test", "image_size": None},
+        optim={"schedule_options": {**decay, "transition_steps": steps}},
     )
 
 
 def resnet(depth: int, *, warmup_steps: int = 0) -> Config:
     """Return the settings of He et al. (2016) for a ResNet on CIFAR-10."""
-    return Config(
-        steps=64_000,
-        batch_size=128,
-        learning_rate=0.1,
+    return vary(
+        Config(steps=64_000, batch_size=128, learning_rate=0.1),
         eval_every=1000,
-        model=ModelConfig(name=f"resnet{depth}"),
-        data=dataclasses.replace(IMAGES, augment=AugmentConfig(kind="shift")),
-        optim=OptimizerConfig(
-            name="sgd",
-            options=imagenet.MOMENTUM,
-            weight_decay=1e-4,
-            schedule="piecewise_constant_schedule",
-            schedule_options={"boundaries_and_scales": {32_000: 0.1, 48_000: 0.1}},
-            warmup_steps=warmup_steps,
-        ),
-        bn=BatchNormConfig(momentum=0.9, epsilon=1e-5),
+        model={"name": f"resnet{depth}"},
+        data=IMAGES,
+        optim=imagenet.stepwise(32_000, 48_000) | {"warmup_steps": warmup_steps},
+        bn={"momentum": 0.9},
     )
 
 
-_X5 = Preset(
-    name="cifar10-bn-x5",
-    summary="BN, 5 times the rate, and the changes of section 4.2.1.",
-    expectation="Test accuracy about 56 %.",
-    time=MINUTES,
-    config=reduced(imagenet.BN_X5),
-)
-
-PRESETS = (
-    Preset(
-        name="cifar10-inception",
-        summary="Inception of an eighth of the width without normalization.",
-        expectation="Test accuracy about 49 %.",
-        time=MINUTES,
-        config=reduced(imagenet.INCEPTION),
-    ),
-    Preset(
-        name="cifar10-bn-baseline",
-        summary="The same with BN before each nonlinearity, nothing else.",
-        expectation="Test accuracy about 55 %.",
-        time=MINUTES,
-        config=reduced(imagenet.BN_BASELINE),
-    ),
-    _X5,
-    Preset(
-        name="cifar10-bn-x30",
-        summary="As cifar10-bn-x5, at 30 times the learning rate.",
-        expectation=(
-            "Test accuracy about 28 %: too high a rate for a network this narrow."
+INCEPTIONS = [
+    Preset(f"cifar10-{name}", summary, expectation, reduced(config), MINUTES)
+    for name, config, summary, expectation in (
+        (
+            "inception",
+            imagenet.INCEPTION,
+            "Inception of an eighth of the width without normalization.",
+            "Test accuracy about 49 %.",
         ),
-        time=MINUTES,
-        config=reduced(imagenet.BN_X30),
-    ),
-    Preset(
-        name="cifar10-bn-x5-sigmoid",
-        summary="As cifar10-bn-x5, with sigmoids in place of ReLU.",
-        expectation="Test accuracy about 63 %.",
-        time=MINUTES,
-        config=reduced(imagenet.BN_X5_SIGMOID),
-    ),
+        (
+            "bn-baseline",
+            imagenet.BN_BASELINE,
+            "The same with BN before each nonlinearity, nothing else.",
+            "Test accuracy about 55 %.",
+        ),
+        (
+            "bn-x5",
+            imagenet.BN_X5,
+            "BN, 5 times the rate, and the changes of section 4.2.1.",
+            "Test accuracy about 56 %.",
+        ),
+        (
+            "bn-x30",
+            imagenet.BN_X30,
+            "As cifar10-bn-x5, at 30 times the learning rate.",
+            "Test accuracy about 28 %: too high a rate for a network this narrow.",
+        ),
+        (
+            "bn-x5-sigmoid",
+            imagenet.BN_X5_SIGMOID,
+            "As cifar10-bn-x5, with sigmoids in place of ReLU.",
+            "Test accuracy about 63 %.",
+        ),
+    )
+]
+PRESETS = (
+    *INCEPTIONS,
     *imagenet.ensemble(
         "cifar10-ensemble",
-        _X5,
+        INCEPTIONS[2],
         "Here 50 to 55 % of the test set.",
         time="About 8 minutes on one CPU core.",
     ),
     Preset(
-        name="cifar10-resnet20",
-        summary="ResNet of 20 layers, 64,000 steps of 128: not of the paper.",
-        expectation="Published (He et al. 2016): 91.25 %.",
-        config=resnet(20),
+        "cifar10-resnet20",
+        "ResNet of 20 layers, 64,000 steps of 128: not of the paper.",
+        "Published (He et al. 2016): 91.25 %.",
+        resnet(20),
     ),
     Preset(
-        name="cifar10-resnet56",
-        summary="The same of 56 layers.",
-        expectation="Published (He et al. 2016): 93.03 %.",
-        config=resnet(56),
+        "cifar10-resnet56",
+        "The same of 56 layers.",
+        "Published (He et al. 2016): 93.03 %.",
+        resnet(56),
     ),
     Preset(
-        name="cifar10-resnet110",
-        summary="The same of 110 layers, with 400 steps of warm-up.",
-        expectation=(
-            "Published (He et al. 2016), at a tenth of the rate for those steps: "
-            "93.57 % at best, 93.39 % on average."
-        ),
-        config=resnet(110, warmup_steps=400),
+        "cifar10-resnet110",
+        "The same of 110 layers, with 400 steps of warm-up.",
+        "Published (He et al. 2016), at a tenth of the rate for those steps: "
+        "93.57 % at best, 93.39 % on average.",
+        resnet(110, warmup_steps=400),
     ),
 )

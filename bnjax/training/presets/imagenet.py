@@ -11,89 +11,73 @@ the usual ones; how much less colours are distorted; BN's epsilon and momentum; 
 member of the ensemble has which variation, and how much larger its weights start.
 """
 
-import dataclasses
 from typing import Any
 
-from bnjax.data.config import AugmentConfig
-from bnjax.training.config import (
-    BatchNormConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Preset,
-)
+from bnjax.training.config import Config, Preset, vary
 
-IMAGES = DataConfig(
-    name="imagenet2012",
-    test_split="validation",
-    image_size=224,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-)
-MOMENTUM = {"momentum": 0.9}
+IMAGES = {
+    "name": "imagenet2012",
+    "test_split": "validation",
+    "image_size": 224,
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+}
 DECAY = {"decay_rate": 0.96, "transition_steps": 320_000, "staircase": True}
-CROP = AugmentConfig(kind="crop", strength=1.0)
 
-INCEPTION = Config(
-    steps=31_000_000,
-    batch_size=32,
-    learning_rate=0.0015,
+
+def stepwise(*drops: int) -> dict[str, Any]:
+    """Return the optimizer of He et al. (2016), whose rate drops at these steps."""
+    return {
+        "options": {"momentum": 0.9},
+        "weight_decay": 1e-4,
+        "schedule": "piecewise_constant_schedule",
+        "schedule_options": {"boundaries_and_scales": dict.fromkeys(drops, 0.1)},
+    }
+
+
+INCEPTION = vary(
+    Config(steps=31_000_000, batch_size=32, learning_rate=0.0015),
     batch_norm=False,
     eval_every=40_000,
     checkpoint_every=10_000,
     eval_batch_size=100,
-    model=ModelConfig(
-        name="inception", activation="relu", dropout=0.4, local_response_norm=True
-    ),
-    data=dataclasses.replace(IMAGES, shuffle="fixed-batches", augment=CROP),
-    optim=OptimizerConfig(
-        name="sgd",
-        options=MOMENTUM,
-        weight_decay=2e-4,
-        schedule="exponential_decay",
-        schedule_options=DECAY,
-    ),
-    bn=BatchNormConfig(momentum=0.99, epsilon=1e-5),
+    model={
+        "name": "inception",
+        "activation": "relu",
+        "dropout": 0.4,
+        "local_response_norm": True,
+    },
+    data={**IMAGES, "shuffle": "fixed-batches", "augment": {"kind": "crop"}},
+    optim={
+        "options": {"momentum": 0.9},
+        "weight_decay": 2e-4,
+        "schedule": "exponential_decay",
+        "schedule_options": DECAY,
+    },
 )
-BN_BASELINE = dataclasses.replace(INCEPTION, batch_norm=True)
-BN_X5 = dataclasses.replace(
+BN_BASELINE = vary(INCEPTION, batch_norm=True)
+BN_X5 = vary(
     BN_BASELINE,
     steps=6_000_000,
     learning_rate=0.0075,
-    model=dataclasses.replace(INCEPTION.model, dropout=0.0, local_response_norm=False),
-    data=dataclasses.replace(
-        INCEPTION.data,
-        shuffle="within-shard",
-        augment=dataclasses.replace(CROP, strength=0.3),
-    ),
-    optim=dataclasses.replace(
-        INCEPTION.optim,
-        weight_decay=4e-5,
-        schedule_options={**DECAY, "transition_steps": 53_333},
-    ),
+    model={"dropout": 0.0, "local_response_norm": False},
+    data={"shuffle": "within-shard", "augment": {"strength": 0.3}},
+    optim={
+        "weight_decay": 4e-5,
+        "schedule_options": {**DECAY, "transition_steps": 53_333},
+    },
 )
-BN_X30 = dataclasses.replace(BN_X5, learning_rate=0.045)
-BN_X5_SIGMOID = dataclasses.replace(
-    BN_X5, model=dataclasses.replace(BN_X5.model, activation="sigmoid")
-)
-RESNET50 = Config(
-    steps=450_000,
-    batch_size=256,
-    learning_rate=0.1,
+BN_X30 = vary(BN_X5, learning_rate=0.045)
+BN_X5_SIGMOID = vary(BN_X5, model={"activation": "sigmoid"})
+RESNET50 = vary(
+    Config(steps=450_000, batch_size=256, learning_rate=0.1),
     eval_every=5000,
     checkpoint_every=5000,
     eval_batch_size=256,
-    model=ModelConfig(name="resnet50", zero_scale=True),
-    data=dataclasses.replace(IMAGES, augment=AugmentConfig(kind="crop", strength=0.0)),
-    optim=OptimizerConfig(
-        name="sgd",
-        options=MOMENTUM,
-        weight_decay=1e-4,
-        schedule="piecewise_constant_schedule",
-        schedule_options={"boundaries_and_scales": {150_000: 0.1, 300_000: 0.1}},
-    ),
-    bn=BatchNormConfig(momentum=0.9, epsilon=1e-5),
+    model={"name": "resnet50", "zero_scale": True},
+    data={**IMAGES, "augment": {"kind": "crop", "strength": 0.0}},
+    optim=stepwise(150_000, 300_000),
+    bn={"momentum": 0.9},
 )
 
 MEMBERS: tuple[dict[str, Any], ...] = (
@@ -108,34 +92,27 @@ MEMBERS: tuple[dict[str, Any], ...] = (
 
 
 def ensemble(prefix: str, varied: Preset, expectation: str, time: str) -> list[Preset]:
-    """Return the six members of the paper's ensemble: section 4.2.3.
-
-    Args:
-        prefix: their names are this and their seeds.
-        varied: the preset that each of them changes.
-        expectation: of each.
-        time: of each.
-    """
-    members = []
-    for seed, changes in enumerate(MEMBERS, start=1):
-        said = ", ".join(f"{name} {value}" for name, value in changes.items())
-        model = dataclasses.replace(varied.config.model, **changes)
-        members.append(
-            Preset(
-                name=f"{prefix}-{seed}",
-                summary=f"A member of the ensemble: {varied.name} varied.",
-                expectation=f"It has seed {seed} and {said}. {expectation}",
-                time=time,
-                config=dataclasses.replace(varied.config, seed=seed, model=model),
-            )
+    """Return the six members of the ensemble of section 4.2.3, <prefix>-<seed>."""
+    return [
+        Preset(
+            name=f"{prefix}-{seed}",
+            summary=f"A member of the ensemble: {varied.name} varied.",
+            expectation=(
+                f"It has seed {seed} and "
+                f"{', '.join(f'{name} {value}' for name, value in changes.items())}. "
+                f"{expectation}"
+            ),
+            time=time,
+            config=vary(varied.config, seed=seed, model=changes),
         )
-    return members
+        for seed, changes in enumerate(MEMBERS, start=1)
+    ]
 
 
 _X30 = Preset(
     name="bn-x30",
     summary="As bn-x5, at 30 times the learning rate.",
-    expectation=("The paper: 72.2 % after 2.7 million steps, 74.8 % after 6 million."),
+    expectation="The paper: 72.2 % after 2.7 million steps, 74.8 % after 6 million.",
     config=BN_X30,
 )
 
@@ -152,7 +129,7 @@ PRESETS = (
     Preset(
         name="bn-baseline",
         summary="Inception with BN before each nonlinearity, and nothing else.",
-        expectation=("The paper: 72.2 % after 13.3 million steps, 72.7 % at most."),
+        expectation="The paper: 72.2 % after 13.3 million steps, 72.7 % at most.",
         config=BN_BASELINE,
     ),
     Preset(

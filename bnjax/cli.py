@@ -138,7 +138,9 @@ def run_reporting(main: Callable[[], None]) -> int:
         else:
             raise
         label = "error: " if isinstance(error, ValueError) else ""
-        print(f"{label}{error}", file=sys.stderr)
+        # A compiler's message has many lines.
+        words = str(error).split() if isinstance(error, BuildError) else [str(error)]
+        print(f"{label}{' '.join(words)}", file=sys.stderr)
         leave_hosts(status)
         return status
     return 0

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from bnjax._files import cache_dir, replacing_bytes
+from bnjax._files import cache_dir, replacing
 from bnjax._validate import did_you_mean, first_line
 from bnjax.data.config import DataConfig, DataError, SettingError
 from bnjax.data.images import SUFFIXES, CentralCrop, decode_image, printable
@@ -272,7 +272,7 @@ def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
     try:
         # Private, as the XDG specification has it: images may be.
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        with replacing_bytes(path) as file:
+        with replacing(path, "wb") as file:
             np.savez(file, images=arrays.images, labels=arrays.labels)
     except OSError as error:
         note(f"cache {path} could not be written; the next run decodes again: {error}")

@@ -444,6 +444,7 @@ def evaluate_runs(
     estimating = (parallel, batch_stats_from)
     twice = batch_stats_from is not None
     steps = [int(state.step) for _, _, state in restored]
+    suffix = f", {crops} crops" if crops > 1 else ""
     results, lines = {}, []
     for kind in ("moving_averages", "population") if twice else (None,):
         networks = [
@@ -459,7 +460,6 @@ def evaluate_runs(
                     "lower --learning-rate."
                 )
         results[kind] = {**ensemble.to_json(), "crops": crops}
-        suffix = f", {crops} crops" if crops > 1 else ""
         lines += [f"{kind.replace('_', ' ')}:"] if kind else []
         if len(runs) == 1:
             results[kind]["step"] = steps[0]
@@ -482,10 +482,9 @@ def evaluate_runs(
                 f"and {SUMMARY} of step {written}.",
                 file=sys.stderr,
             )
-    result = results[None if not twice else "moving_averages"]
+    averaged = any(run.config.ema is not None for run in runs)
+    result = list(results.values())[-1 if averaged else 0]
     if twice:
-        if any(run.config.ema is not None for run in runs):
-            result = results["population"]
         result = {**result, "batch_stats_from": batch_stats_from, **results}
     if len(runs) == 1 and output is None:
         output = runs[0].workdir / EVALUATION
@@ -528,9 +527,9 @@ def _check_arguments(
             f"--batch-stats-from {batch_stats_from}: expected the number of training "
             "batches to take statistics over, 1 or more."
         )
-    seen = [workdir.resolve() for workdir in workdirs]
-    for place, workdir in enumerate(workdirs):
-        if seen[place] in seen[:place]:
+    places = [workdir.resolve() for workdir in workdirs]
+    for workdir, place in zip(workdirs, places, strict=True):
+        if places.count(place) > 1:
             raise SettingError(
                 f"{workdir} is named twice, and would count twice in the ensemble. "
                 "Name each run once."

@@ -90,21 +90,17 @@ class MetricsWriter:
     def __init__(
         self, workdir: Path, step: int = 0, *, tensorboard: bool = False
     ) -> None:
+        def is_kept(line: str) -> bool:
+            # The last line may not be whole.
+            return line.endswith("\n") and json.loads(line)["step"] <= step
+
         self._path = workdir / METRICS
         self._board: Any = None
         with writing(self._path):
             if self._path.exists():
                 lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
                 with replacing(self._path) as file:
-                    # The last line may not be whole.
-                    file.writelines(
-                        itertools.takewhile(
-                            lambda line: (
-                                line.endswith("\n") and json.loads(line)["step"] <= step
-                            ),
-                            lines,
-                        )
-                    )
+                    file.writelines(itertools.takewhile(is_kept, lines))
             self._file = self._path.open("a", encoding="utf-8")
             if tensorboard:
                 # The import takes a second, and most runs do without.
@@ -173,12 +169,9 @@ class ProgressBar:
         first: int = 0,
         seconds: float = 5.0,
     ) -> None:
-        self._steps = steps
+        self._steps, self._seconds = steps, seconds
         self._stream = stream or sys.stderr
-        self._seconds = seconds
-        self._shown = -float("inf")
-        self._test = ""
-        self._bar = None
+        self._shown, self._test, self._bar = -float("inf"), "", None
         if self._stream is not None and self._stream.isatty():
             self._bar = tqdm(
                 total=steps,

@@ -185,10 +185,12 @@ def find_layers(
         ('bn', 3, 2, {'min': 0.0, 'max': 4.0})
     """
     layers = []
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(params)
     for path, (mean, var) in _find_statistics(batch_stats).items():
-        near = functools.reduce(lambda tree, key: tree.get(key, {}), path, params)
-        given = {"scale": None, "bias": None, **near, "mean": mean, "var": var}
-        arrays = {n: given[n] for n in ("scale", "bias", "mean", "var")}
+        arrays: dict[str, Any] = {
+            name: leaves.get((*path, name)) for name in ("scale", "bias")
+        }
+        arrays |= {"mean": mean, "var": var}
         ranges = {
             name: None if a is None else {"min": float(a.min()), "max": float(a.max())}
             for name, a in arrays.items()

@@ -124,9 +124,8 @@ class Spmd:
 
     def place_rows(self, rows: np.ndarray) -> jax.Array:
         """Shard what `eval_steps` goes through, (steps, batch) on every host."""
-        return jax.make_array_from_callback(
-            rows.shape, self._chunks, lambda index: rows[index]
-        )
+        sharding = NamedSharding(self._mesh, P(None, AXIS))
+        return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
     def compile(self, steps: Any, state: TrainState, constants: Any, chunk: Any) -> Any:
         """Compile what `train_steps` gave for placed arguments or their shapes."""

@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -50,26 +50,14 @@ from bnjax.training.workdir import (
     write_json,
 )
 
-Statistics = Literal["moving_averages", "population"]
-"""What a network is normalized by: the averages of training, or statistics estimated
-after it."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Scores over a whole split.
 
-    Attributes:
-        loss: Mean cross-entropy, summed in float64.
-        correct: How many examples are classified correctly.
-        examples: How many there are.
-        top5_correct: How many have their class among the five most probable, or None
-            where there are no more than five classes.
-
-    Example:
-        >>> evaluation = Evaluation(loss=0.5, correct=3, examples=4, top5_correct=4)
-        >>> evaluation.accuracy, evaluation.top5_accuracy
-        (0.75, 1.0)
+    The loss is the mean cross-entropy; the rest are how many examples are classified
+    correctly, how many there are, and how many have their class among the five most
+    probable, or None where there are no more than five classes.
     """
 
     loss: float
@@ -109,27 +97,17 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return what summary.json and eval.json hold."""
-        values = {
-            "test_accuracy": self.accuracy,
-            "test_loss": self.loss,
-            "test_correct": self.correct,
-            "test_examples": self.examples,
-        }
+        names = ("accuracy", "loss", "correct", "examples")
         if self.top5_correct is not None:
-            values["test_top5_accuracy"] = self.top5_accuracy
-            values["test_top5_correct"] = self.top5_correct
-        return values
+            names += ("top5_accuracy", "top5_correct")
+        return {f"test_{name}": getattr(self, name) for name in names}
 
 
 class Evaluator:
     """Scores states on one split.
 
-    Args:
-        program: The model and its inputs.
-        test: The split, whole or in blocks.
-        batch_size: Examples at a time, rounded up to a multiple of the devices. The
-            last batch is padded and masked.
-        parallel: Lays the work out on devices; one device if None.
+    The batch size is rounded up to a multiple of the devices, and the last batch is
+    padded and masked. The work is on one device if `parallel` is None.
     """
 
     def __init__(
@@ -145,8 +123,7 @@ class Evaluator:
         else:
             examples = len(test.labels)
             self._blocks = [Block(parallel.place(test), np.ones(examples, bool))]
-        devices = len(parallel.devices)
-        size = -(-min(batch_size, examples) // devices) * devices
+        size = parallel.round_up(min(batch_size, examples))
         rows, self._mask = padded_rows(examples, size)
         self._parallel = parallel
         self._rows = parallel.place_rows(rows)
@@ -167,43 +144,21 @@ class Evaluator:
         return Evaluation.of(parts)
 
 
-class Predictor:
-    """One trained network on the devices.
-
-    Args:
-        model: Gives logits.
-        to_inputs: Makes its inputs of stored pixels.
-        state: Of the network.
-        parallel: Lays the work out on devices.
-    """
-
-    def __init__(
-        self, model: nn.Module, to_inputs: ToInputs, state: TrainState, parallel: Spmd
-    ) -> None:
-        self._parallel = parallel
-        self._variables = parallel.place((state.params, state.batch_stats))
-        self._steps = parallel.eval_steps(
-            make_predict_step(model),
-            lambda _, images, __: {"image": to_inputs(images)},
-        )
-
-    def __call__(self, images: np.ndarray) -> jax.Array:
-        """Return the logits, shape (batch, classes), of a batch that the devices share.
-
-        Args:
-            images: As stored: uint8, shape (batch, ...).
-        """
-        chunk = self._parallel.place_rows(images[None])
-        return self._steps(*self._variables, (), chunk)["logits"][0]
+Predictor = Callable[[np.ndarray], jax.Array]
+"""Gives the logits of stored images, uint8, a batch that the devices share."""
 
 
-class _CropBatch(NamedTuple):
-    """Crops: the number and label of their examples, how many each stands for."""
-
-    images: np.ndarray
-    examples: np.ndarray
-    labels: np.ndarray
-    counts: np.ndarray
+def make_predictor(
+    model: nn.Module, to_inputs: ToInputs, state: TrainState, parallel: Spmd
+) -> Predictor:
+    """Put one trained network on the devices."""
+    variables = parallel.place((state.params, state.batch_stats))
+    steps = parallel.eval_steps(
+        make_predict_step(model), lambda _, images, __: {"image": to_inputs(images)}
+    )
+    return lambda images: steps(*variables, (), parallel.place_rows(images[None]))[
+        "logits"
+    ][0]
 
 
 def evaluate_crops(
@@ -212,31 +167,25 @@ def evaluate_crops(
     batch_size: int,
     report: Report = lambda done, total: None,  # noqa: ARG005
 ) -> tuple[list[Evaluation], Evaluation]:
-    r"""Score networks and their ensemble on the crops of every test image.
+    r"""Score networks, and their ensemble, on the crops of every test image.
 
     The probabilities of an image, by one network and by the ensemble, are
 
     .. math:: p_k = \frac{1}{C} \sum_{c=1}^{C} \mathrm{softmax}(f_k(x_c)), \quad
               p = \frac{1}{K} \sum_{k=1}^{K} p_k
 
-    in float64; the loss is the mean of :math:`-\log p_t`.
-
-    Args:
-        predictors: The networks.
-        blocks: The crops of the test set.
-        batch_size: Crops that each network is given at a time; a multiple of the
-            devices. The last batch is padded, and the padding is not counted.
-        report: Called with the number of examples scored and their total.
-
-    Returns:
-        The scores of each network, and those of the ensemble.
+    in float64; the loss is the mean of :math:`-\log p_t`. Each network is given
+    `batch_size` crops at a time, a multiple of the devices; the last batch is padded,
+    and the padding is not counted.
 
     References:
         Szegedy et al. 2015 (GoogLeNet), section 7; Ioffe and Szegedy 2015, section
         4.2.3.
     """
+    source = blocks.split.source
     # The sums of the last example of a batch: its crops may go on in the next batch.
-    sums, labels, first = None, np.zeros(0, np.int32), 0
+    sums = np.zeros((len(predictors), 0, source.classes))
+    labels, first = np.zeros(0, np.int32), 0
     scores = [[] for _ in range(len(predictors) + 1)]
 
     def add_scores(sums: np.ndarray, labels: np.ndarray) -> None:
@@ -247,65 +196,53 @@ def evaluate_crops(
             loss = -np.log(np.maximum(own, np.finfo(np.float64).tiny))
             part.append({"loss": loss, **topk_correct(mean, labels)})
 
-    for batch in _crop_batches(blocks, batch_size):
-        size = len(batch.labels)
-        padded = np.zeros((batch_size, *batch.images.shape[1:]), np.uint8)
-        padded[:size] = batch.images
+    for images, examples, batch_labels, counts in _crop_batches(blocks, batch_size):
+        size = len(images)
+        padded = np.zeros((batch_size, *images.shape[1:]), np.uint8)
+        padded[:size] = images
         # All networks are given their work before the first is waited for.
         logits = [predict(padded) for predict in predictors]
         probabilities = np.stack([softmax(np.asarray(each)[:size]) for each in logits])
-        places, starts = np.unique(batch.examples - first, return_index=True)
-        shape = (len(predictors), places[-1] + 1, probabilities.shape[-1])
-        total = np.zeros(shape)
-        if sums is not None:
-            total[:, : len(labels)] = sums
-        weighted = probabilities * batch.counts[:, None]
-        total[:, places] += np.add.reduceat(weighted, starts, axis=1)
-        labels = np.resize(labels, shape[1])
-        labels[places] = batch.labels[starts]
-        if shape[1] > 1:
-            add_scores(total[:, :-1], labels[:-1])
-        sums, labels, first = total[:, -1:], labels[-1:], batch.examples[-1]
-        report(int(first) + 1, blocks.split.source.sizes["test"])
-    if sums is not None:
-        add_scores(sums, labels)
+        places, starts = np.unique(examples - first, return_index=True)
+        more = (0, max(0, places[-1] + 1 - len(labels)))
+        sums, labels = np.pad(sums, ((0, 0), more, (0, 0))), np.pad(labels, more)
+        weighted = probabilities * counts[:, None]
+        sums[:, places] += np.add.reduceat(weighted, starts, axis=1)
+        labels[places] = batch_labels[starts]
+        add_scores(sums[:, :-1], labels[:-1])
+        sums, labels, first = sums[:, -1:], labels[-1:], examples[-1]
+        report(int(first) + 1, source.sizes["test"])
+    add_scores(sums, labels)
     *members, ensemble = map(Evaluation.of, scores)
     return members, ensemble
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return probabilities in float64.
-
-    Args:
-        logits: Shape (batch, classes), of any floating type.
-
-    Example:
-        >>> softmax(np.log([[1.0, 3.0]])).round(12).tolist()
-        [[0.25, 0.75]]
-    """
+    """Return probabilities in float64 of logits of shape (batch, classes)."""
     wide = logits.astype(np.float64)
     powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-def _crop_batches(blocks: CropBlocks, size: int) -> Iterator[_CropBatch]:
-    """Pack the crops, in their order, into batches of one size; the last is smaller."""
-    waiting = None
-    seen = 0
+def _crop_batches(blocks: CropBlocks, size: int) -> Iterator[tuple[np.ndarray, ...]]:
+    """Pack the crops, in their order, into batches of one size; the last is smaller.
+
+    A batch is the images, the number and the label of the example of each, and how many
+    equal crops each stands for.
+    """
+    waiting, seen = None, 0
     for block in blocks:
         numbers = seen + np.cumsum(block.kept) - 1
         seen += int(block.kept.sum())
-        places = block.places
-        new = _CropBatch(
-            block.images, numbers[places], block.labels[places], block.counts
-        )
+        of = block.places
+        new = (block.images, numbers[of], block.labels[of], block.counts)
         if waiting is not None:
-            new = _CropBatch(*map(np.concatenate, zip(waiting, new, strict=True)))
-        whole = len(new.labels) - len(new.labels) % size
-        for start in range(0, whole, size):
-            yield _CropBatch(*(each[start : start + size] for each in new))
-        waiting = _CropBatch(*(each[whole:] for each in new))
-    if waiting is not None and len(waiting.labels):
+            new = map(np.concatenate, zip(waiting, new, strict=True))
+        waiting = tuple(new)
+        while len(waiting[0]) >= size:
+            yield tuple(each[:size] for each in waiting)
+            waiting = tuple(each[size:] for each in waiting)
+    if waiting is not None and len(waiting[0]):
         yield waiting
 
 
@@ -317,12 +254,8 @@ class PopulationEstimator:
     of steps 0, 1, ..., augmented as in training and each whole, so that every host, and
     whoever evaluates the run later, finds the same statistics.
 
-    Args:
-        config: Of the run.
-        program: Of the run.
-        feed: Of whole batches, at any step.
-        parallel: Where the statistics are computed.
-        constants: Those of the feed, where they are on the devices already.
+    The feed gives whole batches, at any step; `constants` are its own, where they are
+    on the devices already.
     """
 
     def __init__(
@@ -334,23 +267,20 @@ class PopulationEstimator:
         constants: Any = None,
     ) -> None:
         self._config = config
-        self._model = program.model
         self._feed = feed
         self._parallel = parallel.for_evaluation()
         if constants is None:
             constants = self._parallel.place(feed.constants)
         self._constants = constants
         self._to_batch = jax.jit(feed.batch)
-
-    def averaged(self, state: TrainState) -> TrainState:
-        """Return the state of the averaged parameters, with statistics of their own.
-
-        Without `--ema` that is the state itself. Frozen statistics stay.
-        """
-        averaged = average_params(self._config, state)
-        if self._config.ema is None or self._config.init_stats == "freeze":
-            return averaged
-        return self.estimate(averaged)
+        # One function for all calls: it is compiled once.
+        self._apply = lambda variables, batch: program.model.apply(
+            variables,
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": batch["noise"]},
+        )
 
     def estimate(
         self,
@@ -361,61 +291,38 @@ class PopulationEstimator:
         layers: Layers = None,
         report: Report = lambda done, total: None,  # noqa: ARG005
     ) -> TrainState:
-        """Return the state with statistics over some training batches.
+        """Return one copy of a state with statistics over some training batches.
 
-        Args:
-            state: One copy; its parameters stay.
-            batches: How many; those of `--batch-stats-from` if None.
-            method: See `bnjax.population.recompute_batch_stats`.
-            layers: Likewise.
-            report: Called with the number of examples done and their total.
-
-        Raises:
-            SettingError: The statistics are frozen.
-            RunError: There are no such layers, or the statistics cannot be had.
+        They are those of `--batch-stats-from` if None; for `method` and `layers` see
+        `bnjax.population.recompute_batch_stats`.
         """
         if not state.batch_stats:
             return state
-        if self._config.init_stats == "freeze":
+        config, place = self._config, self._parallel.place
+        if config.init_stats == "freeze":
             raise SettingError(
                 "--batch-stats-from: the run was trained with --init-stats freeze, and "
                 "its layers have no statistics but those they are given. Leave it out."
             )
-        count = self._config.batch_stats_from if batches is None else batches
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        count = config.batch_stats_from if batches is None else batches
+        rng = place(state.rng)
+
+        def make_batches() -> Iterator[Batch]:
+            for step in range(count):
+                item = jax.tree.map(lambda leaf: leaf[0], self._feed.chunk(step, 1))
+                key = stream_key(rng, Stream.AUGMENT, step)
+                batch = self._to_batch(self._constants, place(item), key)
+                yield batch | {"noise": stream_key(rng, Stream.NOISE, step)}
+                report((step + 1) * config.batch_size, count * config.batch_size)
+
+        variables = place({"params": state.params, "batch_stats": state.batch_stats})
         try:
             batch_stats = recompute_batch_stats(
-                self._apply,
-                self._parallel.place(variables),
-                self._batches(self._parallel.place(state.rng), count, report),
-                method=method,
-                layers=layers,
+                self._apply, variables, make_batches(), method=method, layers=layers
             )
         except ValueError as error:
             raise RunError(str(error)) from error
         return dataclasses.replace(state, batch_stats=batch_stats)
-
-    def close(self) -> None:
-        """End what reads the data."""
-        self._feed.close()
-
-    def _apply(self, variables: Any, batch: Batch) -> Any:
-        return self._model.apply(
-            variables,
-            batch["image"],
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": batch["noise"]},
-        )
-
-    def _batches(self, rng: jax.Array, count: int, report: Report) -> Iterator[Batch]:
-        for step in range(count):
-            item = jax.tree.map(lambda leaf: leaf[0], self._feed.chunk(step, 1))
-            key = stream_key(rng, Stream.AUGMENT, step)
-            batch = self._to_batch(self._constants, self._parallel.place(item), key)
-            yield batch | {"noise": stream_key(rng, Stream.NOISE, step)}
-            size = self._config.batch_size
-            report((step + 1) * size, count * size)
 
 
 def average_params(config: Config, state: TrainState) -> TrainState:
@@ -425,26 +332,21 @@ def average_params(config: Config, state: TrainState) -> TrainState:
     return dataclasses.replace(state, params=average_of(state.opt_state, config.ema))
 
 
+def average_needs_stats(config: Config) -> bool:
+    """Return whether a run is evaluated with an average that has no statistics yet."""
+    return config.ema is not None and config.init_stats != "freeze"
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A run, opened from its folder.
-
-    Attributes:
-        workdir: Its folder.
-        config: Its configuration.
-        source: Its data set.
-    """
+    """A run, opened from its folder: its configuration and its data set."""
 
     workdir: Path
     config: Config
     source: Source
 
     def restore(self) -> tuple[Program, TrainState]:
-        """Build the network and read its newest whole checkpoint.
-
-        Raises:
-            RunError: There is none.
-        """
+        """Build the network and read its newest whole checkpoint."""
         program = Program(self.config, self.source)
         with open_checkpoints(self.workdir, self.config, read_only=True) as checkpoints:
             state, _ = checkpoints.restore(program.initial_state())
@@ -452,7 +354,7 @@ class LoadedRun:
 
     def with_statistics(
         self,
-        kind: Statistics | None,
+        kind: Literal["moving_averages", "population"] | None,
         program: Program,
         state: TrainState,
         parallel: Spmd,
@@ -460,28 +362,17 @@ class LoadedRun:
     ) -> TrainState:
         """Return the state to evaluate: with `--ema`, that of the averaged parameters.
 
-        Args:
-            kind: Of its statistics; those that the run itself evaluated with if None.
-            program: Of `restore`.
-            state: Likewise.
-            parallel: Where to compute.
-            batches: Of training, for population statistics.
+        Its statistics are the averages of training, or estimated over training batches;
+        where `kind` is None, those that the run itself evaluated with.
         """
-        if kind == "moving_averages":
-            return average_params(self.config, state)
-        if kind is None and self.config.ema is None:
+        state = average_params(self.config, state)
+        estimated = kind == "population" or average_needs_stats(self.config)
+        if kind == "moving_averages" or not estimated:
             return state
         report = ProgressReporter(self.source.name, verb="taking statistics of")
         with contextlib.closing(make_run_feed(self.config, self.source)) as feed:
             estimator = PopulationEstimator(self.config, program, feed, parallel)
-            if kind is None:
-                return estimator.averaged(state)
-            state = average_params(self.config, state)
             return estimator.estimate(state, batches, report=report)
-
-    def test_set(self) -> str:
-        """Return a name of the test set as decoded: its files, split and image size."""
-        return self.source.cache_key("test")
 
 
 def load_run(
@@ -493,21 +384,14 @@ def load_run(
 ) -> LoadedRun:
     """Open a run from its folder alone, reading no example.
 
-    A run is data: code that it names as its network is not imported unless it is
-    trusted.
-
     Args:
         workdir: The folder that train.py wrote.
         data_dir: Where the data set is, if no longer where the run found it.
-        trust: Import the code that the run names.
-        examples: The data set has to be there. Otherwise the run's description of its
-            images and classes is enough.
-
-    Raises:
-        RunError: The folder is no run, something in it is damaged, or it names code.
-        DataError: The data set is not there.
+        trust: Import the code that the run names as its network.
+        examples: The data set has to be there, not only the run's description of it.
     """
     config = read_config(workdir)
+    # A run is data: it names code, which is run where somebody says so.
     if is_import_path(config.model.name) and not trust:
         raise RunError(
             f"the network of {workdir} is code of its own, {config.model.name}, which "
@@ -543,43 +427,31 @@ def evaluate_runs(
 ) -> dict[str, Any]:
     """Evaluate the newest checkpoint of a run, or of several as an ensemble.
 
-    Args:
-        workdirs: One or more folders that train.py wrote.
-        crops: Of each image: 1, 10 or 144; see `bnjax.data.blocks.crop_blocks`.
-        batch_stats_from: Evaluate twice: with the moving averages of training, and with
-            population statistics over so many training batches.
-        output: Where the result is written. If None, eval.json in the only workdir, and
-            nowhere for an ensemble.
-        data_dir: Where the data set is, if no longer where the runs found it.
-        trust: See `load_run`.
+    With `batch_stats_from` they are evaluated twice: with the moving averages of
+    training, and with population statistics over so many training batches. The result
+    is written to `output`: if None, to eval.json in the only workdir.
 
     Returns:
-        The result: scores, crops and step, or in place of the step the members. With
+        Scores, crops and step, or in place of the step the members. With
         `batch_stats_from`, also that of each kind of statistics, by its name.
-
-    Raises:
-        RunError: A folder is no run, something in it is damaged, or the runs do not
-            make an ensemble.
-        SettingError: The crops cannot be had, or `output` cannot be written.
     """
     _check_arguments(workdirs, output, batch_stats_from)
     runs = [load_run(workdir, data_dir, trust=trust) for workdir in workdirs]
     _check_same_test_set(runs)
     blocks = crop_blocks(runs[0].source, crops)
-    restored = [run.restore() for run in runs]
-    programs = [program for program, _ in restored]
-    steps = [int(state.step) for _, state in restored]
+    restored = [(run, *run.restore()) for run in runs]
     parallel = evaluation_parallel(runs[0].config).for_evaluation()
-    kinds: list[Statistics | None] = [None]
-    if batch_stats_from is not None:
-        kinds = ["moving_averages", "population"]
+    estimating = (parallel, batch_stats_from)
+    twice = batch_stats_from is not None
+    steps = [int(state.step) for _, _, state in restored]
+    suffix = f", {crops} crops" if crops > 1 else ""
     results, lines = {}, []
-    for kind in kinds:
-        states = [
-            run.with_statistics(kind, program, state, parallel, batch_stats_from)
-            for run, (program, state) in zip(runs, restored, strict=True)
+    for kind in ("moving_averages", "population") if twice else (None,):
+        networks = [
+            (run, program, run.with_statistics(kind, program, state, *estimating))
+            for run, program, state in restored
         ]
-        members, ensemble = _score(runs, programs, states, crops, blocks, parallel)
+        members, ensemble = _score(networks, blocks, parallel)
         for run, evaluation in zip(runs, members, strict=True):
             if not math.isfinite(evaluation.loss):
                 raise RunError(
@@ -587,15 +459,33 @@ def evaluate_runs(
                     f"{evaluation.loss}: its outputs overflow. Train again with a "
                     "lower --learning-rate."
                 )
-        results[kind], described = _describe(runs, steps, members, ensemble, crops)
+        results[kind] = {**ensemble.to_json(), "crops": crops}
         lines += [f"{kind.replace('_', ' ')}:"] if kind else []
-        lines += described
-    for run, step in zip(runs, steps, strict=True):
-        _compare_with_summary(run.workdir, step)
-    uses_average = any(run.config.ema is not None for run in runs)
-    result = dict(results[kinds[-1 if uses_average else 0]])
-    if batch_stats_from is not None:
-        result |= {"batch_stats_from": batch_stats_from, **results}
+        if len(runs) == 1:
+            results[kind]["step"] = steps[0]
+            lines.append(f"step {steps[0]:,}{suffix}: {ensemble}")
+            continue
+        results[kind]["members"] = []
+        for run, step, member in zip(runs, steps, members, strict=True):
+            described = {"workdir": str(run.workdir), "step": step}
+            results[kind]["members"].append(described | member.to_json())
+            lines.append(f"{run.workdir}, step {step:,}{suffix}: {member}")
+        lines.append(f"ensemble of {len(runs)}{suffix}: {ensemble}")
+    for workdir, step in zip(workdirs, steps, strict=True):
+        if not (workdir / SUMMARY).exists():
+            continue
+        summary = read_json(workdir / SUMMARY)
+        written = summary.get("steps") if isinstance(summary, dict) else None
+        if written != step:
+            print(
+                f"note: the newest whole checkpoint of {workdir} is of step {step}, "
+                f"and {SUMMARY} of step {written}.",
+                file=sys.stderr,
+            )
+    averaged = any(run.config.ema is not None for run in runs)
+    result = list(results.values())[-1 if averaged else 0]
+    if twice:
+        result = {**result, "batch_stats_from": batch_stats_from, **results}
     if len(runs) == 1 and output is None:
         output = runs[0].workdir / EVALUATION
     if output is not None:
@@ -605,57 +495,27 @@ def evaluate_runs(
 
 
 def _score(
-    runs: Sequence[LoadedRun],
-    programs: Sequence[Program],
-    states: Sequence[TrainState],
-    crops: int,
+    networks: Sequence[tuple[LoadedRun, Program, TrainState]],
     blocks: CropBlocks,
     parallel: Spmd,
 ) -> tuple[list[Evaluation], Evaluation]:
-    """Return the scores of each run and of their ensemble."""
-    config, source = runs[0].config, runs[0].source
-    if len(runs) == 1 and crops == 1:
-        test = load_test(config.data, source, ProgressReporter(source.name))
-        evaluator = Evaluator(programs[0], test, config.eval_batch_size, parallel)
-        evaluation = evaluator(states[0])
+    """Return the scores of each network and of their ensemble."""
+    run, program, state = networks[0]
+    source = run.source
+    if len(networks) == 1 and blocks.crops == 1:
+        test = load_test(run.config.data, source, ProgressReporter(source.name))
+        size = run.config.eval_batch_size
+        evaluation = Evaluator(program, test, size, parallel)(state)
         return [evaluation], evaluation
-    predictors = [
-        Predictor(
-            program.model,
-            make_to_inputs(run.config.data, source.max_value),
-            state,
-            parallel,
-        )
-        for run, program, state in zip(runs, programs, states, strict=True)
-    ]
+    predictors = []
+    for run, program, state in networks:
+        to_inputs = make_to_inputs(run.config.data, source.max_value)
+        predictors.append(make_predictor(program.model, to_inputs, state, parallel))
     # The smallest batch size of the members, but no more than there are crops.
-    size = min(run.config.eval_batch_size for run in runs)
-    devices = len(parallel.devices)
-    size = -(-min(size, crops * source.sizes["test"]) // devices) * devices
+    size = min(run.config.eval_batch_size for run, _, _ in networks)
+    size = parallel.round_up(min(size, blocks.crops * source.sizes["test"]))
     report = ProgressReporter(source.name, seconds=10, verb="scoring")
     return evaluate_crops(predictors, blocks, size, report)
-
-
-def _describe(
-    runs: Sequence[LoadedRun],
-    steps: Sequence[int],
-    members: Sequence[Evaluation],
-    ensemble: Evaluation,
-    crops: int,
-) -> tuple[dict[str, Any], list[str]]:
-    """Return what eval.json holds, and what is printed."""
-    result = {**ensemble.to_json(), "crops": crops}
-    suffix = f", {crops} crops" if crops > 1 else ""
-    if len(runs) == 1:
-        line = f"step {steps[0]:,}{suffix}: {ensemble}"
-        return result | {"step": steps[0]}, [line]
-    together = list(zip(runs, steps, members, strict=True))
-    result["members"] = [
-        {"workdir": str(run.workdir), "step": step, **member.to_json()}
-        for run, step, member in together
-    ]
-    lines = [f"{r.workdir}, step {s:,}{suffix}: {m}" for r, s, m in together]
-    return result, [*lines, f"ensemble of {len(runs)}{suffix}: {ensemble}"]
 
 
 def _check_arguments(
@@ -667,14 +527,13 @@ def _check_arguments(
             f"--batch-stats-from {batch_stats_from}: expected the number of training "
             "batches to take statistics over, 1 or more."
         )
-    seen = set()
-    for workdir in workdirs:
-        if workdir.resolve() in seen:
+    places = [workdir.resolve() for workdir in workdirs]
+    for workdir, place in zip(workdirs, places, strict=True):
+        if places.count(place) > 1:
             raise SettingError(
                 f"{workdir} is named twice, and would count twice in the ensemble. "
                 "Name each run once."
             )
-        seen.add(workdir.resolve())
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         problem = "is a folder" if output.is_dir() else "is in a folder not there"
         raise SettingError(
@@ -685,31 +544,18 @@ def _check_arguments(
 
 def _check_same_test_set(runs: Sequence[LoadedRun]) -> None:
     """Refuse an ensemble whose members are not given the same images."""
-    first = runs[0]
-    for other in runs[1:]:
-        if first.test_set() != other.test_set():
+    # The name of a test set as decoded: its files, split and image size.
+    tests = [run.source.cache_key("test") for run in runs]
+    for other, test in zip(runs, tests, strict=True):
+        if test != tests[0]:
             described = (
-                f"{run.workdir} on {run.test_set()} ({run.source.name}, "
+                f"{run.workdir} on {key} ({run.source.name}, "
                 f"images of {'x'.join(map(str, run.source.image_shape))}, "
                 f"{run.source.classes} classes)"
-                for run in (first, other)
+                for run, key in ((runs[0], tests[0]), (other, test))
             )
             raise RunError(
                 f"these runs make no ensemble: {' and '.join(described)} are tested. "
                 "Expected runs of one data set, test split and size of images. "
                 "Evaluate them one by one."
             )
-
-
-def _compare_with_summary(workdir: Path, step: int) -> None:
-    """Say so where the newest checkpoint is not that of the summary."""
-    if not (workdir / SUMMARY).exists():
-        return
-    summary = read_json(workdir / SUMMARY)
-    steps = summary.get("steps") if isinstance(summary, dict) else None
-    if steps != step:
-        print(
-            f"note: the newest whole checkpoint of {workdir} is of step {step}, and "
-            f"{SUMMARY} of step {steps}.",
-            file=sys.stderr,
-        )

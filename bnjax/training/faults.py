@@ -1,11 +1,12 @@
 """What can go wrong while a run trains: numbers that are not finite, signals."""
 
+import functools
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import jax
@@ -23,12 +24,7 @@ class DivergedError(RunError):
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
-    """A signal stopped the run, which has been saved.
-
-    Args:
-        message: what to print.
-        signal: its number.
-    """
+    """A signal stopped the run, which has been saved."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -42,15 +38,7 @@ PATIENCE = 10
 def forward_order(model: nn.Module, images: Any) -> tuple[str, ...]:
     """Return the layers that keep statistics, as the forward pass comes to them.
 
-    Args:
-        model: called as `model(images, train=False)`; it is traced, not run.
-        images: a batch or its shape.
-
-    Example:
-        >>> from bnjax.models import MLP
-        >>> names = forward_order(MLP((4,) * 11), jnp.zeros((1, 3)))
-        >>> names[1:3], sorted(names)[1:3]
-        (('bn_1', 'bn_2'), ['bn_1', 'bn_10'])
+    `images` are a batch or its shape: the model is traced, not run.
     """
     met: dict[str, None] = {}
 
@@ -58,42 +46,31 @@ def forward_order(model: nn.Module, images: Any) -> tuple[str, ...]:
         met.setdefault("/".join(context.module.path))
         return call(*args, **kwargs)
 
-    def init(images: Any) -> Any:
-        with nn.intercept_methods(record):
-            return model.init(jax.random.key(0), images, train=False)
-
-    batch_stats = jax.eval_shape(init, images).get("batch_stats", {})
-    layers = layer_names(batch_stats)
+    with nn.intercept_methods(record):
+        init = functools.partial(model.init, train=False)
+        variables = jax.eval_shape(init, jax.random.key(0), images)
+    layers = layer_names(variables.get("batch_stats", {}))
     return tuple(name for name in met if name in layers)
 
 
 class NonFiniteGuard:
     """Looks at the steps of each dispatch: were they finite, and may the run go on.
 
-    Args:
-        skip: steps that are not finite were dropped; else the first one ends the run.
-        layers: gives `layer_names` in the order of the forward pass.
-        dropped: steps dropped so far.
+    With `skip` steps that are not finite were dropped; else the first one ends the run.
+    `layers` gives `layer_names` in the order of the forward pass.
     """
 
-    def __init__(
-        self, *, skip: bool, layers: Callable[[], tuple[str, ...]], dropped: int = 0
-    ) -> None:
-        self.dropped = dropped
+    def __init__(self, *, skip: bool, layers: Callable[[], tuple[str, ...]]) -> None:
+        self.dropped = 0
         self._skip = skip
         self._layers = layers
         self._in_a_row = 0
 
     def check(self, step: int, taken: dict[str, np.ndarray]) -> str | None:
-        """Count what was dropped, and warn of it on standard error.
+        """Return why the run cannot go on, if so; count what was dropped, and warn.
 
-        Args:
-            step: steps taken, with those of this dispatch.
-            taken: of each step, shape (steps, ...): "loss", "bad_layers", and "dropped"
-                where steps may be.
-
-        Returns:
-            Why the run cannot go on; None if it can.
+        `step` counts those of this dispatch, and `taken` has the metrics of
+        `train_step` for each of them, shape (steps, ...).
         """
         losses = taken["loss"]
         bad = np.flatnonzero(taken["dropped"] if self._skip else ~np.isfinite(losses))
@@ -109,18 +86,15 @@ class NonFiniteGuard:
                 "such steps."
             )
         self.dropped += bad.size
-        which = (
-            f"step {first} was"
-            if bad.size == 1
-            else f"{bad.size} steps from {first} to {last} were"
-        )
+        which = f"{bad.size} steps from {first} to {last} were"
+        if bad.size == 1:
+            which = f"step {first} was"
         tqdm.write(
             f"warning: {which} dropped ({self.dropped:,} so far): the loss was "
             f"{loss}.{began}",
             file=sys.stderr,
         )
-        kept_none = bad.size == losses.size
-        self._in_a_row = self._in_a_row + bad.size if kept_none else 0
+        self._in_a_row = self._in_a_row + bad.size if bad.size == losses.size else 0
         if self._in_a_row < PATIENCE:
             return None
         return (
@@ -131,9 +105,7 @@ class NonFiniteGuard:
     def _began(self, loss: float, bad: np.ndarray) -> str:
         """Say which layer went bad first, as the forward pass comes to them."""
         layers = self._layers()
-        names = [
-            name for name, is_bad in zip(sorted(layers), bad, strict=True) if is_bad
-        ]
+        names = {n for n, is_bad in zip(sorted(layers), bad, strict=True) if is_bad}
         if names:
             name = min(names, key=layers.index)
             return f" The first layer whose statistics are not finite is {name}."
@@ -151,12 +123,6 @@ class StopSignals:
 
     The first one is remembered; SIGINT after it ends the process at once, which no
     checkpoint minds. A signal that is ignored outside, as under nohup, stays ignored.
-
-    Example:
-        >>> with StopSignals() as stop:
-        ...     signal.raise_signal(signal.SIGTERM)
-        ...     stop.requested() == signal.SIGTERM
-        True
     """
 
     def __init__(self) -> None:
@@ -182,12 +148,7 @@ class StopSignals:
                     signal.signal(number, self._receive)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
 

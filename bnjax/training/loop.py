@@ -17,7 +17,13 @@ from bnjax.data.config import SettingError
 from bnjax.data.sources import Source, absolute_name, open_data
 from bnjax.training.checkpoint import CheckpointMetadata, Checkpoints, open_checkpoints
 from bnjax.training.config import Config
-from bnjax.training.evaluation import Evaluation, Evaluator, PopulationEstimator
+from bnjax.training.evaluation import (
+    Evaluation,
+    Evaluator,
+    PopulationEstimator,
+    average_needs_stats,
+    average_params,
+)
 from bnjax.training.faults import (
     DivergedError,
     NonFiniteGuard,
@@ -61,19 +67,9 @@ from bnjax.training.workdir import (
 
 
 def train(preset: str, config: Config) -> dict[str, Any]:
-    """Train, evaluate, and write the run to its folder.
+    """Train, evaluate, and write the run to its folder; return summary.json.
 
-    Args:
-        preset: The preset's name, for the folder's name and the record.
-        config: What to do, validated.
-
-    Returns:
-        What is written to summary.json.
-
-    Raises:
-        SettingError, DataError, RunError: What the person who asked for the run can
-            put right.
-        Stopped: A signal came; the run was saved.
+    `preset` is a name for the folder and the record.
     """
     join_hosts(config.hosts)
     with failing_together(), host_folder(config) as config_here:
@@ -89,7 +85,12 @@ def _train(preset: str, config: Config) -> dict[str, Any]:
     config = dataclasses.replace(config, data=absolute_name(config.data))
     source = open_data(config.data, config.data_dir)
     described = describe(preset, config, source)
-    _check_batch_size(config, source)
+    examples = source.sizes["train"]
+    if config.batch_size > examples:
+        raise SettingError(
+            f"--batch-size {config.batch_size}: {source.name} has {examples} training "
+            "examples; expected at most that many."
+        )
     parallel = make_parallel(config)
     workdir = config.workdir or default_workdir(preset, config.data.name)
     with contextlib.ExitStack() as stack:
@@ -126,11 +127,8 @@ def _train(preset: str, config: Config) -> dict[str, Any]:
 class Run:
     """A run in memory: its data, its functions, and its present state.
 
-    Args:
-        config: Validated.
-        source: Of `config.data`.
-        parallel: The layout on devices; that of the configuration if None.
-        resuming: The first state will be replaced by a checkpoint's.
+    The layout on devices is that of the configuration if None. Where it is `resuming`,
+    the first state will be replaced by a checkpoint's.
     """
 
     def __init__(
@@ -148,29 +146,23 @@ class Run:
         # What a resumed run started from may be gone.
         first = program.initial_state() if resuming else first_state(config, program)
         self._state = parallel.place_state(first)
-        self.step = 0
-        self.seconds = 0.0
-        self.compile_seconds = 0.0
+        self.step, self.seconds, self.compile_seconds = 0, 0.0, 0.0
         test = load_test(config.data, source, report)
         self._evaluator = Evaluator(program, test, config.eval_batch_size, parallel)
+        hosts, host = jax.process_count(), jax.process_index()
         self._feed = make_run_feed(
-            config,
-            source,
-            shards=jax.process_count(),
-            shard=jax.process_index(),
-            report=report,
+            config, source, shards=hosts, shard=host, report=report
         )
         self._max_steps = self._feed.chunk_steps if program.scans else 1
         self._constants = parallel.place(self._feed.constants)
-        self._estimator = None
-        if config.ema is not None:
-            several = jax.process_count() > 1
+        self._feeds, self._estimator = [self._feed], None
+        if average_needs_stats(config):
+            constants = self._constants
+            if hosts > 1:
+                self._feeds.append(make_run_feed(config, source))
+                constants = None
             self._estimator = PopulationEstimator(
-                config,
-                program,
-                make_run_feed(config, source) if several else self._feed,
-                parallel,
-                None if several else self._constants,
+                config, program, self._feeds[-1], parallel, constants
             )
         self.guard = NonFiniteGuard(
             skip=config.on_nan == "skip",
@@ -195,29 +187,21 @@ class Run:
             return
         state, metadata = checkpoints.restore(self.state)
         self._state = self._parallel.place_state(state)
-        self.step = int(state.step)
-        self.seconds = metadata.seconds
+        self.step, self.seconds = int(state.step), metadata.seconds
         self.guard.dropped = metadata.dropped
         self._feed.restore(metadata.feed)
         print(f"resuming at step {self.step:,}", file=sys.stderr)
 
-    def metadata(self, evaluation: Evaluation | None) -> CheckpointMetadata:
+    def metadata(self, accuracy: float | None) -> CheckpointMetadata:
         """Return what a checkpoint holds beside the state."""
-        accuracy = evaluation.accuracy if evaluation else None
         place, dropped = self._feed.state(), self.guard.dropped
         return CheckpointMetadata(accuracy, place, self.seconds, dropped)
 
     def dispatch(self, steps: int) -> tuple[dict[str, np.ndarray], float]:
-        """Take some steps in one call to the device.
+        """Take steps; return the metrics of `train_step` for each, and the seconds.
 
         The time runs from drawing the examples to having the losses, and does not
         include compilation.
-
-        Args:
-            steps: How many.
-
-        Returns:
-            The metrics of `train_step` for each, shape (steps, ...), and the seconds.
         """
         limit = self._max_steps
         parts = [min(limit, steps - done) for done in range(0, steps, limit)]
@@ -228,9 +212,8 @@ class Run:
         # The device takes one part while the host draws the next.
         for part in parts:
             chunk = self._parallel.place_chunk(self._feed.chunk(self.step, part))
-            self._state, metrics = self._compiled[part](
-                self._state, self._constants, chunk
-            )
+            take = self._compiled[part]
+            self._state, metrics = take(self._state, self._constants, chunk)
             step_metrics.append(metrics)
             self.step += part
         joined = jax.tree.map(lambda *parts: np.concatenate(parts), *step_metrics)
@@ -240,16 +223,16 @@ class Run:
 
     def evaluate(self) -> Evaluation:
         """Score the network as it is used: with `--ema`, its average."""
-        state = self.state
+        state = average_params(self.config, self.state)
         if self._estimator is not None:
-            state = self._estimator.averaged(state)
+            # No batch has gone through an average.
+            state = self._estimator.estimate(state)
         return self._evaluator(state)
 
     def close(self) -> None:
         """End what reads the data."""
-        self._feed.close()
-        if self._estimator is not None:
-            self._estimator.close()
+        for feed in self._feeds:
+            feed.close()
 
     def _compile(self, steps: int) -> None:
         if steps in self._compiled:
@@ -269,29 +252,25 @@ def _take_steps(
     progress: ProgressBar,
     stop: StopSignals,
 ) -> Evaluation:
-    """Take every step that is left, and return the evaluation after the last.
-
-    Raises:
-        DivergedError: The loss or the state is not finite.
-        RunError: The disk is full.
-        Stopped: A signal came; the run was saved.
-    """
+    """Take every step that is left, and return the evaluation after the last."""
     config = run.config
     every = (config.log_every, config.eval_every, config.checkpoint_every)
     schedule = make_schedule(config)
-    profile = _ProfileSecondCall(checkpoints.workdir if config.profile else None)
-    evaluation = None
+    evaluation, dispatches = None, 0
     while run.step < config.steps:
-        until = min(config.steps, *(next_multiple(run.step, n) for n in every))
-        with profile():
+        until = min(config.steps, *(run.step // n * n + n for n in every))
+        dispatches += 1
+        profile = contextlib.nullcontext()
+        if config.profile and dispatches == 2:  # The first runs cold.
+            profile = jax.profiler.trace(checkpoints.workdir / PROFILE)
+        with profile:
             step_metrics, seconds = run.dispatch(until - run.step)
         _stop_on(run.guard.check(run.step, step_metrics), checkpoints, config)
         record = train_record(
             step_metrics, run.step, run.guard.dropped, seconds, schedule
         )
         records: list[Record] = [] if record is None else [record]
-        evaluation = None
-        done = run.step == config.steps
+        evaluation, done = None, run.step == config.steps
         if done or run.step % config.eval_every == 0:
             evaluation = run.evaluate()
             if not np.isfinite(evaluation.loss):
@@ -310,7 +289,8 @@ def _take_steps(
         signal = None if done else stop.requested()
         if done or signal or run.step % config.checkpoint_every == 0:
             metrics.sync()
-            checkpoints.save(run.state, run.metadata(evaluation))
+            accuracy = evaluation.accuracy if evaluation else None
+            checkpoints.save(run.state, run.metadata(accuracy))
         if signal:
             checkpoints.wait()
             raise Stopped(
@@ -333,33 +313,15 @@ def _stop_on(problem: str | None, checkpoints: Checkpoints, config: Config) -> N
         )
 
 
-def next_multiple(step: int, every: int) -> int:
-    """Return the first multiple of `every` beyond `step`.
-
-    Example:
-        >>> next_multiple(0, 100), next_multiple(100, 100), next_multiple(150, 100)
-        (100, 200, 200)
-    """
-    return (step // every + 1) * every
-
-
 def summarize(
     run: Run, evaluation: Evaluation, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return what summary.json holds, beside the preset.
-
-    Args:
-        run: After its last step.
-        evaluation: Of its state.
-        records: All of metrics.jsonl.
-    """
+    """Return what summary.json holds of a finished run; its records are all given."""
     tests = [record for record in records if record["split"] == "test"]
     best = max(tests, key=lambda test: (test["accuracy"], test["step"]))
-    state = run.state
-    scores = evaluation.to_json()
-    names = ("test_accuracy", "test_loss", "test_correct", "test_examples")
+    state, names = run.state, ("accuracy", "loss", "correct", "examples")
     return {
-        **{name: scores[name] for name in names},
+        **{f"test_{name}": getattr(evaluation, name) for name in names},
         "best_test_accuracy": best["accuracy"],
         "best_step": best["step"],
         "steps": run.step,
@@ -374,25 +336,7 @@ def summarize(
 
 
 def final_table(summary: dict[str, Any]) -> str:
-    """Return the rest of a summary for a person to read.
-
-    Example:
-        >>> summary = {
-        ...     "best_test_accuracy": 0.98,
-        ...     "best_step": 1500,
-        ...     "steps": 2000,
-        ...     "steps_per_second": 5000.0,
-        ...     "train_seconds": 0.4,
-        ...     "compile_seconds": 2.0,
-        ...     "parameters": 28010,
-        ...     "state_sha256": "0123456789abcdef",
-        ... }
-        >>> print(final_table(summary))
-        best        98.00 % at step 1,500
-        steps       2,000 in 0:00:00, 5,000 steps/s, and 2.0 s to compile
-        parameters  28,010
-        state       0123456789ab
-    """
+    """Return the rest of a summary for a person to read."""
     best, seconds = summary["best_test_accuracy"], round(summary["train_seconds"])
     rows = {
         "best": f"{100 * best:.2f} % at step {summary['best_step']:,}",
@@ -407,20 +351,6 @@ def final_table(summary: dict[str, Any]) -> str:
     return "\n".join(f"{name:12}{text}" for name, text in rows.items())
 
 
-class _ProfileSecondCall:
-    """Gives contexts, of which the second is profiled: the first runs cold."""
-
-    def __init__(self, workdir: Path | None) -> None:
-        self._workdir = workdir
-        self._calls = 0
-
-    def __call__(self) -> contextlib.AbstractContextManager[object]:
-        self._calls += 1
-        if self._workdir is None or self._calls != 2:
-            return contextlib.nullcontext()
-        return jax.profiler.trace(self._workdir / PROFILE)
-
-
 def keep_compiled(folder: Path) -> None:
     """Have JAX keep every compiled program in a folder, and look for it there."""
     with writing(folder):
@@ -428,13 +358,3 @@ def keep_compiled(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _check_batch_size(config: Config, source: Source) -> None:
-    """Refuse a batch that the training set cannot fill."""
-    examples = source.sizes["train"]
-    if config.batch_size > examples:
-        raise SettingError(
-            f"--batch-size {config.batch_size}: {source.name} has {examples} training "
-            "examples; expected at most that many."
-        )

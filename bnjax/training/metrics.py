@@ -1,6 +1,7 @@
 """What a run measures, and where it goes: metrics.jsonl, TensorBoard, the terminal."""
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -25,14 +26,8 @@ BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {po
 class TrainRecord:
     """Means over the steps of one dispatch, without the steps that were dropped.
 
-    Attributes:
-        step: Steps taken so far.
-        loss: Mean of the steps' losses, each before its step.
-        accuracy: Likewise, between 0 and 1.
-        learning_rate: Of the last step.
-        steps_per_second: Of this dispatch, without compilation and evaluation.
-        dropped: Steps dropped so far because they were not finite.
-        split: The examples measured.
+    The learning rate is that of the last step; loss and accuracy are those before each
+    step; the rate of steps is without compilation and evaluation.
     """
 
     step: int
@@ -41,6 +36,7 @@ class TrainRecord:
     learning_rate: float
     steps_per_second: float
     dropped: int = 0
+    """Steps dropped so far because they were not finite."""
     split: str = "train"
 
 
@@ -66,23 +62,9 @@ def train_record(
 ) -> TrainRecord | None:
     """Return the record of one dispatch, or None if all its steps were dropped.
 
-    Args:
-        step_metrics: "loss" and "accuracy" of each step, shape (steps,), and "dropped"
-            where steps may be dropped.
-        step: Steps taken so far, including dropped ones.
-        dropped: Steps dropped so far.
-        seconds: Duration of the dispatch.
-        schedule: The learning rate by the optimizer's count, which does not include
-            dropped steps.
-
-    Example:
-        >>> step_metrics = {
-        ...     "loss": np.array([1.0, np.nan, 2.0]),
-        ...     "accuracy": np.array([0.5, 0.0, 0.7]),
-        ...     "dropped": np.array([False, True, False]),
-        ... }
-        >>> train_record(step_metrics, 3, 1, 0.5, lambda count: 0.1 * count).loss
-        1.5
+    It took `seconds`, and gave `step_metrics` of `train_step`, shape (steps, ...). So
+    far `step` steps were taken, of which some were dropped: the optimizer's count, by
+    which the schedule gives the learning rate, does not include those.
     """
     losses, accuracies = step_metrics["loss"], step_metrics["accuracy"]
     kept = ~step_metrics.get("dropped", np.zeros(losses.shape, bool))
@@ -101,20 +83,24 @@ def train_record(
 class MetricsWriter:
     """Appends records to metrics.jsonl and, on request, to TensorBoard's event files.
 
-    Args:
-        workdir: The folder of the run.
-        step: Of the state that training continues from. Later records in the files are
-            dropped, since they will be written again.
-        tensorboard: Write event files too.
+    Training continues from a state of `step` steps: records of later ones that are in
+    the files are dropped, since they will be written again.
     """
 
     def __init__(
         self, workdir: Path, step: int = 0, *, tensorboard: bool = False
     ) -> None:
+        def is_kept(line: str) -> bool:
+            # The last line may not be whole.
+            return line.endswith("\n") and json.loads(line)["step"] <= step
+
         self._path = workdir / METRICS
         self._board: Any = None
         with writing(self._path):
-            _drop_after(self._path, step)
+            if self._path.exists():
+                lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+                with replacing(self._path) as file:
+                    file.writelines(itertools.takewhile(is_kept, lines))
             self._file = self._path.open("a", encoding="utf-8")
             if tensorboard:
                 # The import takes a second, and most runs do without.
@@ -152,19 +138,6 @@ class MetricsWriter:
                 self._board.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Drop the records of later steps, and a last line that is not whole."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n") or json.loads(line)["step"] > step:
-            break
-        kept.append(line)
-    with replacing(path) as file:
-        file.writelines(kept)
-
-
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     """Return the records of a run, in the order they were written."""
     lines = (workdir / METRICS).read_text(encoding="utf-8").splitlines()
@@ -172,35 +145,20 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def layer_values(params: Any, batch_stats: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the path and the values of each array of each BN layer.
-
-    Example:
-        >>> stats = {"block": {"bn": {"mean": np.zeros(2), "var": np.ones(2)}}}
-        >>> params = {
-        ...     "block": {"bn": {"scale": np.ones(2)}, "dense": {"bias": np.ones(3)}}
-        ... }
-        >>> [path for path, _ in layer_values(params, stats)]
-        ['block/bn/scale', 'block/bn/mean', 'block/bn/var']
-    """
+    """Yield the path and the values of each array of each BN layer."""
     statistics = flatten_dict(batch_stats)
-    parameters = flatten_dict(params)
+    leaves = [*flatten_dict(params).items(), *statistics.items()]
     for layer in dict.fromkeys(path[:-1] for path in statistics):
-        for tree in (parameters, statistics):
-            for path, leaf in tree.items():
-                if path[:-1] == layer:
-                    yield "/".join(path), np.asarray(leaf)
+        for path, leaf in leaves:
+            if path[:-1] == layer:
+                yield "/".join(path), np.asarray(leaf)
 
 
 class ProgressBar:
     """Shows how far a run is: a bar on a terminal, elsewhere a line now and then.
 
     Lines come for the first record, for the last, and at most every `seconds` between.
-
-    Args:
-        steps: Of the run.
-        stream: Where to show it; standard error if None.
-        first: Steps taken before, by a run that is resumed.
-        seconds: The least time between two lines.
+    `first` counts the steps taken before; `stream` is standard error if None.
     """
 
     def __init__(
@@ -211,12 +169,9 @@ class ProgressBar:
         first: int = 0,
         seconds: float = 5.0,
     ) -> None:
-        self._steps = steps
+        self._steps, self._seconds = steps, seconds
         self._stream = stream or sys.stderr
-        self._seconds = seconds
-        self._shown = -float("inf")
-        self._test = ""
-        self._bar = None
+        self._shown, self._test, self._bar = -float("inf"), "", None
         if self._stream is not None and self._stream.isatty():
             self._bar = tqdm(
                 total=steps,
@@ -259,38 +214,30 @@ class ProgressBar:
             self._bar.close()
 
 
+@dataclasses.dataclass
 class ProgressReporter:
     """Shows how much of a data set is done, if that takes longer than `seconds`.
 
-    Args:
-        name: Of the data set.
-        stream: Where to show it; standard error if None.
-        seconds: The least time between two lines.
-        verb: What is being done with the data set.
+    `stream` is standard error if None; `verb` says what is done with the data set.
     """
 
-    def __init__(
-        self,
-        name: str,
-        stream: TextIO | None = None,
-        seconds: float = 1.0,
-        verb: str = "reading",
-    ) -> None:
-        self._name = name
-        self._stream = stream or sys.stderr
-        self._seconds = seconds
-        self._verb = verb
+    name: str
+    stream: TextIO | None = None
+    seconds: float = 1.0
+    verb: str = "reading"
+
+    def __post_init__(self) -> None:
         self._started = self._shown = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         """Show that `done` of `total` examples are done, if it is time."""
         now = time.monotonic()
-        if now - self._shown < self._seconds:
+        if now - self._shown < self.seconds:
             return
         self._shown = now
         left = timedelta(seconds=round((now - self._started) * (total - done) / done))
         print(
-            f"{self._verb} {self._name}: {done:,} of {total:,} examples, {left} left",
-            file=self._stream,
+            f"{self.verb} {self.name}: {done:,} of {total:,} examples, {left} left",
+            file=self.stream or sys.stderr,
             flush=True,
         )

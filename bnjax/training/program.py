@@ -1,6 +1,5 @@
 """A configuration made into functions: the same for training and for evaluation."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +10,11 @@ from flax import linen as nn
 
 from bnjax import models
 from bnjax.data.pipeline import Feed, make_feed, make_gather, make_to_inputs
-from bnjax.data.sources import Report, Source
+from bnjax.data.sources import Source
 from bnjax.training.config import Config
 from bnjax.training.network import check_network, make_network
 from bnjax.training.optimizer import make_optimizer
-from bnjax.training.sharding import Sharing, Spmd
+from bnjax.training.sharding import Spmd
 from bnjax.training.step import (
     Stream,
     TrainState,
@@ -28,26 +27,16 @@ from bnjax.training.step import (
 class Program:
     """What a configuration says, ready to run.
 
-    Args:
-        config: Of the run.
-        source: Of its data; only the shape of its images and its classes matter here.
-
-    Attributes:
-        model: Gives logits; as it is initialized and evaluated.
-        optimizer: Of the parameters.
-        gather: Gives the batch of some rows of the resident arrays.
-        images: Shape and dtype of a batch of one image.
-        classes: How many labels there are.
-
-    Raises:
-        SettingError: The network is the user's own, and cannot be trained.
+    Of the source only the shape of its images and its classes matter here. The model is
+    as it is initialized and evaluated; `images` are shape and dtype of a batch of one,
+    and `gather` gives the batch of some rows of the resident arrays.
     """
 
     def __init__(self, config: Config, source: Source) -> None:
         self._config = config
         self.classes = source.classes
         self.images = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.float32)
-        self.model = self._make_model(Sharing())
+        self.model = self._make_model(make_normalization(config))
         check_network(config, self.model, source.image_shape, source.classes)
         self.optimizer = make_optimizer(config)
         self.gather = make_gather(make_to_inputs(config.data, source.max_value))
@@ -59,15 +48,17 @@ class Program:
 
     def train_step(self, parallel: Spmd) -> TrainStep:
         """Return the step for a layout on devices."""
-        config, sharing = self._config, parallel.sharing(self._config)
-        normalization = make_normalization(config, sharing)
+        config = self._config
+        normalization = make_normalization(config, **parallel.sharing(config))
         return make_train_step(
-            self._make_model(sharing),
+            self._make_model(normalization),
             self.optimizer,
             axis_name=parallel.axis_name,
             accumulate=config.accumulate,
             unroll=not self.scans,
-            updated_stats=normalization.updated_stats if sharing.deferred else None,
+            updated_stats=(
+                normalization.updated_stats if normalization.deferred else None
+            ),
             skip_nonfinite=config.on_nan == "skip",
         )
 
@@ -77,25 +68,18 @@ class Program:
         init = functools.partial(self.model.init, train=False)
         return not slow_in_loops(init, jax.random.key(0), self.images)
 
-    def _make_model(self, sharing: Sharing) -> nn.Module:
+    def _make_model(self, normalization: models.Normalization) -> nn.Module:
         return make_network(
             self._config,
             classes=self.classes,
-            normalization=make_normalization(self._config, sharing),
+            normalization=normalization,
             # float32 is what inputs and parameters have.
             dtype=jnp.bfloat16 if self._config.dtype == "bfloat16" else None,
         )
 
 
-def make_normalization(
-    config: Config, sharing: Sharing | None = None
-) -> models.Normalization:
-    """Return what stands before each nonlinearity.
-
-    Args:
-        config: Of the run.
-        sharing: How its layers share statistics in training; not at all if None.
-    """
+def make_normalization(config: Config, **sharing: Any) -> models.Normalization:
+    """Return what stands before each nonlinearity; `sharing` is of `Spmd.sharing`."""
     kind = "flax" if config.bn.implementation == "flax" else "batch"
     return models.Normalization(
         kind=kind if config.batch_norm else "none",
@@ -103,48 +87,24 @@ def make_normalization(
         epsilon=config.bn.epsilon,
         unbiased=config.bn.unbiased,
         frozen=config.init_stats == "freeze",
-        **dataclasses.asdict(sharing or Sharing()),
+        **sharing,
     )
 
 
-def make_run_feed(
-    config: Config,
-    source: Source,
-    *,
-    shards: int = 1,
-    shard: int = 0,
-    report: Report = lambda done, total: None,  # noqa: ARG005
-) -> Feed:
+def make_run_feed(config: Config, source: Source, **options: Any) -> Feed:
     """Return what feeds the steps of a run; see `bnjax.data.pipeline.make_feed`."""
+    key = jax.random.fold_in(jax.random.key(config.seed), Stream.ORDER)
     return make_feed(
-        config.data,
-        source,
-        batch_size=config.batch_size,
-        key=jax.random.fold_in(jax.random.key(config.seed), Stream.ORDER),
-        shards=shards,
-        shard=shard,
-        report=report,
+        config.data, source, batch_size=config.batch_size, key=key, **options
     )
 
 
 def slow_in_loops(function: Callable[..., Any], *args: Any) -> bool:
-    """Return whether steps of a function are better dispatched one at a time.
+    """Return whether steps of a function, traced, are better dispatched one at a time.
 
     On a CPU, XLA takes the gradient of a convolution many times slower inside a loop
     than outside (https://github.com/jax-ml/jax/issues/12868), and a scan over training
     steps is a loop.
-
-    Args:
-        function: Traced, not run.
-        *args: Arrays or their shapes.
-
-    Example:
-        >>> image = jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
-        >>> slow_in_loops(nn.Dense(4).init, jax.random.key(0), image)
-        False
-        >>> on_cpu = jax.default_backend() == "cpu"
-        >>> slow_in_loops(nn.Conv(4, (3, 3)).init, jax.random.key(0), image) == on_cpu
-        True
     """
     if jax.default_backend() != "cpu":
         return False

@@ -21,7 +21,7 @@ from bnjax.data.sources import Source
 from bnjax.folding import Folded, fold_batch_norm
 from bnjax.training.checkpoint import CheckpointMetadata, open_checkpoints
 from bnjax.training.config import Config, RunError
-from bnjax.training.evaluation import LoadedRun, Predictor, softmax
+from bnjax.training.evaluation import LoadedRun, make_predictor, softmax
 from bnjax.training.metrics import ProgressReporter
 from bnjax.training.program import Program
 from bnjax.training.sharding import Spmd
@@ -42,25 +42,16 @@ EXAMPLES = 16
 
 
 def list_images(places: Sequence[Path]) -> list[Path]:
-    """Return the images at some places.
-
-    Args:
-        places: files, and folders, which are searched at every depth for what has the
-            suffix of an image.
-
-    Raises:
-        SettingError: one is not there, or holds no image.
-    """
+    """Return the images that files are, and that folders hold at every depth."""
     files = []
     for place in places:
-        found = [place] if place.is_file() else []
+        found, problem = [place] if place.is_file() else [], "is not there"
         if place.is_dir():
             found = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not found:
             problem = f"holds no image ({', '.join(SUFFIXES)})"
+        if not found:
             raise SettingError(
-                f"{place} {problem if place.is_dir() else 'is not there'}. Give image "
-                "files, or folders that hold some.",
+                f"{place} {problem}. Give image files, or folders that hold some."
             )
         files += found
     if not files:
@@ -73,31 +64,19 @@ def classify(
 ) -> tuple[int, list[dict[str, Any]], list[str]]:
     """Return the most probable classes of images, prepared as the run's test images.
 
-    Args:
-        run: opened.
-        files: of images.
-        top: how many classes to give.
-
     Returns:
         The step of the checkpoint; `file` and `predictions` of each image; the files
         that cannot be decoded.
-
-    Raises:
-        RunError: no image can be decoded, one is not of the network's size and the run
-            resized none, or the network overflows.
     """
     program, state = run.restore()
-    predictor = Predictor(
-        program.model,
-        make_to_inputs(run.config.data, MAX_VALUE),
-        state,
-        Spmd(jax.local_devices()[:1]),
-    )
+    to_inputs = make_to_inputs(run.config.data, MAX_VALUE)
+    device = Spmd(jax.local_devices()[:1])
+    predict = make_predictor(program.model, to_inputs, state, device)
     names = run.source.class_names
     described: list[dict[str, Any]] = []
     unreadable: list[str] = []
     for found, pixels in _image_batches(files, run.source, unreadable):
-        probabilities = softmax(np.asarray(predictor(pixels))[: len(found)])
+        probabilities = softmax(np.asarray(predict(pixels))[: len(found)])
         if not np.isfinite(probabilities).all():
             raise RunError(
                 f"the network of {run.workdir} gives {found[0]} no finite probability: "
@@ -168,34 +147,20 @@ def fold_state(
     image_shape: tuple[int, ...],
     dtype: Any = None,
 ) -> tuple[Folded, float]:
-    """Fold a network, and compare it with what it was.
-
-    Args:
-        program: of the run.
-        state: of the network.
-        image_shape: of one input.
-        dtype: of the folded weights; those of the network if None.
+    """Fold a network, into weights of `dtype` or of its own.
 
     Returns:
         The folded network, and the largest difference between its logits and those
         from before, on random inputs.
-
-    Raises:
-        RunError: it cannot be folded.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-
-    def apply(variables: Any, x: jax.Array) -> Any:
-        return program.model.apply(variables, x, train=False)
-
+    apply = functools.partial(program.model.apply, train=False)
     x = jax.random.uniform(jax.random.key(0), (EXAMPLES, *image_shape))
     try:
         folded = fold_batch_norm(apply, variables, x, dtype=dtype and jnp.dtype(dtype))
     except ValueError as error:
         raise RunError(f"the network cannot be folded: {error}") from error
-    before, after = (
-        np.float64(logits) for logits in (jax.jit(apply)(variables, x), folded(x))
-    )
+    before, after = map(np.float64, (jax.jit(apply)(variables, x), folded(x)))
     return folded, float(np.abs(before - after).max())
 
 
@@ -208,15 +173,9 @@ def find_layers(
 ) -> list[dict[str, Any]]:
     """Describe every layer that has a running mean and variance, as JSON.
 
-    Args:
-        params: of a network; "scale" and "bias" lie where the statistics do.
-        batch_stats: of the network, with the leaves "mean" and "var".
-        scale_below: a unit is dead where |scale| is below it, at every position where
-            the scale has several.
-        var_below: a unit is dead where the running variance is below it.
-
-    Returns:
-        The layers by their paths, numbers in their order.
+    A unit is dead where |scale| is below `scale_below`, at every position where the
+    scale has several, or the running variance is below `var_below`. The layers are in
+    the order of their paths, numbers by their value.
 
     Example:
         >>> params = {"bn": {"scale": np.array([1.0, 0.0, 2.0])}}
@@ -226,22 +185,20 @@ def find_layers(
         ('bn', 3, 2, {'min': 0.0, 'max': 4.0})
     """
     layers = []
+    leaves: dict[tuple[str, ...], Any] = flatten_dict(params)
     for path, (mean, var) in _find_statistics(batch_stats).items():
-        near = functools.reduce(lambda tree, key: tree.get(key, {}), path, params)
-        scale, bias = (near.get(name) for name in ("scale", "bias"))
+        arrays: dict[str, Any] = {
+            name: leaves.get((*path, name)) for name in ("scale", "bias")
+        }
+        arrays |= {"mean": mean, "var": var}
+        ranges = {
+            name: None if a is None else {"min": float(a.min()), "max": float(a.max())}
+            for name, a in arrays.items()
+        }
         flat = var < var_below
         silent = np.zeros_like(flat)
-        if scale is not None:
-            per_unit = np.abs(np.asarray(scale)).reshape(-1, *var.shape).max(0)
-            silent = per_unit < scale_below
-        ranges = {
-            name: None
-            if array is None
-            else {"min": float(np.min(array)), "max": float(np.max(array))}
-            for name, array in zip(
-                ("scale", "bias", "mean", "var"), (scale, bias, mean, var), strict=True
-            )
-        }
+        if (scale := arrays["scale"]) is not None:
+            silent = np.abs(scale).reshape(-1, *var.shape).max(0) < scale_below
         layers.append(
             {
                 "path": "/".join(path) or "(top level)",
@@ -259,22 +216,17 @@ def _find_statistics(
     batch_stats: Mapping[str, Any],
 ) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
     """Return mean and variance by the path of the layer, numbers in their order."""
-    leaves = {
-        path: np.asarray(leaf) for path, leaf in flatten_dict(batch_stats).items()
-    }
-    layers = [
-        path[:-1]
-        for path in leaves
-        if path[-1] == "mean" and (*path[:-1], "var") in leaves
-    ]
+    leaves = {path: np.asarray(a) for path, a in flatten_dict(batch_stats).items()}
 
     def in_order(path: tuple[str, ...]) -> list[Any]:
         parts = re.split(r"(\d+)", "/".join(path))
         return [int(part) if part.isdigit() else part for part in parts]
 
+    means = (path[:-1] for path in leaves if path[-1] == "mean")
     return {
         path: (leaves[(*path, "mean")], leaves[(*path, "var")])
-        for path in sorted(layers, key=in_order)
+        for path in sorted(means, key=in_order)
+        if (*path, "var") in leaves
     }
 
 
@@ -284,10 +236,6 @@ def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     .. math:: \max_k |\mu'_k - \mu_k| / \sigma_k, \quad
               \min_k \sigma'^2_k / \sigma^2_k, \quad \max_k \sigma'^2_k / \sigma^2_k
 
-    Args:
-        before: a collection "batch_stats".
-        after: another of the same structure.
-
     Example:
         >>> before = {"bn": {"mean": np.zeros(2), "var": np.array([4.0, 1.0])}}
         >>> after = {"bn": {"mean": np.ones(2), "var": np.array([4.0, 3.0])}}
@@ -295,31 +243,20 @@ def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         layer  mean moved by (std)  var times
         bn                       1     1 to 3
     """
-    old, new = map(_find_statistics, (before, after))
-    rows = []
-    for path, pair in old.items():
+    new, rows = _find_statistics(after), []
+    for path, pair in _find_statistics(before).items():
         mean, var, new_mean, new_var = map(np.float64, (*pair, *new[path]))
         var = np.maximum(var, np.finfo(np.float64).tiny)
         ratio, moved = new_var / var, np.abs(new_mean - mean) / np.sqrt(var)
-        rows.append(
-            (
-                "/".join(path) or "(top level)",
-                f"{moved.max():.2g}",
-                f"{ratio.min():.2g} to {ratio.max():.2g}",
-            )
-        )
+        ratios = f"{ratio.min():.2g} to {ratio.max():.2g}"
+        rows.append(("/".join(path) or "(top level)", f"{moved.max():.2g}", ratios))
     return format_table(("layer", "mean moved by (std)", "var times"), rows)
 
 
 def check_new_run(workdir: Path, *, force: bool = False) -> None:
     """Refuse a folder that a run cannot be written to, before any work is done.
 
-    Args:
-        workdir: the folder.
-        force: a run that is there may be replaced; nothing else may.
-
-    Raises:
-        SettingError: it is there already, or the folder it is to be in is not.
+    With `force` a run that is there may be replaced; nothing else may.
     """
     if not workdir.parent.is_dir():
         raise SettingError(
@@ -353,19 +290,8 @@ def write_run(
 ) -> None:
     """Write a run's folder with one checkpoint, whole or not at all.
 
-    Args:
-        workdir: the folder.
-        preset: that config.json names.
-        config: of the run.
-        source: of its data; it may be without examples.
-        state: of the checkpoint.
-        made_by: what else config.json says: the command, and what it was given.
-        metadata: of the checkpoint.
-        force: a run that is there may be replaced.
-
-    Raises:
-        SettingError: as `check_new_run`.
-        RunError: the state is not finite, or the disk is full.
+    `made_by` is what else config.json says: the command, and what it was given. The
+    source may be without examples. For `force` see `check_new_run`.
     """
     check_new_run(workdir, force=force)
     with writing(workdir):
@@ -389,22 +315,13 @@ def write_run(
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return rows in columns: the first set left, the others right.
 
-    Args:
-        header: a name a column.
-        rows: of as many cells each.
-
     Example:
         >>> print(format_table(("layer", "dead"), [("bn_0", "0"), ("bn_10", "12")]))
         layer  dead
         bn_0      0
         bn_10    12
     """
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = (
-        [
-            cell.rjust(width) if place else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in (header, *rows)
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    first, *rest = (max(map(len, cells)) for cells in zip(header, *rows, strict=True))
+    formats = [f"<{first}", *(f">{width}" for width in rest)]
+    lines = ("  ".join(map(format, row, formats)) for row in (header, *rows))
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,6 +1,5 @@
 """How a run is laid out on devices, and whose examples are normalized together."""
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
@@ -25,107 +24,6 @@ from bnjax.training.step import (
     stream_key,
 )
 
-
-@dataclasses.dataclass(frozen=True)
-class Sharing:
-    """What the BN layers of the model in training are told.
-
-    Args:
-        virtual_batch_size: consecutive examples of a device's part that are normalized
-            together; None for all of them.
-        axis_name: of the devices that share statistics; None where they do not.
-        axis_index_groups: groups of those devices; None for one group.
-        deferred: the step merges moments of micro-batches or devices, and updates the
-            running statistics once.
-    """
-
-    virtual_batch_size: int | None = None
-    axis_name: str | None = None
-    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
-    deferred: bool = False
-
-
-def make_sharing(config: Config, devices: int, axis_name: str | None) -> Sharing:
-    """Realize `--bn.sync` and `--bn.virtual-batch-size` on a number of devices.
-
-    Whatever the strategy, a layer normalizes consecutive groups of the (micro-)batch,
-    and the running statistics move once a step, towards the moments of all groups.
-
-    Args:
-        config: of the run; `devices` times `accumulate` divides its batch.
-        devices: how many there are.
-        axis_name: of a pmap, whose devices see their own part of the batch; None where
-            the program sees the whole batch.
-
-    Raises:
-        SettingError: the groups do not divide evenly, or hold one example.
-
-    Example:
-        >>> import dataclasses
-        >>> from bnjax.training.config import BatchNormConfig
-        >>> from bnjax.training.presets import PRESETS
-        >>> config = dataclasses.replace(PRESETS["digits"].config, batch_size=64)
-        >>> make_sharing(config, 8, "data").axis_name
-        'data'
-        >>> pairs = BatchNormConfig(sync="group:2")
-        >>> config = dataclasses.replace(config, bn=pairs)
-        >>> make_sharing(config, 4, "data").axis_index_groups
-        ((0, 1), (2, 3))
-        >>> make_sharing(config, 4, None).virtual_batch_size
-        32
-    """
-    if not config.batch_norm:
-        return Sharing()
-    examples = config.batch_size // config.accumulate
-    size = _group_size(config, examples, devices)
-    accumulating = config.accumulate > 1
-    if size == examples:
-        return Sharing(axis_name=axis_name, deferred=accumulating)
-    if axis_name is None:
-        return Sharing(virtual_batch_size=size, deferred=accumulating)
-    local = examples // devices
-    if size > local:
-        together = size // local
-        groups = tuple(
-            tuple(range(first, first + together))
-            for first in range(0, devices, together)
-        )
-        return Sharing(axis_name=axis_name, axis_index_groups=groups, deferred=True)
-    return Sharing(virtual_batch_size=None if size == local else size, deferred=True)
-
-
-def _group_size(config: Config, examples: int, devices: int) -> int:
-    """Return how many examples are normalized together."""
-    sync, virtual = config.bn.sync, config.bn.virtual_batch_size
-    together = devices
-    if sync == "per-device":
-        together = 1
-    elif sync.startswith("group:"):
-        together = int(sync.removeprefix("group:"))
-        if devices % together:
-            raise SettingError(
-                f"--bn.sync {sync}: expected a divisor of the {devices} device(s).",
-            )
-    size = examples // devices * together
-    if virtual is not None:
-        local = examples // devices
-        if size % virtual or (virtual % local and local % virtual):
-            raise SettingError(
-                f"--bn.virtual-batch-size {virtual}: expected a divisor of {size}, the "
-                "examples that share statistics, that also divides or is a multiple of "
-                f"the {local} on each device.",
-            )
-        size = virtual
-    if size < 2:
-        raise SettingError(
-            f"--batch-size {config.batch_size}: {size} example is normalized by "
-            "itself; batch normalization in training needs at least 2 to take "
-            "statistics over. Give a larger batch, or another --bn.sync or "
-            "--bn.virtual-batch-size.",
-        )
-    return size
-
-
 MakeBatch = Callable[[Any, Any, jax.Array], Batch]
 Devices = Sequence[Any]
 AXIS = "data"
@@ -134,11 +32,8 @@ AXIS = "data"
 class Spmd:
     """One program for all devices: jit over a mesh, the batch sharded.
 
-    Statistics are those of the global batch by themselves.
-
-    Args:
-        devices: of all hosts.
-        accumulate: micro-batches in a batch.
+    Statistics are those of the global batch by themselves. The devices are those of all
+    hosts; `accumulate` is the number of micro-batches in a batch.
     """
 
     axis_name: str | None = None
@@ -148,15 +43,46 @@ class Spmd:
         self._accumulate = accumulate
         self._mesh = Mesh(np.array(self.devices), (AXIS,))
         self._replicated = NamedSharding(self._mesh, P())
-        self._batches = NamedSharding(self._mesh, P(None, AXIS))
+        self._chunks = NamedSharding(self._mesh, P(None, AXIS))
 
-    def sharing(self, config: Config) -> Sharing:
-        """Return what the BN layers of the model in training are told."""
-        return make_sharing(config, len(self.devices), self.axis_name)
+    def sharing(self, config: Config) -> dict[str, Any]:
+        """Return what the BN layers of the model in training are told.
+
+        These are options of `bnjax.models.Normalization` that realize `--bn.sync` and
+        `--bn.virtual-batch-size` on these devices. Whatever the strategy, a layer
+        normalizes consecutive groups of the (micro-)batch, and the running statistics
+        move once a step, towards the moments of all groups.
+        """
+        if not config.batch_norm:
+            return {}
+        devices = len(self.devices)
+        examples = config.batch_size // config.accumulate
+        size = _group_size(config, examples, devices)
+        # The step merges moments of micro-batches or devices.
+        deferred = {"deferred": True} if config.accumulate > 1 else {}
+        if size == examples:
+            axis = {"axis_name": self.axis_name} if self.axis_name else {}
+            return axis | deferred
+        if self.axis_name is None:
+            return {"virtual_batch_size": size} | deferred
+        deferred = {"deferred": True}
+        local = examples // devices
+        if size <= local:
+            return ({"virtual_batch_size": size} if size < local else {}) | deferred
+        together = size // local
+        groups = tuple(
+            tuple(range(first, first + together))
+            for first in range(0, devices, together)
+        )
+        return {"axis_name": self.axis_name, "axis_index_groups": groups} | deferred
 
     def for_evaluation(self) -> "Spmd":
-        """Return the layout that evaluates: this one."""
+        """Return the layout that evaluates."""
         return self
+
+    def round_up(self, size: int) -> int:
+        """Return the next multiple of the devices."""
+        return -(-size // len(self.devices)) * len(self.devices)
 
     def place_state(self, state: TrainState) -> TrainState:
         """Put a host's state on the devices."""
@@ -180,26 +106,26 @@ class Spmd:
         Each host gives the part of its own devices.
         """
         if jax.process_count() == 1:
-            return jax.device_put(chunk, self._batches)
-        join = functools.partial(jax.make_array_from_process_local_data, self._batches)
+            return jax.device_put(chunk, self._chunks)
+        join = functools.partial(jax.make_array_from_process_local_data, self._chunks)
         return jax.tree.map(join, chunk)
 
     def chunk_spec(self, spec: Any) -> Any:
         """Return the shapes that `place_chunk` gives to a chunk of these shapes."""
-        hosts = jax.process_count()
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                self._chunk_shape(*leaf.shape), leaf.dtype, sharding=self._chunks
+            ),
+            spec,
+        )
 
-        def joined(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            steps, batch, *rest = leaf.shape
-            shape = (steps, batch * hosts, *rest)
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=self._batches)
-
-        return jax.tree.map(joined, spec)
+    def _chunk_shape(self, steps: int, batch: int, *rest: int) -> tuple[int, ...]:
+        return (steps, batch * jax.process_count(), *rest)
 
     def place_rows(self, rows: np.ndarray) -> jax.Array:
         """Shard what `eval_steps` goes through, (steps, batch) on every host."""
-        return jax.make_array_from_callback(
-            rows.shape, self._batches, lambda index: rows[index]
-        )
+        sharding = NamedSharding(self._mesh, P(None, AXIS))
+        return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
     def compile(self, steps: Any, state: TrainState, constants: Any, chunk: Any) -> Any:
         """Compile what `train_steps` gave for placed arguments or their shapes."""
@@ -208,20 +134,16 @@ class Spmd:
     def train_steps(self, train_step: TrainStep, batch: MakeBatch) -> Any:
         """Return a jitted function that takes one step for each item of a chunk.
 
-        Args:
-            train_step: one step, made with this object's `axis_name`.
-            batch: makes a batch of the feed's constants, an item and the step's key.
-
-        Returns:
-            `train_steps(state, constants, chunk) -> (state, metrics)` of what the
-            methods above placed. The state given is donated: its buffers are those of
-            the state returned. Each metric has shape (steps,).
+        That is `train_steps(state, constants, chunk) -> (state, metrics)` of what the
+        methods above placed. The state given is donated: its buffers are those of the
+        state returned. Each metric has shape (steps,). The step was made with this
+        object's `axis_name`, and `batch` makes a batch of the feed's constants, an item
+        and the step's key.
         """
         sharded = NamedSharding(self._mesh, P(AXIS))
 
-        def sharded_batch(constants: Any, item: Any, key: jax.Array) -> Batch:
-            made = batch(constants, item, key)
-            return jax.lax.with_sharding_constraint(made, sharded)
+        def sharded_batch(*args: Any) -> Batch:
+            return jax.lax.with_sharding_constraint(batch(*args), sharded)
 
         return jax.jit(
             _scan(train_step, sharded_batch),
@@ -232,13 +154,9 @@ class Spmd:
     def eval_steps(self, eval_step: EvalStep, batch: MakeBatch) -> Any:
         """Return a jitted function that evaluates each item of a chunk.
 
-        Args:
-            eval_step: scores one batch.
-            batch: makes a batch, as in `train_steps`; its key is a constant.
-
-        Returns:
-            `eval_steps(params, batch_stats, constants, chunk) -> metrics`, each metric
-            of shape (steps, batch), on every device.
+        That is `eval_steps(params, batch_stats, constants, chunk) -> metrics`, each
+        metric of shape (steps, batch), on every device. The key that `batch` is given
+        is a constant.
         """
 
         def eval_steps(
@@ -256,10 +174,6 @@ class Pmap(Spmd):
 
     The state is stacked, one copy a device, and all copies are equal. Each host holds
     the stack of its own devices.
-
-    Args:
-        devices: of all hosts.
-        accumulate: micro-batches in a batch.
     """
 
     axis_name = AXIS
@@ -267,9 +181,10 @@ class Pmap(Spmd):
     def __init__(self, devices: Devices, accumulate: int = 1) -> None:
         super().__init__(devices, accumulate)
         host = jax.process_index()
-        self._local = [d for d in self.devices if d.process_index == host]
-        mesh = Mesh(np.array(self._local), (AXIS,))
-        self._stacked = NamedSharding(mesh, P(AXIS))
+        local = [d for d in self.devices if d.process_index == host]
+        self._count = len(local)
+        mesh = Mesh(np.array(local), (AXIS,))
+        self._chunks = NamedSharding(mesh, P(AXIS))
         self._on_each = NamedSharding(mesh, P())
 
     def for_evaluation(self) -> Spmd:
@@ -280,8 +195,8 @@ class Pmap(Spmd):
         """Stack one copy for each device."""
 
         def stacked(leaf: jax.Array) -> jax.Array:
-            copies = jnp.broadcast_to(leaf, (len(self._local), *leaf.shape))
-            return jax.device_put(copies, self._stacked)
+            copies = jnp.broadcast_to(leaf, (self._count, *leaf.shape))
+            return jax.device_put(copies, self._chunks)
 
         return jax.tree.map(stacked, state)
 
@@ -294,19 +209,21 @@ class Pmap(Spmd):
         return jax.device_put(constants, self._on_each)
 
     def place_chunk(self, chunk: Any) -> Any:
-        """Give each device its part of every micro-batch, stacked by device."""
-        return jax.device_put(jax.tree.map(self._by_device, chunk), self._stacked)
+        """Give each device its part of every micro-batch, stacked by device.
 
-    def chunk_spec(self, spec: Any) -> Any:
-        """Return the shapes that `place_chunk` gives to a chunk of these shapes."""
-        count = len(self._local)
+        Micro-batches come first in the batch, so that each holds the same examples on
+        any number of devices.
+        """
 
-        def stacked(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            steps, batch, *rest = leaf.shape
-            shape = (count, steps, batch // count, *rest)
-            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=self._stacked)
+        def by_device(leaf: np.ndarray) -> np.ndarray:
+            steps, _, *rest = leaf.shape
+            parts = leaf.reshape(steps, self._accumulate, self._count, -1, *rest)
+            return np.moveaxis(parts, 2, 0).reshape(self._chunk_shape(*leaf.shape))
 
-        return jax.tree.map(stacked, spec)
+        return jax.device_put(jax.tree.map(by_device, chunk), self._chunks)
+
+    def _chunk_shape(self, steps: int, batch: int, *rest: int) -> tuple[int, ...]:
+        return (self._count, steps, batch // self._count, *rest)
 
     def compile(self, steps: Any, state: TrainState, constants: Any, chunk: Any) -> Any:
         """Compile as `Spmd` does, on one host; on several, at the first call."""
@@ -326,16 +243,37 @@ class Pmap(Spmd):
             devices=self.devices,
         )
 
-    def _by_device(self, leaf: np.ndarray) -> np.ndarray:
-        """Cut (steps, batch, ...) into (devices, steps, batch / devices, ...).
 
-        Micro-batches come first in the batch, so that each holds the same examples on
-        any number of devices.
-        """
-        steps, batch, *rest = leaf.shape
-        count = len(self._local)
-        parts = leaf.reshape(steps, self._accumulate, count, -1, *rest)
-        return np.moveaxis(parts, 2, 0).reshape(count, steps, batch // count, *rest)
+def _group_size(config: Config, examples: int, devices: int) -> int:
+    """Return how many examples are normalized together."""
+    sync, virtual = config.bn.sync, config.bn.virtual_batch_size
+    together = devices
+    if sync == "per-device":
+        together = 1
+    elif sync.startswith("group:"):
+        together = int(sync.removeprefix("group:"))
+        if devices % together:
+            raise SettingError(
+                f"--bn.sync {sync}: expected a divisor of the {devices} device(s).",
+            )
+    local = examples // devices
+    size = local * together
+    if virtual is not None:
+        if size % virtual or (virtual % local and local % virtual):
+            raise SettingError(
+                f"--bn.virtual-batch-size {virtual}: expected a divisor of {size}, the "
+                "examples that share statistics, that also divides or is a multiple of "
+                f"the {local} on each device.",
+            )
+        size = virtual
+    if size < 2:
+        raise SettingError(
+            f"--batch-size {config.batch_size}: {size} example is normalized by "
+            "itself; batch normalization in training needs at least 2 to take "
+            "statistics over. Give a larger batch, or another --bn.sync or "
+            "--bn.virtual-batch-size.",
+        )
+    return size
 
 
 def _scan(train_step: TrainStep, batch: MakeBatch) -> Callable[..., Any]:
@@ -350,8 +288,7 @@ def _scan(train_step: TrainStep, batch: MakeBatch) -> Callable[..., Any]:
 
         # Not a loop of one: see `slow_in_loops`.
         if jax.tree.leaves(chunk)[0].shape[0] == 1:
-            item = jax.tree.map(lambda leaf: leaf[0], chunk)
-            state, metrics = body(state, item)
+            state, metrics = body(state, jax.tree.map(lambda leaf: leaf[0], chunk))
             return state, jax.tree.map(lambda leaf: leaf[None], metrics)
         return jax.lax.scan(body, state, chunk)
 
@@ -364,53 +301,55 @@ def _replicate(tree: Any, sharding: NamedSharding) -> Any:
     def is_key(leaf: Any) -> bool:
         return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
-    def unpack(raw: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf, like: (
-                jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like))
-                if is_key(like)
-                else leaf
-            ),
-            raw,
-            tree,
-        )
+    def unpack(leaf: Any, like: Any) -> Any:
+        if not is_key(like):
+            return leaf
+        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like))
 
     # Only NumPy arrays may go where other hosts' devices are.
     raw = jax.tree.map(
         lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf),
         tree,
     )
-    return jax.jit(unpack, out_shardings=sharding)(raw)
+    unpack_all = jax.jit(
+        lambda raw: jax.tree.map(unpack, raw, tree), out_shardings=sharding
+    )
+    return unpack_all(raw)
 
 
 def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
     """Lay a run out as its configuration says.
 
-    Args:
-        config: of the run.
-        devices: those to use; all that JAX finds, or `config.devices` of them, if None.
-
-    Raises:
-        SettingError: the batch does not divide by the devices, there are too few, or
-            statistics are asked for that they cannot have.
-
-    Example:
-        >>> from bnjax.training.presets import PRESETS
-        >>> parallel = make_parallel(PRESETS["digits"].config, jax.devices()[:1])
-        >>> type(parallel).__name__, len(parallel.devices)
-        ('Spmd', 1)
+    The devices are all that JAX finds, or `config.devices` of them, if None are given.
     """
-    devices = _chosen(config) if devices is None else tuple(devices)
+    if devices is None:
+        devices = jax.devices()
+        if config.devices is not None and config.devices > len(devices):
+            raise SettingError(
+                f"--devices {config.devices}: JAX finds {len(devices)} of kind "
+                f"{devices[0].device_kind!r}; expected at most that many.",
+            )
+        devices = devices[: config.devices]
+    strategy = config.parallel
     hosts = len({device.process_index for device in devices})
-    if hosts > 1 and (config.parallel == "single" or config.devices is not None):
+    if hosts > 1 and (strategy == "single" or config.devices is not None):
         raise SettingError(
             f"--parallel single and --devices are for one host, and there are {hosts}: "
             "leave them out.",
         )
-    if config.parallel == "single":
+    if strategy == "single":
         devices = devices[:1]
-    if config.parallel == "auto" and config.bn.sync == "global" and hosts == 1:
-        devices = _dividing(devices, config)
+    if strategy == "auto" and config.bn.sync == "global" and hosts == 1:
+        # As many as divide the batch: the results are the same.
+        examples = config.batch_size // config.accumulate
+        used = max(n for n in range(1, len(devices) + 1) if examples % n == 0)
+        if used < len(devices):
+            print(
+                f"note: {used} of {len(devices)} devices are used: --batch-size "
+                f"{config.batch_size} does not divide by more.",
+                file=sys.stderr,
+            )
+        devices = devices[:used]
     parts = len(devices) * config.accumulate
     if config.batch_size % parts:
         raise SettingError(
@@ -418,11 +357,9 @@ def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
             f"--accumulate {config.accumulate} need a multiple of {parts}. Give one, "
             "or fewer --devices, or --parallel single.",
         )
-    strategy = config.parallel
-    if strategy == "auto":
+    if strategy == "auto" and len(devices) > 1:
         # Statistics that no axis name is given to are shared in one program alone.
-        several = "pmap" if takes_normalization(config) else "spmd"
-        strategy = several if len(devices) > 1 else "single"
+        strategy = "pmap" if takes_normalization(config) else "spmd"
     kind = Pmap if strategy == "pmap" else Spmd
     parallel = kind(devices, config.accumulate)
     parallel.sharing(config)
@@ -439,28 +376,3 @@ def evaluation_parallel(config: Config) -> Spmd:
         return make_parallel(config)
     except SettingError:
         return Spmd(jax.local_devices()[:1])
-
-
-def _chosen(config: Config) -> Devices:
-    found = jax.devices()
-    if config.devices is None:
-        return tuple(found)
-    if config.devices > len(found):
-        raise SettingError(
-            f"--devices {config.devices}: JAX finds {len(found)} of kind "
-            f"{found[0].device_kind!r}; expected at most that many.",
-        )
-    return tuple(found[: config.devices])
-
-
-def _dividing(devices: Devices, config: Config) -> Devices:
-    """Return as many of the devices as divide the batch; the results are the same."""
-    examples = config.batch_size // config.accumulate
-    used = max(n for n in range(1, len(devices) + 1) if examples % n == 0)
-    if used < len(devices):
-        print(
-            f"note: {used} of {len(devices)} devices are used: --batch-size "
-            f"{config.batch_size} does not divide by more.",
-            file=sys.stderr,
-        )
-    return devices[:used]

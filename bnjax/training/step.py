@@ -24,11 +24,11 @@ class TrainState:
     """All that a step reads and writes.
 
     Args:
-        step: steps taken, int32, shape ().
-        params: weights, scale and bias of every layer.
-        batch_stats: running statistics; empty without batch normalization.
-        opt_state: the optimizer's.
-        rng: the run's random key; it never changes, see `stream_key`.
+        step: Steps taken, int32, shape ().
+        params: Weights, scale and bias of every layer.
+        batch_stats: Running statistics; empty without batch normalization.
+        opt_state: The optimizer's.
+        rng: The run's random key; it never changes, see `stream_key`.
     """
 
     step: jax.Array
@@ -62,19 +62,11 @@ def create_state(
     seed: int,
     images: jax.Array,
 ) -> TrainState:
-    """Return the state before the first step.
-
-    Args:
-        model: called as `model(images, train=False)`; shares no statistics.
-        optimizer: gives the optimizer's state.
-        seed: of the run's key.
-        images: an example batch, shape (batch, ...); its values are not used.
+    """Return the state before the first step; every leaf is an array of its own.
 
     The running statistics start in the dtype that a step gives them: Flax makes them
-    float32, and a step on float64 makes them float64, which no scan could carry.
-
-    Returns:
-        A state whose every leaf is an array of its own.
+    float32, and a step on float64 makes them float64, which no scan could carry. The
+    values of `images`, an example batch, are not used.
     """
     rng = jax.random.key(seed)
 
@@ -82,11 +74,21 @@ def create_state(
     def init(rng: jax.Array, images: jax.Array) -> Any:
         return model.init(stream_key(rng, Stream.INIT), images, train=False)
 
+    def step(variables: Any, images: jax.Array) -> Any:
+        noise = {"dropout": jax.random.key(0)}
+        return model.apply(
+            variables, images, train=True, mutable=["batch_stats"], rngs=noise
+        )[1]
+
     variables = init(rng, images)
-    params = variables["params"]
-    batch_stats = variables.get("batch_stats", {})
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     if batch_stats:
-        batch_stats = _as_after_a_step(model, variables, images)
+        # Two examples: one value per channel is none to train on.
+        two = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
+        after = jax.eval_shape(step, variables, two)["batch_stats"]
+        batch_stats = jax.tree.map(
+            lambda leaf, new: leaf.astype(new.dtype), batch_stats, after
+        )
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -96,47 +98,13 @@ def create_state(
     )
 
 
-def _as_after_a_step(model: nn.Module, variables: Any, images: jax.Array) -> Any:
-    """Return the running statistics in the dtypes that training gives them."""
-
-    def step(variables: Any, images: jax.Array) -> Any:
-        key = jax.random.key(0)
-        return model.apply(
-            variables,
-            images,
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": key},
-        )[1]
-
-    # Two examples: one value per channel is none to train on.
-    two = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
-    after = jax.eval_shape(step, variables, two)["batch_stats"]
-    return jax.tree.map(
-        lambda leaf, new: leaf.astype(new.dtype), variables["batch_stats"], after
-    )
-
-
 def count_parameters(params: Any) -> int:
-    """Return how many numbers `params` holds.
-
-    Example:
-        >>> count_parameters({"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(4)})
-        16
-    """
+    """Return how many numbers `params` holds."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def tree_sha256(tree: Any) -> str:
-    """Digest a tree: paths, shapes, dtypes and every bit of every leaf.
-
-    Example:
-        >>> a = tree_sha256({"mean": jnp.zeros(3), "var": jnp.ones(3)})
-        >>> a == tree_sha256({"var": jnp.ones(3), "mean": jnp.zeros(3)})
-        True
-        >>> a == tree_sha256({"mean": -jnp.zeros(3), "var": jnp.ones(3)})
-        False
-    """
+    """Digest a tree: paths, shapes, dtypes and every bit of every leaf."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -153,57 +121,28 @@ def state_sha256(state: TrainState) -> str:
 
 
 def layer_names(batch_stats: Any) -> tuple[str, ...]:
-    """Return the layers that keep statistics, sorted by name.
-
-    Example:
-        >>> stats = {"mean": 0, "var": 1}
-        >>> layer_names({"bn_2": stats, "block": {"bn": stats}, "bn_10": stats})
-        ('block/bn', 'bn_10', 'bn_2')
-    """
-    return tuple(sorted({_layer(path) for path in flatten_dict(batch_stats)}))
+    """Return the layers that keep statistics, sorted by name."""
+    return tuple(sorted({"/".join(path[:-1]) for path in flatten_dict(batch_stats)}))
 
 
 def bad_layers(batch_stats: Any) -> jax.Array:
-    """Return which layers have a statistic that is not finite.
-
-    Args:
-        batch_stats: of any number of layers.
-
-    Returns:
-        Booleans of shape (layers,), in the order of `layer_names`.
-
-    Example:
-        >>> good, bad = {"var": jnp.ones(3)}, {"var": jnp.array([1.0, jnp.inf, 1.0])}
-        >>> print(bad_layers({"bn_0": good, "bn_1": bad}))
-        [False  True]
-    """
+    """Return which of `layer_names` have a statistic that is not finite."""
     layers = {name: [] for name in layer_names(batch_stats)}
     for path, leaf in flatten_dict(batch_stats).items():
-        layers[_layer(path)].append(leaf)
+        layers["/".join(path[:-1])].append(leaf)
     found = [~all_finite(leaves) for leaves in layers.values()]
     return jnp.stack(found) if found else jnp.zeros(0, bool)
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Return whether every number of a tree is finite, a boolean of shape ().
-
-    Example:
-        >>> print(all_finite({"a": jnp.ones(3), "b": jnp.array(jnp.nan)}))
-        False
-    """
-    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(leaves).all()
-
-
-def _layer(path: tuple[str, ...]) -> str:
-    return "/".join(path[:-1])
+    """Return whether every number of a tree is finite, a boolean of shape ()."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 Batch = dict[str, jax.Array]
 Gather = Callable[[Arrays, jax.Array], Batch]
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-UpdatedStats = Callable[[Any, Any], Any]
 EvalStep = Callable[[Any, Any, Batch], Metrics]
 
 
@@ -219,7 +158,7 @@ def make_train_step(
     *,
     axis_name: str | None = None,
     accumulate: int = 1,
-    updated_stats: UpdatedStats | None = None,
+    updated_stats: Callable[[Any, Any], Any] | None = None,
     skip_nonfinite: bool = False,
     unroll: bool = False,
 ) -> TrainStep:
@@ -232,25 +171,25 @@ def make_train_step(
     and one step of the running statistics.
 
     Args:
-        model: gives logits; its `batch_stats` collection is updated where it has one.
-        optimizer: of the parameters.
-        axis_name: of the enclosing pmap, whose devices have a part of the batch each.
-        accumulate: micro-batches that the batch is cut into. Gradients are their mean;
+        model: Gives logits; its `batch_stats` collection is updated where it has one.
+        optimizer: Of the parameters.
+        axis_name: Of the enclosing pmap, whose devices have a part of the batch each.
+        accumulate: Micro-batches that the batch is cut into. Gradients are their mean;
             each is normalized by its own statistics.
-        updated_stats: gives the new `batch_stats` from the old and from each layer's
+        updated_stats: Gives the new `batch_stats` from the old and from each layer's
             Moments over the micro-batches and devices, for a model that writes them to
             the collection "batch_moments". None for one that updates its statistics
             itself.
-        skip_nonfinite: where the loss, or anything in the new state, is not finite,
+        skip_nonfinite: Where the loss, or anything in the new state, is not finite,
             only count the step: parameters, statistics and optimizer state stay.
-        unroll: write the micro-batches out one after the other; see `slow_in_loops`.
+        unroll: Write the micro-batches out one after the other; see `slow_in_loops`.
 
     Returns:
         A pure function of a `TrainState` and a batch of "image", shape (batch, ...)
         and floating, and "label", shape (batch,) and integer. Its metrics are the
-        batch's mean "loss" and "accuracy" before the step, of shape ();
-        "bad_layers", see `nonfinite`, all False where the loss is finite; and, with
-        `skip_nonfinite`, whether the step was "dropped".
+        batch's mean "loss" and "accuracy" before the step, of shape (); `bad_layers`,
+        all False where the loss is finite; and, with `skip_nonfinite`, whether the step
+        was "dropped".
 
     References:
         Ioffe and Szegedy 2015, Algorithm 2, lines 1 to 6.
@@ -327,7 +266,10 @@ def make_train_step(
             # All that it reads is the same on every device, and so is the answer.
             fine &= all_finite((new_state.params, batch_stats, opt_state))
             metrics["dropped"] = ~fine
-            new_state = _chosen(fine, new_state, state)
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(fine, new, old), new_state, state
+            )
+            new_state = dataclasses.replace(kept, step=state.step + 1)
         nothing = jnp.zeros(len(layer_names(batch_stats)), bool)
         metrics["bad_layers"] = jax.lax.cond(
             fine, lambda _: nothing, bad_layers, batch_stats
@@ -335,16 +277,6 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
-
-
-def _chosen(fine: jax.Array, new: TrainState, old: TrainState) -> TrainState:
-    """Return the new state, or the old one a step later."""
-    params, batch_stats, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(fine, new, old),
-        (new.params, new.batch_stats, new.opt_state),
-        (old.params, old.batch_stats, old.opt_state),
-    )
-    return TrainState(new.step, params, batch_stats, opt_state, new.rng)
 
 
 def _merged(moments: Any) -> Any:
@@ -360,20 +292,8 @@ def topk_correct(scores: Any, labels: Any) -> dict[str, Any]:
     Of equal scores the lower class comes first, as for argmax. NaN beats all others,
     and an example whose own score is NaN is wrong.
 
-    Args:
-        scores: logits or probabilities, shape (batch, classes), of NumPy or of JAX.
-        labels: integers, shape (batch,).
-
-    Returns:
-        "correct" and, where there are more than 5 classes, "top5": booleans of shape
-        (batch,).
-
-    Example:
-        >>> import numpy as np
-        >>> topk_correct(np.array([[1.0, 3.0, 3.0]] * 3), np.arange(3))[
-        ...     "correct"
-        ... ].tolist()
-        [False, True, False]
+    Scores are logits or probabilities, shape (batch, classes), of NumPy or of JAX. The
+    result is "correct" and, where there are more than 5 classes, "top5".
     """
     examples, classes = scores.shape
     own = scores[np.arange(examples), labels][:, None]
@@ -386,12 +306,8 @@ def topk_correct(scores: Any, labels: Any) -> dict[str, Any]:
 def make_eval_step(model: nn.Module) -> EvalStep:
     """Return `eval_step(params, batch_stats, batch) -> metrics`, each per example.
 
-    Args:
-        model: gives logits; normalizes by its running statistics here.
-
-    Returns:
-        A pure function whose metrics are "loss" and those of `topk_correct`, of shape
-        (batch,): whoever sums them leaves the padding out.
+    The metrics are "loss" and those of `topk_correct`, of shape (batch,): whoever sums
+    them leaves the padding out.
     """
     predict = make_predict_step(model)
 
@@ -404,14 +320,7 @@ def make_eval_step(model: nn.Module) -> EvalStep:
 
 
 def make_predict_step(model: nn.Module) -> EvalStep:
-    """Return `predict_step(params, batch_stats, batch) -> {"logits": ...}`.
-
-    Args:
-        model: gives logits; normalizes by its running statistics here.
-
-    Returns:
-        A pure function whose logits have the shape (batch, classes).
-    """
+    """Return `predict_step(params, batch_stats, batch) -> {"logits": ...}`."""
 
     def predict_step(params: Any, batch_stats: Any, batch: Batch) -> Metrics:
         variables = {"params": params, "batch_stats": batch_stats}

@@ -1,7 +1,5 @@
 """Networks, data and runs for the tests of layouts on devices."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,8 +65,7 @@ def configuration(batch_size=BATCH, **changes):
 def run(name, config, devices, steps, dtype=jnp.float64, at_once=None):
     """Train for some steps, all or `at_once` a call; return one device's state."""
     parallel = make_parallel(config, jax.devices()[:devices])
-    sharing = parallel.sharing(config)
-    normalization = Normalization(momentum=0.9, **dataclasses.asdict(sharing))
+    normalization = Normalization(momentum=0.9, **parallel.sharing(config))
     optimizer = optax.sgd(config.learning_rate, momentum=0.9)
     rng = np.random.default_rng(5)
     images = rng.normal(0.5, 2, (EXAMPLES, 4, 4)).astype(dtype)
@@ -81,7 +78,7 @@ def run(name, config, devices, steps, dtype=jnp.float64, at_once=None):
         optimizer,
         axis_name=parallel.axis_name,
         accumulate=config.accumulate,
-        updated_stats=normalization.updated_stats if sharing.deferred else None,
+        updated_stats=normalization.updated_stats if normalization.deferred else None,
     )
 
     def batch(constants, rows, key):

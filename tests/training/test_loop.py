@@ -1,37 +1,32 @@
 import dataclasses
-import hashlib
 import json
 import signal
 
+import chex
 import jax
 import numpy as np
 import pytest
 
-from bnjax.data.config import SettingError
-from bnjax.data.sources import open_source
+from bnjax.data.config import DataConfig, SettingError
+from bnjax.data.sources import open_data, open_source
 from bnjax.training import loop as run_module
-from bnjax.training.config import OptimizerConfig, RunError
+from bnjax.training.config import ModelConfig, OptimizerConfig, RunError
 from bnjax.training.evaluation import evaluate_runs
 from bnjax.training.faults import Stopped
 from bnjax.training.loop import Run, train
 from bnjax.training.metrics import read_metrics
 from bnjax.training.optimizer import make_schedule
+from bnjax.training.presets import PRESETS
 from bnjax.training.program import Program
 from bnjax.training.step import Stream, make_train_step, stream_key
 
 
 def test_a_run_is_a_function_of_its_configuration(run_small):
-    digests = {
-        name: run_small(**changes)[1]["state_sha256"]
-        for name, changes in {
-            "first": {},
-            "again": {},
-            "seed": {"seed": 1},
-            "dispatch": {"log_every": 15},
-        }.items()
-    }
-    assert digests["first"] == digests["again"] == digests["dispatch"]
-    assert len(set(digests.values())) == 2
+    first, again, dispatch, seed = (
+        run_small(**changes)[1]["state_sha256"]
+        for changes in ({}, {}, {"log_every": 15}, {"seed": 1})
+    )
+    assert first == again == dispatch != seed
 
 
 @pytest.mark.slow
@@ -52,10 +47,11 @@ def test_it_equals_one_step_after_the_other(small_config):
             state, metrics = step(state, program.gather(arrays, rows))
             expected.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    chex.assert_trees_all_close(
         (run.state.params, run.state.batch_stats),
         (state.params, state.batch_stats),
+        rtol=1e-4,
+        atol=1e-5,
     )
     assert int(run.state.step) == run.step == 32
 
@@ -204,9 +200,8 @@ def test_a_signal_in_the_last_dispatch_changes_nothing(run_small, stop_at):
 def test_a_resumed_run_is_the_run_never_stopped(
     run_small, small_config, stop_at, tmp_path, step, resumed, capsys
 ):
-    optim = OptimizerConfig(
-        name="adam", schedule="cosine_decay_schedule", warmup_steps=5
-    )
+    schedule = "cosine_decay_schedule"
+    optim = OptimizerConfig(name="adam", schedule=schedule, warmup_steps=5)
     changes = {"optim": optim, "checkpoint_every": 20, "learning_rate": 0.01}
     whole, expected = run_small(**changes)
     stop_at(step, crash)
@@ -244,6 +239,25 @@ def test_what_is_written_on_request(run_small):
     assert list((workdir / "profile").rglob("*.xplane.pb"))
     names = {path.name for path in workdir.iterdir()}
     assert names - {path.name for path in plain.iterdir()} == {"tensorboard", "profile"}
+
+
+def test_the_table_of_a_summary():
+    summary = {
+        "best_test_accuracy": 0.98,
+        "best_step": 1500,
+        "steps": 2000,
+        "steps_per_second": 5000.0,
+        "train_seconds": 0.4,
+        "compile_seconds": 2.0,
+        "parameters": 28010,
+        "state_sha256": "0123456789abcdef",
+    }
+    assert run_module.final_table(summary).splitlines() == [
+        "best        98.00 % at step 1,500",
+        "steps       2,000 in 0:00:00, 5,000 steps/s, and 2.0 s to compile",
+        "parameters  28,010",
+        "state       0123456789ab",
+    ]
 
 
 def test_the_best_test_is_in_the_summary(run_small):
@@ -287,26 +301,19 @@ def test_other_versions_are_named(run_small, small_config, capsys):
 def test_a_workdir_that_holds_a_run_is_refused(run_small, small_config):
     workdir, _ = run_small()
 
-    def digest():
-        return {
-            path: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in workdir.rglob("*")
-            if path.is_file()
-        }
+    def contents():
+        return {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
 
-    before = digest()
+    before = contents()
     with pytest.raises(RunError, match=r"overwritten: add --resume to continue"):
         train("digits", dataclasses.replace(small_config, workdir=workdir))
-    assert digest() == before
+    assert contents() == before
 
 
-def test_a_batch_larger_than_the_data(small_config, tmp_path):
-    config = dataclasses.replace(
-        small_config, batch_size=1443, workdir=tmp_path / "run"
-    )
+def test_a_batch_larger_than_the_data(run_small, tmp_path):
     with pytest.raises(SettingError, match="1443: digits has 1442 training"):
-        train("digits", config)
-    assert not (tmp_path / "run").exists()
+        run_small(batch_size=1443)
+    assert not (tmp_path / "run1").exists()
 
 
 def test_a_folder_is_claimed_only_once_the_data_are_found(small_config, tmp_path):
@@ -326,3 +333,26 @@ def test_compiling_is_not_timed(small_config, monkeypatch):
     assert run.dispatch(10)[1] == 2.0
     assert run.dispatch(10)[1] == 1.0
     assert (run.seconds, run.compile_seconds) == (3.0, 100.0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="loops are slow on a CPU")
+def test_the_steps_of_a_convolutional_network_are_single_calls():
+    config = dataclasses.replace(
+        PRESETS["digits"].config,
+        batch_size=8,
+        parallel="single",
+        model=ModelConfig(name="lenet"),
+        data=DataConfig(name="synthetic:28x28x1:10:64"),
+    )
+    run = Run(config, open_data(config.data))
+    run.dispatch(3)
+    run.dispatch(2)
+    assert list(run._compiled) == [1]
+    assert int(run.state.step) == run.step == 5
+    run.close()
+
+
+def test_the_steps_of_a_fully_connected_one_are_scanned():
+    config = PRESETS["digits"].config
+    assert Program(config, open_data(config.data)).scans

@@ -41,6 +41,18 @@ def record(step):
     return Trained(step, 0.25, 0.905, 0.5, 200.0)
 
 
+def test_steps_that_were_dropped_are_not_in_the_means():
+    given = {
+        "loss": np.array([1.0, np.nan, 2.0]),
+        "accuracy": np.array([0.5, 0.0, 0.75]),
+        "dropped": np.array([False, True, False]),
+    }
+    found = metrics.train_record(given, 3, 1, 0.5, lambda count: 0.25 * count)
+    assert found == Trained(3, 1.5, 0.625, 0.25, 6.0, dropped=1)
+    bad = {name: values[1:2] for name, values in given.items()}
+    assert metrics.train_record(bad, 4, 2, 0.5, float) is None
+
+
 def test_the_bar_of_a_terminal():
     stream = Terminal()
     bar = ProgressBar(1000, stream)
@@ -48,16 +60,8 @@ def test_the_bar_of_a_terminal():
         bar.show(each)
     bar.close()
     shown = stream.getvalue()
-    for part in (
-        "1000/1000",
-        "100%",
-        "loss 0.2500",
-        "accuracy 90.50%",
-        "lr 0.5",
-        "200 steps/s",
-        "test 88.00%",
-        "<",
-    ):
+    line = "loss 0.2500, accuracy 90.50%, lr 0.5, 200 steps/s, test 88.00%"
+    for part in ("1000/1000", "100%", line, "<"):
         assert part in shown
 
 
@@ -133,12 +137,8 @@ def test_histograms_of_every_bn_layer(tmp_path, initial_state):
     with board_in(tmp_path) as board:
         board.histograms(30, initial_state)
     found = values(tmp_path)
-    names = {
-        f"bn_{layer}/{name}"
-        for layer in (0, 1)
-        for name in ("scale", "bias", "mean", "var")
-    }
-    assert found.keys() == {(name, 30) for name in names}
+    names = ("scale", "bias", "mean", "var")
+    assert found.keys() == {(f"bn_{i}/{name}", 30) for i in (0, 1) for name in names}
     scale = found["bn_0/scale", 30].histo
     assert (scale.num, scale.min, scale.max) == (12, 1.0, 1.0)
 

@@ -238,7 +238,8 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
     except OSError as error:
         raise DataError(
             f"{printable(folder)} cannot be read: {error.strerror or error}. Check "
-            "that it is there and that its permissions let you read it."
+            "that it is there and that its permissions let you read it; where a data "
+            "set has moved, --data-dir says where it is now."
         ) from error
 
 

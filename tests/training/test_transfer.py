@@ -12,7 +12,12 @@ from bnjax.data.sources import open_data, open_source
 from bnjax.interop.torch import TorchError, to_torch
 from bnjax.interop.torch_files import write_state_dict
 from bnjax.training.config import ModelConfig
-from bnjax.training.evaluation import load_run
+from bnjax.training.evaluation import (
+    PopulationEstimator,
+    average_needs_stats,
+    average_params,
+    load_run,
+)
 from bnjax.training.loop import Run, train
 from bnjax.training.step import tree_sha256
 
@@ -110,14 +115,16 @@ def test_frozen_statistics_normalize_in_training(start, trained, layout):
 def test_frozen_statistics_are_not_taken_again(start, trained):
     run = start(init_stats="freeze", ema=0.5)
     run.dispatch(2)
-    evaluated = run._estimator.averaged(run.state)
+    assert not average_needs_stats(run.config)
+    evaluated = average_params(run.config, run.state)
     assert tree_sha256(evaluated.batch_stats) == tree_sha256(
         state_of(trained).batch_stats
     )
-    with pytest.raises(
-        ValueError, match="--batch-stats-from: the run was trained with"
-    ):
-        run._estimator.estimate(run.state, 3)
+    estimator = PopulationEstimator(
+        run.config, run.program, run._feed, run._parallel, run._constants
+    )
+    with pytest.raises(SettingError, match="--batch-stats-from: the run was trained"):
+        estimator.estimate(run.state, 3)
 
 
 def test_it_learns_faster_than_from_nothing(start, small_config):

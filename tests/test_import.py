@@ -29,13 +29,16 @@ def test_the_layers_need_no_training_libraries(adapter):
 
 
 def test_import_time_beyond_jax():
+    """A share of JAX's own, since machines differ and are busy."""
     code = (
-        "import time, jax\n"
+        "import time\n"
         "start = time.process_time()\n"
+        "import jax\n"
+        "middle = time.process_time()\n"
         "import bnjax\n"
-        "print(time.process_time() - start)"
+        "print((time.process_time() - middle) / (middle - start))"
     )
-    times = [
+    shares = [
         float(
             subprocess.run(
                 [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -43,4 +46,4 @@ def test_import_time_beyond_jax():
         )
         for _ in range(3)
     ]
-    assert min(times) < 0.05
+    assert min(shares) < 0.12

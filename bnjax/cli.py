@@ -590,11 +590,10 @@ def recompute_stats(
         trust: Import the code that the run names as its network.
         data_dir: Where tfds sets are. None: where the run had them.
     """
-    from bnjax.training.checkpoint import open_checkpoints
     from bnjax.training.config import RunError
     from bnjax.training.evaluation import PopulationEstimator, load_run
     from bnjax.training.metrics import ProgressReporter
-    from bnjax.training.program import Program, make_run_feed
+    from bnjax.training.program import make_run_feed
     from bnjax.training.runs import check_new_run, describe_change, write_run
     from bnjax.training.sharding import evaluation_parallel
     from bnjax.training.workdir import read_record
@@ -611,9 +610,7 @@ def recompute_stats(
             f"{run} was trained with --ema: eval.py takes its statistics again "
             "each time, over --batch-stats-from batches."
         )
-    program = Program(config, source)
-    with open_checkpoints(run, config, read_only=True) as found:
-        state, metadata = found.restore(program.initial_state())
+    program, state, metadata = opened.restore_with_metadata()
     if not state.batch_stats:
         raise RunError(
             f"{run} was trained without batch normalization: it has no statistics."
@@ -680,7 +677,7 @@ def import_torch(
             ~/tensorflow_datasets.
         flags: What follows --.
     """
-    from bnjax.interop.torch import TorchError, from_torch, known_mapping
+    from bnjax.interop.torch import TorchError, from_torch, known_mapping, prefer
     from bnjax.interop.torch_files import format_mapping, read_mapping, read_state_dict
     from bnjax.interop.torch_proposal import alike, propose_mapping, trace
     from bnjax.training.program import Program
@@ -703,7 +700,7 @@ def import_torch(
     preset, config = parse_train([preset, *flags])
     tensors = read_state_dict(file)
     given = None if mapping is None else read_mapping(mapping)
-    source = source_of_weights(config, tensors, {**told, **(given or {})}, image_shape)
+    source = source_of_weights(config, tensors, prefer(told, given or {}), image_shape)
     program = Program(config, source)
     initial = program.initial_state()
     variables = {"params": initial.params, "batch_stats": initial.batch_stats}
@@ -720,7 +717,7 @@ def import_torch(
                 "all of it is right, add --confirm; else write it to a file, put it "
                 "right, and give --mapping FILE."
             )
-    imported = from_torch(tensors, variables, {**told, **layers, **told}, keep=keep)
+    imported = from_torch(tensors, variables, prefer(told, layers), keep=keep)
     write_run(
         output,
         preset,

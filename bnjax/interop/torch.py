@@ -88,6 +88,15 @@ def known_mapping(model: str, image_shape: tuple[int, ...] = ()) -> LayerMapping
     return RESNET if re.fullmatch(r"resnet\d+", model) else None
 
 
+def prefer(first: LayerMapping, others: LayerMapping) -> LayerMapping:
+    """Return both mappings; where they disagree, `first` counts.
+
+    Its patterns come first, since the first that matches counts, and its values last,
+    since a pattern may be in both.
+    """
+    return {**first, **others, **first}
+
+
 COUNTER = "num_batches_tracked"
 COLLECTIONS = ("params", "batch_stats")
 NAMES = {

@@ -26,7 +26,7 @@ from bnjax._validate import first_line
 from bnjax.training.config import Config, RunError, result_config
 from bnjax.training.faults import DivergedError
 from bnjax.training.step import TrainState
-from bnjax.training.workdir import CHECKPOINTS, made_by
+from bnjax.training.workdir import CHECKPOINTS, made_by, read_record
 
 METADATA_FILE = "metadata/metadata"
 DIGESTS = "sha256.json"
@@ -209,7 +209,7 @@ class Checkpoints:
 
     def _read(self, where: Path, target: Any) -> tuple[Any, dict[str, Any]]:
         if (where / OLD_MANIFEST).exists():
-            version = made_by(self.workdir)
+            version = made_by(read_record(self.workdir))
             by = f"bnjax {version}" if version else "an earlier version of bnjax"
             raise RunError(
                 f"checkpoint {where} was written by {by}, and bnjax"

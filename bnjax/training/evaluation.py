@@ -24,7 +24,7 @@ from bnjax.data.config import SettingError
 from bnjax.data.pipeline import Feed, ToInputs, make_to_inputs
 from bnjax.data.sources import Arrays, Report, Source, open_data
 from bnjax.population import Layers, Method, recompute_batch_stats
-from bnjax.training.checkpoint import open_checkpoints
+from bnjax.training.checkpoint import CheckpointMetadata, open_checkpoints
 from bnjax.training.config import Config, RunError, is_import_path
 from bnjax.training.metrics import ProgressReporter
 from bnjax.training.optimizer import AveragedState, average_of
@@ -44,7 +44,7 @@ from bnjax.training.workdir import (
     CONFIG,
     EVALUATION,
     SUMMARY,
-    read_config,
+    config_of,
     read_json,
     read_record,
     write_json,
@@ -347,10 +347,14 @@ class LoadedRun:
 
     def restore(self) -> tuple[Program, TrainState]:
         """Build the network and read its newest whole checkpoint."""
+        program, state, _ = self.restore_with_metadata()
+        return program, state
+
+    def restore_with_metadata(self) -> tuple[Program, TrainState, CheckpointMetadata]:
+        """Return with them what the checkpoint holds beside the state."""
         program = Program(self.config, self.source)
         with open_checkpoints(self.workdir, self.config, read_only=True) as checkpoints:
-            state, _ = checkpoints.restore(program.initial_state())
-        return program, state
+            return program, *checkpoints.restore(program.initial_state())
 
     def with_statistics(
         self,
@@ -390,7 +394,8 @@ def load_run(
         trust: Import the code that the run names as its network.
         examples: The data set has to be there, not only the run's description of it.
     """
-    config = read_config(workdir)
+    record = read_record(workdir)
+    config = config_of(workdir, record)
     # A run is data: it names code, which is run where somebody says so.
     if is_import_path(config.model.name) and not trust:
         raise RunError(
@@ -407,7 +412,7 @@ def load_run(
         source = open_data(config.data, data_dir or config.data_dir)
     else:
         try:
-            source = Source.from_description(config.data, read_record(workdir)["data"])
+            source = Source.from_description(config.data, record["data"])
         except (KeyError, TypeError) as error:
             raise RunError(
                 f"{workdir / CONFIG} is damaged: its 'data' lacks {error}. Restore the "

@@ -96,12 +96,12 @@ def _train(preset: str, config: Config) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         resuming = stack.enter_context(claim(workdir, resume=config.resume))
         if resuming:
-            check_same(workdir, described, config)
+            record = read_record(workdir)
+            check_same(workdir, record, described, config)
+            # --steps may have grown.
+            described = record | {"config": described["config"]}
         run = Run(config, source, parallel, resuming=resuming)
         stack.callback(run.close)
-        if resuming:
-            # --steps may have grown.
-            described = read_record(workdir) | {"config": described["config"]}
         write_json(workdir / CONFIG, described)
         checkpoints = stack.enter_context(open_checkpoints(workdir, config))
         if config.resume:

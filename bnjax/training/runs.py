@@ -1,7 +1,6 @@
 """What is done with a run after it: images classified, BN folded, a new run written."""
 
 import functools
-import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from bnjax.data.images import SUFFIXES, ImageError, printable, read_file
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import Source
 from bnjax.folding import Folded, fold_batch_norm
+from bnjax.interop.torch import natural
 from bnjax.training.checkpoint import CheckpointMetadata, open_checkpoints
 from bnjax.training.config import Config, RunError
 from bnjax.training.evaluation import LoadedRun, make_predictor, softmax
@@ -95,7 +95,7 @@ def classify(
     if not described:
         raise RunError(
             f"none of {len(files):,} files can be decoded, {files[0]} being the first. "
-            "Expected JPEG, PNG, BMP or WebP."
+            f"Expected one of {', '.join(SUFFIXES)}."
         )
     return int(state.step), described, unreadable
 
@@ -217,15 +217,10 @@ def _find_statistics(
 ) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
     """Return mean and variance by the path of the layer, numbers in their order."""
     leaves = {path: np.asarray(a) for path, a in flatten_dict(batch_stats).items()}
-
-    def in_order(path: tuple[str, ...]) -> list[Any]:
-        parts = re.split(r"(\d+)", "/".join(path))
-        return [int(part) if part.isdigit() else part for part in parts]
-
     means = (path[:-1] for path in leaves if path[-1] == "mean")
     return {
         path: (leaves[(*path, "mean")], leaves[(*path, "var")])
-        for path in sorted(means, key=in_order)
+        for path in sorted(means, key=lambda path: natural("/".join(path)))
         if (*path, "var") in leaves
     }
 

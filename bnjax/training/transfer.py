@@ -19,6 +19,7 @@ from bnjax.interop.torch import (
     classes_in,
     from_torch,
     known_mapping,
+    prefer,
 )
 from bnjax.interop.torch_files import read_state_dict
 from bnjax.interop.torch_proposal import trace
@@ -164,7 +165,7 @@ def source_of_weights(
             ) from absent
         shape = (size, size, 3)
     known = known_mapping(config.model.name, shape) or {}
-    classes = classes_in(state, {**mapping, **known, **mapping})
+    classes = classes_in(state, prefer(mapping, known))
     if classes is None:
         raise absent or SettingError(
             "--image-shape: no tensor goes to the layer logits, and the number of "

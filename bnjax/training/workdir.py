@@ -153,27 +153,32 @@ def describe(preset: str, config: Config, source: Source) -> dict[str, Any]:
 
 def read_config(workdir: Path) -> Config:
     """Return the configuration that a run was started with."""
-    config = read_record(workdir)["config"]
-    return from_json(config, str(workdir / CONFIG), made_by(workdir))
+    return config_of(workdir, read_record(workdir))
 
 
-def made_by(workdir: Path) -> str | None:
+def config_of(workdir: Path, record: dict[str, Any]) -> Config:
+    """Return the configuration in a run's record, as `read_record` gave it."""
+    return from_json(record["config"], str(workdir / CONFIG), made_by(record))
+
+
+def made_by(record: dict[str, Any]) -> str | None:
     """Return the version of bnjax that started a run, if it is recorded."""
-    versions = read_record(workdir).get("versions")
+    versions = record.get("versions")
     return versions.get("bnjax") if isinstance(versions, dict) else None
 
 
-def check_same(workdir: Path, described: dict[str, Any], config: Config) -> None:
-    """Refuse to go on with a run under another configuration.
+def check_same(
+    workdir: Path, record: dict[str, Any], described: dict[str, Any], config: Config
+) -> None:
+    """Refuse to go on with a run under another configuration than its record's.
 
     Other versions or another device are named on standard error.
     """
-    if changed := differences(read_config(workdir), config):
+    if changed := differences(config_of(workdir, record), config):
         raise SettingError(
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. "
             "Give the flags it was started with, or another --workdir.",
         )
-    record = read_record(workdir)
     for name in ("versions", "device"):
         before, now = record.get(name), described[name]
         if before != now:

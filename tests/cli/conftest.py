@@ -1,24 +1,15 @@
 import json
 
-import jax
 import pytest
 
 import eval as eval_program
 import train as train_program
 from bnjax.cli import main
-from bnjax.training.loop import keep_compiled
 from tests.data import image_folder
+from tests.training.conftest import compiled_once  # noqa: F401 (a fixture)
 
 FLAGS = ["--parallel", "single", "--steps", "60", "--batch-size", "30"]
 FLAGS += ["--model.hidden", "12", "9"]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _compiled_once(tmp_path_factory):
-    """Keep compiled programs: most commands compile the same."""
-    keep_compiled(tmp_path_factory.mktemp("compiled"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,10 @@ def prefer(first: LayerMapping, others: LayerMapping) -> LayerMapping:
 
     Its patterns come first, since the first that matches counts, and its values last,
     since a pattern may be in both.
+
+    Example:
+        >>> prefer({"fc": "logits", "bn": None}, {"*": "*", "bn": "norm"})
+        {'fc': 'logits', 'bn': None, '*': '*'}
     """
     return {**first, **others, **first}
 

@@ -19,6 +19,7 @@ from bnjax.training.step import (
     Stream,
     TrainState,
     TrainStep,
+    check_memory,
     create_state,
     make_train_step,
 )
@@ -43,6 +44,8 @@ class Program:
 
     def initial_state(self) -> TrainState:
         """Return the state before the first step."""
+        batch = (self._config.batch_size, *self.images.shape[1:])
+        check_memory("a batch of images", jax.ShapeDtypeStruct(batch, jnp.float32))
         images = jnp.zeros(self.images.shape, self.images.dtype)
         return create_state(self.model, self.optimizer, self._config.seed, images)
 

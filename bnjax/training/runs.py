@@ -1,5 +1,6 @@
 """What is done with a run after it: images classified, BN folded, a new run written."""
 
+import contextlib
 import functools
 import shutil
 import sys
@@ -28,6 +29,8 @@ from bnjax.training.sharding import Spmd
 from bnjax.training.step import TrainState
 from bnjax.training.workdir import (
     CONFIG,
+    LOCK,
+    claim,
     describe,
     write_json,
     writing,
@@ -258,7 +261,10 @@ def check_new_run(workdir: Path, *, force: bool = False) -> None:
             f"--output {workdir}: {workdir.parent} is not there. Make it first, or "
             "give another place.",
         )
-    if not workdir.exists() or (workdir.is_dir() and not any(workdir.iterdir())):
+    if not workdir.exists():
+        return
+    # A run whose settings were refused leaves its lock behind.
+    if workdir.is_dir() and all(path.name == LOCK for path in workdir.iterdir()):
         return
     if not (workdir / CONFIG).is_file():
         raise SettingError(
@@ -289,9 +295,14 @@ def write_run(
     source may be without examples. For `force` see `check_new_run`.
     """
     check_new_run(workdir, force=force)
-    with writing(workdir):
-        scratch = Path(tempfile.mkdtemp(dir=workdir.parent, prefix=f".{workdir.name}."))
-    try:
+    with contextlib.ExitStack() as stack:
+        if workdir.exists():
+            stack.enter_context(claim(workdir, resume=force))
+        with writing(workdir):
+            scratch = Path(
+                tempfile.mkdtemp(dir=workdir.parent, prefix=f".{workdir.name}.")
+            )
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         folder = scratch / "new"
         folder.mkdir()
         described = {**describe(preset, config, source), "made_by": made_by}
@@ -303,8 +314,6 @@ def write_run(
             if workdir.exists():
                 workdir.rename(scratch / "old")
             folder.rename(workdir)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

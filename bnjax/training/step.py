@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import hashlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from flax.traverse_util import flatten_dict
 
 from bnjax.data.sources import Arrays
 from bnjax.functional import Moments
+from bnjax.training.config import RunError
 from bnjax.variants.ghost import MOMENTS, merge_stacked
 
 
@@ -56,6 +58,23 @@ def stream_key(rng: jax.Array, stream: Stream, index: jax.Array | int = 0) -> ja
     return jax.random.fold_in(jax.random.fold_in(rng, stream), index)
 
 
+def check_memory(what: str, shapes: Any) -> None:
+    """Refuse arrays that no memory of this machine holds, before they are made.
+
+    A configuration may be a stranger's, and asks for whatever it says.
+    """
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise RunError(
+            f"the network cannot be made: {what} take {needed:,} bytes, and this "
+            f"machine has {memory:,} of memory. Make --model.*, the images or the "
+            "batch smaller; of a run, see its config.json."
+        )
+
+
 def create_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -80,6 +99,7 @@ def create_state(
             variables, images, train=True, mutable=["batch_stats"], rngs=noise
         )[1]
 
+    check_memory("its variables", jax.eval_shape(init, rng, images))
     variables = init(rng, images)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     if batch_stats:

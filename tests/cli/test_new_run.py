@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from bnjax.data.pipeline import make_feed
+from bnjax.training.config import RunError
 from bnjax.training.evaluation import load_run
 from bnjax.training.runs import check_new_run, write_run
 from bnjax.training.step import Stream
+from bnjax.training.workdir import LOCK, claim
 from tests.cli.conftest import evaluated
 
 
@@ -94,6 +96,7 @@ def test_replaced_or_left_as_it_was(trained, tmp_path, monkeypatch):
             write()
         assert list(tmp_path.iterdir()) == []
     new.mkdir()
+    (new / LOCK).touch()
     write()
     (new / "eval.json").write_text("old")
     with pytest.raises(ValueError, match="holds a run already"):
@@ -103,6 +106,8 @@ def test_replaced_or_left_as_it_was(trained, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="the disk is full"):
             write(force=True)
         assert (new / "eval.json").exists()
+    with claim(new, resume=True), pytest.raises(RunError, match="is being written"):
+        write(force=True)
     write(force=True)
     assert sorted(path.name for path in new.iterdir()) == ["checkpoints", "config.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

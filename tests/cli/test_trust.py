@@ -105,3 +105,19 @@ def test_trusted_and_installed_it_runs(strangers, trained, monkeypatch, tmp_path
     assert marker.exists()
     assert main(["eval", str(trained("digits")), "--output", str(expected)]) == 0
     assert json.loads(found.read_text()) == json.loads(expected.read_text())
+
+
+@pytest.mark.parametrize("change", ["hidden", "images"])
+def test_what_no_memory_holds_is_not_made(trained, tmp_path, capsys, change):
+    run = tmp_path / "run"
+    shutil.copytree(trained("digits"), run)
+    record = json.loads((run / CONFIG).read_text())
+    if change == "hidden":
+        record["config"]["model"]["hidden"] = [2**21, 2**21]
+        expected = f"its variables take {4 * 2**42:,} bytes".partition(",")[0]
+    else:
+        record["data"]["image_shape"] = [2**24, 2**24, 1]
+        expected = "a batch of images take"
+    (run / CONFIG).write_text(json.dumps(record))
+    assert main(["export", str(run), str(tmp_path / "out.stablehlo")]) == 1
+    assert expected in capsys.readouterr().err

@@ -92,19 +92,18 @@ class BatchNorm(hk.Module):
         activation: Activation | None = None,
     ):
         super().__init__(name=name)
-        if not create_scale and scale_init is not None:
-            raise ValueError(
-                f"BatchNorm module {self.module_name}: scale_init needs create_scale=True."
-            )
-        if not create_offset and offset_init is not None:
-            raise ValueError(
-                f"BatchNorm module {self.module_name}: offset_init needs create_offset=True."
-            )
-        if cross_replica_axis is None and cross_replica_axis_index_groups is not None:
-            raise ValueError(
-                f"BatchNorm module {self.module_name}: cross_replica_axis_index_groups needs "
-                "cross_replica_axis."
-            )
+        for given, needed, names in (
+            (scale_init, create_scale, "scale_init without create_scale=True"),
+            (offset_init, create_offset, "offset_init without create_offset=True"),
+            (
+                cross_replica_axis_index_groups,
+                cross_replica_axis,
+                "cross_replica_axis_index_groups without cross_replica_axis",
+            ),
+        ):
+            if given is not None and not needed:
+                layer = f"BatchNorm module {self.module_name}"
+                raise ValueError(f"{layer}: {names}; expected both or neither.")
         self.create_scale = create_scale
         self.create_offset = create_offset
         self.decay_rate = decay_rate
@@ -343,8 +342,8 @@ def _broadcast(
         if value.ndim <= len(wanted) and all(n in (1, m) for n, m in pairs):
             return jnp.broadcast_to(value, wanted)
     raise ValueError(
-        f"batch_norm: {name} has shape {value.shape}; expected one that broadcasts to x "
-        f"of shape {shape}."
+        f"batch_norm: {name} has shape {value.shape}; expected one that broadcasts to "
+        f"x of shape {shape}."
     )
 
 

@@ -61,7 +61,7 @@ class Transform:
         activation: elementwise, closed over nothing; None for none.
         dtype: of the output.
         compute_dtype: of the computation: float32 or float64.
-        axis_sizes: the axis names of the reduction with their sizes, for the derivative.
+        axis_sizes: the axis names of the reduction with sizes, for the derivative.
     """
 
     reduction: Reduction

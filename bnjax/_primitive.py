@@ -100,9 +100,9 @@ def axes_bound(
 ) -> contextlib.AbstractContextManager[None]:
     """A context in which axis names are bound, to the sizes that are given.
 
-    Where `jax.vmap` is around jit, checkpoint or scan, or these around it, JAX calls the
-    rule of a custom derivative once the vmap has returned, and has its collectives
-    mapped to it, but checks their names against those that are bound by then.
+    Where jit, checkpoint or scan is around `jax.vmap`, or in it, JAX calls the rule of
+    a custom derivative once the vmap has returned. It maps the rule's collectives, but
+    checks their names, in what the rule traces, against those that are bound by then.
     """
     return extend_axis_env_nd(sizes)
 

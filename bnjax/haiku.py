@@ -240,10 +240,10 @@ class _MovingAverage(hk.Module):
         self.start = start
 
     def read(self, shape: tuple[int, ...], dtype: Any) -> _Averaged:
-        """The state, in `dtype` or what it is kept in, if that holds more."""
+        """The state, created in `dtype`; float32 where half precision was loaded."""
         hidden = hk.get_state("hidden", shape, dtype, init=jnp.zeros)
         average = hk.get_state("average", shape, dtype, init=self.start)
-        dtype = _validate.promoted(hidden.dtype, dtype)
+        dtype = _validate.promoted(hidden.dtype, jnp.float32)
         counter = hk.get_state("counter", (), jnp.int32, init=jnp.zeros)
         return _Averaged(counter, hidden.astype(dtype), average.astype(dtype))
 

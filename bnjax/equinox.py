@@ -1,7 +1,7 @@
 """Batch normalization as a layer of Equinox."""
 
 from collections.abc import Hashable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -70,7 +70,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
     # A leaf of the tree, which eqx.nn.inference_mode replaces.
     inference: bool
     # Static, since a name is no array: github.com/patrick-kidger/equinox/issues/1074.
-    axis_name: Hashable = eqx.field(static=True)
+    axis_name: Any = eqx.field(static=True)
     input_size: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
     channelwise_affine: bool = eqx.field(static=True)
@@ -121,7 +121,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
             )
         )
         self.inference = inference
-        self.axis_name = tuple(axis_name) if _is_sequence(axis_name) else axis_name
+        several = isinstance(axis_name, Sequence) and not isinstance(axis_name, str)
+        self.axis_name = tuple(axis_name) if several else axis_name
         self.input_size = input_size
         self.eps = eps
         self.channelwise_affine = channelwise_affine
@@ -196,10 +197,6 @@ class BatchNorm(eqx.nn.StatefulLayer):
                 self.state_index, jax.tree.map(_as_kept, batch_stats, new)
             )
         return y, state
-
-
-def _is_sequence(axis_name: Hashable | Sequence[Hashable]) -> bool:
-    return isinstance(axis_name, Sequence) and not isinstance(axis_name, str)
 
 
 def _as_kept(old: jax.Array, new: jax.Array) -> jax.Array:

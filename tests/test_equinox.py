@@ -251,7 +251,7 @@ def test_the_derivative_knows_the_axis_in_every_transformation(wrap, inside):
 
     def gradient(wrap, inside):
         def loss(x):
-            one = wrap(layer) if inside else layer
+            one = wrap(lambda x, state: layer(x, state)) if inside else layer  # noqa: PLW0108
             batch = jax.vmap(one, axis_name="batch", **AXES)
             y, _ = (batch if inside else wrap(batch))(x, copy(state))
             return jnp.vdot(y, dy)

@@ -272,21 +272,17 @@ def test_a_policy_of_mixed_precision_rounds_no_statistics():
         def __call__(self, x):
             return BatchNorm(True, True, 0.999, name="bn")(x, True)
 
-    @hk.transform_with_state
-    def pair(x):
-        return Net()(x)
-
-    @jax.jit
-    def step(params, state):
-        return pair.apply(params, state, None, x)
-
-    for module in (Net, BatchNorm):
+    def train(module):
+        pair = hk.transform_with_state(lambda x: Net()(x))
+        step = jax.jit(lambda params, state: pair.apply(params, state, None, x))
         with hk.mixed_precision.push_policy(module, policy):
-            jax.clear_caches()
             params, state = pair.init(None, x)
             for _ in range(10):
                 y, state = step(params, state)
-            assert hk.mixed_precision.current_policy() is None
+        return params, state, y
+
+    for module in (Net, BatchNorm):
+        params, state, y = train(module)
         assert y.dtype == params["net/bn"]["scale"].dtype == jnp.float32
         seen = [x.astype(jnp.bfloat16)] * 10
         got = averages(state, "net/bn/~/mean_ema", "net/bn/~/var_ema")

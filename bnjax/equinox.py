@@ -121,8 +121,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
             )
         )
         self.inference = inference
-        several = isinstance(axis_name, Sequence) and not isinstance(axis_name, str)
-        self.axis_name = tuple(axis_name) if several else axis_name
+        if isinstance(axis_name, Sequence) and not isinstance(axis_name, str):
+            axis_name = tuple(axis_name)
+        self.axis_name = axis_name
         self.input_size = input_size
         self.eps = eps
         self.channelwise_affine = channelwise_affine

@@ -273,7 +273,10 @@ def test_a_policy_of_mixed_precision_rounds_no_statistics():
             return BatchNorm(True, True, 0.999, name="bn")(x, True)
 
     def train(module):
-        pair = hk.transform_with_state(lambda x: Net()(x))
+        @hk.transform_with_state
+        def pair(x):
+            return Net()(x)
+
         step = jax.jit(lambda params, state: pair.apply(params, state, None, x))
         with hk.mixed_precision.push_policy(module, policy):
             params, state = pair.init(None, x)

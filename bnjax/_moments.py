@@ -120,6 +120,14 @@ class Reduction:
     axis_name: AxisName | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
 
+    def axis_sizes(self) -> tuple[tuple[str, int], ...]:
+        """The axis names with their sizes, where all are bound."""
+        names = () if self.axis_name is None else _names(self.axis_name)
+        try:
+            return tuple((name, lax.axis_size(name)) for name in names)
+        except NameError:
+            return ()
+
     def expand(self, per_channel: jax.Array) -> jax.Array:
         """A per-channel array with the rank of the input."""
         return jnp.expand_dims(per_channel, self.axes)
@@ -444,4 +452,4 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
 
 
 def _names(axis_name: AxisName) -> tuple[str, ...]:
-    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    return tuple(axis_name) if isinstance(axis_name, tuple) else (axis_name,)

@@ -52,7 +52,7 @@ def batch_norm(
     momentum: float | jax.Array = 0.99,
     epsilon: float | jax.Array = 1e-5,
     unbiased: bool = True,
-    update_stats: bool = True,
+    update_stats: bool | None = None,
     use_fast_variance: bool = True,
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
@@ -76,13 +76,17 @@ def batch_norm(
         bias: beta, shape (features,); None for zeros.
         batch_stats: running statistics, float32 (float64 for float64 input), shape
             (features,).
-        use_running_average: normalize by `batch_stats` and leave them as they are.
+        use_running_average: normalize by `batch_stats`, and leave them as they are
+            unless `update_stats` says otherwise.
         axis: the feature axis or axes of `x`; the statistics are over the others.
         momentum: weight of the old statistics, in [0, 1]. PyTorch's momentum is the
             weight of the new ones: its 0.1 is 0.9 here.
         epsilon: added to the variance; positive.
         unbiased: the paper's and PyTorch's running variance; False gives Flax's.
-        update_stats: False returns `batch_stats` as they are.
+        update_stats: whether the statistics move towards those of the batch; None for
+            in training alone. False in training normalizes by the batch and returns
+            `batch_stats` as they are; True with `use_running_average` normalizes by
+            the old statistics and returns the new ones.
         use_fast_variance: True takes the sums about `batch_stats.mean` where that saves
             a pass over `x` (on a TPU) or a collective (with `axis_name`, and under jit
             with sharded arrays). The relative error of the variance is then about
@@ -146,13 +150,15 @@ def batch_norm(
     ):
         _validate.check_flag(value, name)
     _validate.check_momentum(momentum)
+    if update_stats is None:
+        update_stats = not use_running_average
     transform, operands = _prepare(
         x,
         scale,
         bias,
         batch_stats.mean,
         batch_stats.var,
-        training=not use_running_average,
+        training=update_stats or not use_running_average,
         axis=axis,
         epsilon=epsilon,
         mask=mask,
@@ -162,12 +168,14 @@ def batch_norm(
         residual=residual,
         dtype=dtype,
     )
+    origin = jnp.asarray(batch_stats.mean) if use_fast_variance else None
     if use_running_average:
         mean, var = jnp.asarray(batch_stats.mean), jnp.asarray(batch_stats.var)
-        return normalize_by(transform, operands, mean, var), batch_stats
-    origin = jnp.asarray(batch_stats.mean) if use_fast_variance else None
-    y, batch = _normalize_batch(transform, operands, origin)
-    if not update_stats:
+        y = normalize_by(transform, operands, mean, var)
+        batch = _moments(transform, operands, origin) if update_stats else None
+    else:
+        y, batch = _normalize_batch(transform, operands, origin)
+    if batch is None or not update_stats:
         return y, batch_stats
     return y, update_batch_stats(
         batch_stats, batch, momentum=momentum, unbiased=unbiased
@@ -325,11 +333,18 @@ def moments(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
     )
+    return _moments(transform, operands, None)
+
+
+def _moments(
+    transform: Transform, operands: Operands, origin: jax.Array | None
+) -> Moments:
     x, mask, reduction = operands.x, operands.mask, transform.reduction
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return complex_moments(x, mask, reduction)
+    known, dtype = _known_origin(origin, transform), transform.compute_dtype
     origin, centered = checkpoint_named(
-        moments_about_origin(x, mask, None, reduction, transform.compute_dtype)
+        moments_about_origin(x, mask, known, reduction, dtype)
     )
     return Moments(origin + centered.mean, centered.var, centered.count)
 

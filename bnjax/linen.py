@@ -83,6 +83,7 @@ class BatchNorm(nn.BatchNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalize `x` and, in training, move the running statistics.
 
@@ -93,6 +94,10 @@ class BatchNorm(nn.BatchNorm):
             mask: which values count: booleans or weights that broadcast to `x`; of
                 its rank where they could be taken for one entry per example.
             residual: added before the activation; shape of `x`.
+            update_stats: whether the running statistics move, which needs their
+                collection to be mutable; None for in training alone. False in training
+                normalizes by the batch and leaves them; True with
+                `use_running_average` normalizes by the old ones and moves them.
 
         Returns:
             The output, of the shape of `x`.
@@ -103,6 +108,7 @@ class BatchNorm(nn.BatchNorm):
         )
         with _validate.naming(layer):
             _validate.check_flag(use_running_average, "use_running_average")
+            _validate.check_flag(update_stats, "update_stats")
             x = _validate.as_input(x)
             features, _ = _validate.split_axes(x.shape, self.axis)
         shape = tuple(x.shape[axis] for axis in features)
@@ -118,7 +124,9 @@ class BatchNorm(nn.BatchNorm):
         initializing = self.is_initializing()
         # Too little to train on, but enough to make the variables from.
         single = initializing and x.size <= math.prod(shape)
-        updating = not (use_running_average or initializing)
+        if update_stats is None:
+            update_stats = not use_running_average
+        updating = update_stats and not initializing
         if updating and not self.is_mutable_collection("batch_stats"):
             raise ImmutableBatchStatsError(layer)
         with _validate.naming(layer):

@@ -65,6 +65,7 @@ class BatchNorm(nnx.BatchNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalize `x` and, in training, move the running statistics.
 
@@ -75,6 +76,9 @@ class BatchNorm(nnx.BatchNorm):
             mask: which values count: booleans or weights that broadcast to `x`; of
                 its rank where they could be taken for one entry per example.
             residual: added before the activation; shape of `x`.
+            update_stats: whether the running statistics move; None for in training
+                alone. False in training normalizes by the batch and leaves them; True
+                with `use_running_average` normalizes by the old ones and moves them.
 
         Returns:
             The output, of the shape of `x`.
@@ -91,11 +95,15 @@ class BatchNorm(nnx.BatchNorm):
         bias = None if self.bias is None else self.bias[...]
         with _validate.naming(layer):
             _validate.check_flag(use_running_average, "use_running_average")
+            _validate.check_flag(update_stats, "update_stats")
+            if update_stats is None:
+                update_stats = not use_running_average
             x = _validate.as_input(x)
             cast, mean, var, scale, bias = self.promote_dtype(
                 (x, self.mean[...], self.var[...], scale, bias), dtype=self.dtype
             )
-            if not use_running_average:
+            if update_stats or not use_running_average:
+                # Not as they were cast to a half-precision `dtype`.
                 mean, var = self.mean[...], self.var[...]
             # What is only widened is left as it is, and kept so for the gradient.
             widened = _validate.promoted(x.dtype, cast.dtype) == cast.dtype
@@ -109,6 +117,7 @@ class BatchNorm(nnx.BatchNorm):
                 momentum=self.momentum,
                 epsilon=self.epsilon,
                 unbiased=self.unbiased,
+                update_stats=update_stats,
                 use_fast_variance=self.use_fast_variance,
                 mask=_validate.broadcast_mask(mask, x.shape),
                 axis_name=self.axis_name,
@@ -117,7 +126,7 @@ class BatchNorm(nnx.BatchNorm):
                 residual=residual,
                 dtype=cast.dtype,
             )
-        if not use_running_average:
+        if update_stats:
             for kept, new in (
                 (self.mean, batch_stats.mean),
                 (self.var, batch_stats.var),

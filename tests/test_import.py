@@ -28,6 +28,14 @@ def test_the_layers_need_no_training_libraries(adapter):
     assert brought - sys.stdlib_module_names == {"bnjax"}
 
 
+@pytest.mark.parametrize("adapter", ["equinox", "haiku"])
+def test_an_adapter_needs_its_own_framework_alone(adapter):
+    pytest.importorskip(adapter)
+    own = modules_after(f"import jax, {adapter}")
+    brought = modules_after(f"import bnjax.{adapter}") - own
+    assert brought - sys.stdlib_module_names == {"bnjax"}
+
+
 def test_import_time_beyond_jax():
     """A share of JAX's own, since machines differ and are busy."""
     code = (

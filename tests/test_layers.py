@@ -273,3 +273,55 @@ def test_an_integer_input_is_refused_by_the_name_of_the_layer():
     layer = bnjax.linen.BatchNorm(use_running_average=False)
     with pytest.raises(TypeError, match=r"BatchNorm layer \(top level\): x has dtype"):
         layer.init(jax.random.key(0), jnp.ones((4, 3), jnp.int32))
+
+
+@pytest.mark.parametrize("api", RUNNERS)
+@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("update_stats", [None, False, True])
+def test_statistics_used_and_updated_are_decided_apart(api, running, update_stats):
+    x = jnp.asarray(cases.Case("apart", (12, 5)).arrays()[0])
+    old = bnjax.BatchStats(jnp.full(5, 0.3, "float32"), jnp.full(5, 2.5, "float32"))
+    moves = (not running) if update_stats is None else update_stats
+    options = {"use_running_average": running, "update_stats": update_stats}
+    if api == "linen":
+        layer = bnjax.linen.BatchNorm(momentum=0.9)
+        variables = layer.init(jax.random.key(0), x, use_running_average=running)
+        stats = {"mean": old.mean, "var": old.var}
+        variables = {**variables, "batch_stats": stats}
+        mutable = ["batch_stats"] if moves else False
+        y = layer.apply(variables, x, mutable=mutable, **options)
+        y, new = y if moves else (y, variables)
+        new = bnjax.BatchStats(**new["batch_stats"])
+    else:
+        layer = bnjax.nnx.BatchNorm(5, momentum=0.9, rngs=flax.nnx.Rngs(0))
+        layer.mean[...], layer.var[...] = old.mean, old.var
+        y = layer(x, **options)
+        new = bnjax.BatchStats(layer.mean[...], layer.var[...])
+    if running:
+        np.testing.assert_allclose(y, (x - 0.3) / np.sqrt(2.5 + 1e-5), rtol=1e-5)
+    else:
+        wanted = oracle.forward(x, np.ones(5), np.zeros(5))
+        np.testing.assert_allclose(y, wanted, atol=1e-5)
+    if moves:
+        mean, var = oracle.running(old, x, momentum=0.9, unbiased=False)
+        np.testing.assert_allclose(new.mean, mean, rtol=1e-5)
+        np.testing.assert_allclose(new.var, var, rtol=1e-5)
+    else:
+        assert_close(new, old, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("api", RUNNERS)
+def test_a_traced_update_stats_is_refused(api):
+    x = jnp.ones((4, 3))
+    layer = {
+        "linen": lambda: bnjax.linen.BatchNorm(use_running_average=False),
+        "nnx": lambda: bnjax.nnx.BatchNorm(3, rngs=flax.nnx.Rngs(0)),
+    }[api]()
+
+    def call(flag):
+        if api == "nnx":
+            return layer(x, update_stats=flag)
+        return layer.init(jax.random.key(0), x, update_stats=flag)
+
+    with pytest.raises(TypeError, match=r"^BatchNorm layer .*update_stats is a traced"):
+        jax.jit(call)(True)

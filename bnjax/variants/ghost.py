@@ -144,9 +144,10 @@ class GhostBatchNorm(BatchNorm):
         batch_stats: BatchStats,
         **options: Any,
     ) -> tuple[jax.Array, BatchStats]:
-        if not options["update_stats"]:
+        if options["use_running_average"] or self.is_initializing():
             return super()._transform(x, scale, bias, batch_stats, **options)
-        del options["update_stats"], options["use_running_average"]
+        del options["use_running_average"]
+        updating = options.pop("update_stats")
         moving = {name: options.pop(name) for name in ("momentum", "unbiased")}
         if options.pop("mask") is not None:
             raise ValueError(
@@ -157,6 +158,8 @@ class GhostBatchNorm(BatchNorm):
         options["virtual_batch_size"] = self.virtual_batch_size
         origin = batch_stats.mean if fast else None
         y, moments = normalize_groups(x, scale, bias, origin=origin, **options)
+        if not updating:
+            return y, batch_stats
         if self.is_mutable_collection(MOMENTS):
             self.put_variable(MOMENTS, "moments", moments)
             return y, batch_stats

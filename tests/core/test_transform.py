@@ -193,6 +193,58 @@ def test_update_stats_false_changes_the_output_alone():
     np.testing.assert_array_equal(stats.var, np.ones(3))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("mask", [None, "examples"])
+def test_inference_that_updates_its_statistics(mask, shared, x64):
+    case = cases.Case("drift", (8, 3, 5), mask=mask, mean=20.0)
+    x, scale, bias, _, mask = case.arrays(np.float64)
+    old = bnjax.BatchStats(jnp.full(5, 19.0), jnp.full(5, 2.0))
+
+    def run(x, mask, axis_name=None, **options):
+        return bnjax.batch_norm(
+            x,
+            scale,
+            bias,
+            old,
+            use_running_average=True,
+            mask=mask,
+            momentum=0.9,
+            axis_name=axis_name,
+            **options,
+        )
+
+    wanted, kept = run(x, mask)
+    assert kept is old
+    if shared:
+        parts = [a if a is None else a.reshape(4, 2, *a.shape[1:]) for a in (x, mask)]
+        options = {"axis_name": "shards", "update_stats": True}
+        y, new = jax.vmap(
+            lambda *part: run(*part, **options),
+            axis_name="shards",
+            out_axes=(0, None),
+        )(*parts)
+        y = y.reshape(x.shape)
+    else:
+        y, new = run(x, mask, update_stats=True)
+    np.testing.assert_allclose(y, wanted, rtol=1e-14)
+    mean, var = oracle.running(old, x, momentum=0.9, mask=mask)
+    np.testing.assert_allclose(new.mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(new.var, var, rtol=1e-12)
+    # The statistics are still those of the batch: they have its gradient.
+    slope = jax.grad(lambda x: run(x, mask, update_stats=True)[1].mean.sum())(x)
+    count = x.size / 5 if mask is None else mask.sum() * 3
+    weight = np.ones_like(x) if mask is None else mask * np.ones_like(x)
+    np.testing.assert_allclose(slope, 0.1 * weight / count, rtol=1e-12)
+
+
+def test_one_value_moves_no_statistics_in_inference():
+    old = bnjax.BatchStats.init(3)
+    options = {"use_running_average": True, "update_stats": True}
+    y, new = bnjax.batch_norm(jnp.full((1, 3), 5.0), None, None, old, **options)
+    np.testing.assert_allclose(y, np.full((1, 3), 5 / np.sqrt(1 + 1e-5)), rtol=1e-6)
+    np.testing.assert_array_equal(new.var, np.ones(3))
+
+
 def test_momentum_and_epsilon_may_be_traced():
     case = cases.Case("traced", (8, 3))
     x, scale, bias, _, _ = case.arrays()

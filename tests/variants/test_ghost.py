@@ -180,6 +180,31 @@ def test_the_layer_updates_its_statistics_or_hands_over_the_moments(x64):
     np.testing.assert_array_equal(moments.count, 36)
 
 
+def test_the_layer_may_leave_its_statistics(x64):
+    x, _, _ = data()
+    layer = GhostBatchNorm(use_running_average=False, virtual_batch_size=3)
+    variables = layer.init(jax.random.key(0), x)
+    wanted, _ = layer.apply(variables, x, mutable=["batch_stats"])
+    mutable = ["batch_stats", "batch_moments"]
+    for kept in (False, mutable):
+        y = layer.apply(variables, x, update_stats=False, mutable=kept)
+        y, new = y if kept else (y, {"batch_stats": variables["batch_stats"]})
+        np.testing.assert_array_equal(y, wanted)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            new,
+            {"batch_stats": variables["batch_stats"]},
+        )
+    y, new = layer.apply(
+        variables,
+        x,
+        use_running_average=None,
+        update_stats=True,
+        mutable=mutable,
+    )
+    assert set(new) == set(mutable)
+
+
 def test_a_mask_is_refused():
     x = jnp.zeros((6, 4))
     layer = GhostBatchNorm(use_running_average=False, virtual_batch_size=3)

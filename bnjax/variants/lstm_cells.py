@@ -17,12 +17,7 @@ from flax.typing import Initializer
 from bnjax import _validate
 from bnjax.functional import AxisIndexGroups, BatchStats
 from bnjax.linen import ImmutableBatchStatsError
-from bnjax.variants.recurrent import (
-    LSTMCarry,
-    LSTMParams,
-    LSTMStats,
-    batch_norm_lstm,
-)
+from bnjax.variants.recurrent import LSTMCarry, LSTMParams, LSTMStats, batch_norm_lstm
 
 NORMS = ("norm_x", "norm_h", "norm_c")
 _STATS = "batch_stats"
@@ -257,16 +252,9 @@ class NnxBatchNormLSTMCell(nnx.OptimizedLSTMCell):
     Args:
         in_features: size of the inputs.
         hidden_features: size of the memory and of the output.
-        max_steps: as in `BatchNormLSTMCell`, and so are the others up to
-            `axis_index_groups`.
-        use_running_average: also set by `model.train()` and `model.eval()`.
-        momentum: weight of the old statistics.
-        epsilon: added to the variances.
-        unbiased: keep the running variance with m / (m - 1); Flax does not.
-        scale_init: of the three gammas.
-        use_fast_variance: as in `bnjax.batch_norm`.
-        axis_name: axis whose devices share statistics, as in `bnjax.batch_norm`.
-        axis_index_groups: groups of that axis.
+        max_steps: as in `BatchNormLSTMCell`, and so are those that follow it.
+        use_running_average: False in training, True in inference; also set by
+            `model.train()` and `model.eval()`.
         rngs: for the parameters.
         **kwargs: those of flax.nnx.OptimizedLSTMCell.
 

@@ -156,6 +156,8 @@ def batch_renorm(
     for flag, name in (
         (use_running_average, "use_running_average"),
         (update_stats, "update_stats"),
+        (unbiased, "unbiased"),
+        (use_fast_variance, "use_fast_variance"),
     ):
         _validate.check_flag(flag, name)
     options |= {"axis": axis, "mask": mask}
@@ -169,9 +171,10 @@ def batch_renorm(
             f"batch_norm: x has dtype {x.dtype.name}; expected real numbers, because r "
             "and d are clipped. Normalize real and imaginary parts as features."
         )
+    scale = None if scale is None else _validate.as_input(scale, "scale")
+    bias = None if bias is None else _validate.as_input(bias, "bias")
     running = {"mean": stats.mean, "var": stats.var}
     _check_features(x.shape, axis, {"scale": scale, "bias": bias, **running})
-    _validate.check_flag(use_fast_variance, "use_fast_variance")
     _validate.check_epsilon(epsilon)
     limits = _limits(stats.step, r_max, d_max, warmup_steps)
     output["dtype"] = _validate.as_dtype(dtype, x.dtype)

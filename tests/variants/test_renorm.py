@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
+from bnjax.folding import fold_batch_norm
 from bnjax.population import recompute_batch_stats
 from bnjax.variants.renorm import (
     BatchRenorm,
@@ -378,7 +379,7 @@ def test_the_layers_are_the_function():
     assert nnx_layer.step[...] == 4
 
 
-def test_population_statistics_of_a_network():
+def test_population_statistics_and_folding_of_a_network():
     class Network(nn.Module):
         @nn.compact
         def __call__(self, x, train):
@@ -399,6 +400,14 @@ def test_population_statistics_of_a_network():
     np.testing.assert_allclose(new["norm"]["mean"], inputs.mean(0), rtol=1e-5)
     np.testing.assert_allclose(new["norm"]["var"], inputs.var(0, ddof=1), rtol=1e-5)
     assert set(new["norm"]) == {"mean", "var", "step"}
+
+    variables |= {"batch_stats": new}
+    folded = fold_batch_norm(
+        lambda v, x: Network().apply(v, x, train=False), variables, batches[0]
+    )
+    expected = Network().apply(variables, batches[0], train=False)
+    np.testing.assert_allclose(folded(batches[0]), expected, rtol=1e-4, atol=1e-5)
+    assert "norm" not in folded.params
 
 
 @pytest.mark.parametrize(

@@ -95,14 +95,14 @@ class BatchNormLSTMCell(nn.OptimizedLSTMCell, kw_only=True):
     @nn.compact
     def __call__(
         self,
-        carry: LSTMCarry,
+        carry: Any,
         inputs: jax.Array,
         use_running_average: bool | None = None,
-    ) -> tuple[LSTMCarry, jax.Array]:
+    ) -> tuple[Any, jax.Array]:
         """Take one time step.
 
         Args:
-            carry: from `initialize_carry`, or of the step before.
+            carry: LSTMCarry of `initialize_carry`, or of the step before.
             inputs: of this step, shape (*batch, inputs).
             use_running_average: may be given here or to the constructor.
 
@@ -150,7 +150,7 @@ class BatchNormLSTMCell(nn.OptimizedLSTMCell, kw_only=True):
         scales = [norm["scale"] for norm in norms]
         with _validate.naming(layer):
             carry, y, stats = batch_norm_lstm(
-                LSTMParams(*dense_params, *scales, norms[-1]["bias"]),
+                LSTMParams._make((*dense_params, *scales, norms[-1]["bias"])),
                 LSTMStats(*(BatchStats(**variable.value) for variable in kept)),
                 carry,
                 inputs,
@@ -164,10 +164,8 @@ class BatchNormLSTMCell(nn.OptimizedLSTMCell, kw_only=True):
         return carry, y
 
     @nn.nowrap
-    def initialize_carry(
-        self, rng: jax.Array, input_shape: tuple[int, ...]
-    ) -> LSTMCarry:
-        """Return the carry before the first step; `input_shape` is (*batch, inputs)."""
+    def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> Any:
+        """Return the LSTMCarry of the start; `input_shape` is (*batch, inputs)."""
         # A scan carries only what is there before it.
         if self.scope is not None and self.is_initializing():
             for name in NORMS:
@@ -316,10 +314,10 @@ class NnxBatchNormLSTMCell(nnx.OptimizedLSTMCell):
 
     def __call__(
         self,
-        carry: LSTMCarry,
+        carry: Any,
         inputs: jax.Array,
         use_running_average: bool | None = None,
-    ) -> tuple[LSTMCarry, jax.Array]:
+    ) -> tuple[Any, jax.Array]:
         """Take one time step, as `BatchNormLSTMCell`."""
         layer = f"BatchNormLSTMCell of {self.hidden_features} features"
         if use_running_average is None:
@@ -329,15 +327,15 @@ class NnxBatchNormLSTMCell(nnx.OptimizedLSTMCell):
                 f"{layer}: use_running_average is None; expected True or False, from "
                 "the constructor, from the call, or from model.train() / model.eval()."
             )
-        norms = self.norm_x, self.norm_h, self.norm_c
-        dense = self.dense_i.kernel, self.dense_h.kernel, self.dense_h.bias
+        norms: Any = self.norm_x, self.norm_h, self.norm_c
+        dense: Any = self.dense_i.kernel, self.dense_h.kernel, self.dense_h.bias
         inputs, *dense_params = self.promote_dtype(
             (inputs, *(param[...] for param in dense)), dtype=self.dtype
         )
         scales = [norm.scale[...] for norm in norms]
         with _validate.naming(layer):
             carry, y, stats = batch_norm_lstm(
-                LSTMParams(*dense_params, *scales, self.norm_c.bias[...]),
+                LSTMParams._make((*dense_params, *scales, norms[-1].bias[...])),
                 LSTMStats(*(BatchStats(n.mean[...], n.var[...]) for n in norms)),
                 carry,
                 inputs,
@@ -354,8 +352,8 @@ class NnxBatchNormLSTMCell(nnx.OptimizedLSTMCell):
         input_shape: tuple[int, ...],
         rngs: Any = None,
         carry_init: Initializer | None = None,
-    ) -> LSTMCarry:
-        """Return the carry before the first step; `input_shape` is (*batch, inputs)."""
+    ) -> Any:
+        """Return the LSTMCarry of the start; `input_shape` is (*batch, inputs)."""
         return LSTMCarry.init(*super().initialize_carry(input_shape, rngs, carry_init))
 
 
@@ -369,7 +367,7 @@ class NnxRNN(nnx.RNN):
         self,
         inputs: jax.Array,
         *,
-        initial_carry: LSTMCarry | None = None,
+        initial_carry: Any = None,
         seq_lengths: jax.Array | None = None,
         time_major: bool | None = None,
         rngs: Any = None,

@@ -219,7 +219,7 @@ def _check_features(shape, axis, arrays):
         _validate.check_features(value, name, features, shape)
 
 
-def _limits(step, r_max, d_max, warmup_steps):
+def _limits(step, r_max: Any, d_max: Any, warmup_steps):
     """The numbers that limit r and d at this step."""
     r_max = r_max(step) if callable(r_max) else r_max
     d_max = d_max(step) if callable(d_max) else d_max

@@ -1,0 +1,363 @@
+"""Batch renormalization: in training, close to what inference will compute."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+
+from bnjax import _validate, functional
+from bnjax.functional import CHECKPOINT_NAME, BatchStats
+from bnjax.linen import BatchNorm
+from bnjax.nnx import BatchNorm as NnxBatchNorm
+
+Limit = float | jax.Array | Callable[[jax.Array], float | jax.Array]
+"""A number, or a function of the step such as a schedule of Optax's."""
+
+
+def r_max_schedule(step: jax.Array) -> jax.Array:
+    """Return the paper's r_max: 1 for 5,000 steps, then linearly to 3 at 40,000.
+
+    Examples:
+        >>> print([float(r_max_schedule(step)) for step in (0, 5_000, 22_500, 90_000)])
+        [1.0, 1.0, 2.0, 3.0]
+    """
+    return 1 + 2 * jnp.clip((step - 5_000) / 35_000, 0, 1)
+
+
+def d_max_schedule(step: jax.Array) -> jax.Array:
+    """Return the paper's d_max: 0 for 5,000 steps, then linearly to 5 at 25,000.
+
+    Examples:
+        >>> print([float(d_max_schedule(step)) for step in (0, 5_000, 15_000, 90_000)])
+        [0.0, 0.0, 2.5, 5.0]
+    """
+    return 5 * jnp.clip((step - 5_000) / 20_000, 0, 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RenormStats(BatchStats):
+    """Running statistics, and how often they moved.
+
+    Attributes:
+        mean: running mean, float32 (float64 for float64 input), shape (features,).
+        var: running variance, same dtype and shape.
+        step: number of updates, int32, shape ().
+
+    Examples:
+        >>> RenormStats.init(1)
+        RenormStats(mean=Array([0.], dtype=float32), var=Array([1.], dtype=float32), step=Array(0, dtype=int32))
+    """  # noqa: E501 - the output of a doctest is one line
+
+    step: jax.Array
+
+    @classmethod
+    def init(cls, features, dtype=jnp.float32) -> "RenormStats":
+        """Statistics of a layer that has seen nothing: mean 0, variance 1, step 0."""
+        start = BatchStats.init(features, dtype)
+        return cls(start.mean, start.var, jnp.zeros((), jnp.int32))
+
+
+def batch_renorm(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    stats: RenormStats,
+    *,
+    r_max: Limit = r_max_schedule,
+    d_max: Limit = d_max_schedule,
+    warmup_steps: int | jax.Array = 0,
+    use_running_average: bool = False,
+    update_stats: bool = True,
+    axis: _validate.Axes = -1,
+    momentum: float | jax.Array = 0.99,
+    unbiased: bool = True,
+    epsilon: float | jax.Array = 1e-5,
+    use_fast_variance: bool = True,
+    mask: jax.Array | None = None,
+    activation: _validate.Activation | None = None,
+    residual: jax.Array | None = None,
+    dtype: Any = None,
+    **options: Any,
+) -> tuple[jax.Array, RenormStats]:
+    """Batch renormalization, in training or in inference.
+
+    With the mean and the biased variance of the batch, and sigma = sqrt(var + epsilon)
+    of the batch and of the running statistics as they come in,
+
+        r = clip(sigma_batch / sigma_running, 1 / r_max, r_max),
+        d = clip((mean_batch - mean_running) / sigma_running, -d_max, d_max),
+        y = activation(
+            scale * ((x - mean_batch) / sigma_batch * r + d) + bias + residual
+        ).
+
+    r and d are constants to the derivative. Where nothing is clipped, the output is
+    that of inference, (x - mean_running) / sigma_running. With r_max 1 and d_max 0 it
+    is that of `bnjax.batch_norm`, and so are the new statistics always. Inference is
+    `bnjax.batch_norm` itself.
+
+    The paper averages sigma_batch. Here the variance is averaged, as in every other
+    layer, so that the statistics of one serve the other. Batches of a few examples want
+    `unbiased`, the default of the function and not of the layers: the biased variance
+    is too small by a half in batches of two, by a quarter in batches of four.
+
+    Args:
+        x: input, as in `bnjax.batch_norm`.
+        scale: gamma, shape (features,); None for ones.
+        bias: beta, shape (features,); None for zeros.
+        stats: running statistics and the number of updates that made them.
+        r_max: limit of r and 1 / r, at least 1: a number, or a function of
+            `stats.step`, such as a schedule of Optax's. The default is the paper's.
+        d_max: limit of the size of d, at least 0; likewise.
+        warmup_steps: until `stats.step` is as large, r = 1 and d = 0, whatever the
+            limits. With r_max=3, d_max=5 and 100,000 it is the form of CrossQ.
+        use_running_average: normalize by `stats` and leave them as they are.
+        update_stats: False returns `stats` as they are, the step too.
+        axis: the feature axis or axes of `x`.
+        momentum: weight of the old statistics; the paper's rate of 0.01 is 0.99.
+        unbiased: keep the running variance with the factor m / (m - 1).
+        epsilon: added to the variance; positive.
+        use_fast_variance: as in `bnjax.batch_norm`.
+        mask: which values count, as in `bnjax.batch_norm`.
+        activation: as in `bnjax.batch_norm`.
+        residual: added before the activation; shape of `x`.
+        dtype: of the output; that of `x` if None.
+        **options: `axis_name` and `axis_index_groups` of `bnjax.batch_norm`.
+
+    Returns:
+        The output, of the shape of `x`, and the new RenormStats.
+
+    Raises:
+        TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`,
+            and for limits that are no numbers or out of range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> y, stats = batch_renorm(
+        ...     x, None, None, RenormStats.init(1), r_max=3.0, d_max=1.5, momentum=0.9
+        ... )
+        >>> print(y.ravel().round(2))  # r = 1, and d is 2, clipped
+        [0.5 2.5]
+        >>> print(stats.mean, stats.var, stats.step)
+        [0.2] [1.1] 1
+
+    References:
+        Ioffe (2017), "Batch Renormalization: Towards Reducing Minibatch Dependence in
+        Batch-Normalized Models", Algorithm 1; Bhatt et al. (2024), "CrossQ: Batch
+        Normalization in Deep Reinforcement Learning", for the warm-up.
+    """
+    for flag, name in (
+        (use_running_average, "use_running_average"),
+        (update_stats, "update_stats"),
+        (unbiased, "unbiased"),
+        (use_fast_variance, "use_fast_variance"),
+    ):
+        _validate.check_flag(flag, name)
+    options |= {"axis": axis, "mask": mask}
+    output = {"activation": activation, "residual": residual, "dtype": dtype}
+    if use_running_average:
+        options |= output | {"epsilon": epsilon, "use_running_average": True}
+        return functional.batch_norm(x, scale, bias, stats, **options)[0], stats
+    x = _validate.as_input(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"batch_norm: x has dtype {x.dtype.name}; expected real numbers, because r "
+            "and d are clipped. Normalize real and imaginary parts as features."
+        )
+    scale = None if scale is None else _validate.as_input(scale, "scale")
+    bias = None if bias is None else _validate.as_input(bias, "bias")
+    running = {"mean": stats.mean, "var": stats.var}
+    _check_features(x.shape, axis, {"scale": scale, "bias": bias, **running})
+    _validate.check_epsilon(epsilon)
+    limits = _limits(stats.step, r_max, d_max, warmup_steps)
+    output["dtype"] = _validate.as_dtype(dtype, x.dtype)
+    options["dtype"] = _validate.promoted(x.dtype, jnp.float32, output["dtype"])
+    origin = stats.mean if use_fast_variance else None
+
+    # The backward pass computes xhat again, from `x` and the moments that are kept.
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_save_moments)
+    def renormalize(x, scale, bias, residual):
+        xhat, batch = functional.normalize_batch(
+            x, origin=origin, epsilon=epsilon, **options
+        )
+        r, d = _corrections(batch, stats, epsilon, *limits)
+        multiplier = r if scale is None else r * scale.astype(r.dtype)
+        shift = d if scale is None else d * scale.astype(r.dtype)
+        shift = shift if bias is None else shift + bias.astype(r.dtype)
+        # By mean 0 and variance 0 + 1, the affine map alone, to the last bit.
+        zero = jnp.zeros_like(r)
+        statistics = zero, zero, multiplier, shift
+        output["residual"] = residual
+        y = functional.normalize(
+            xhat, *statistics, axis=axis, mask=mask, epsilon=1.0, **output
+        )
+        return y, batch
+
+    y, batch = renormalize(x, scale, bias, residual)
+    if not update_stats:
+        return y, stats
+    new = functional.update_batch_stats(
+        BatchStats(stats.mean, stats.var), batch, momentum=momentum, unbiased=unbiased
+    )
+    return y, RenormStats(new.mean, new.var, stats.step + 1)
+
+
+_save_moments = jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
+
+
+def _check_features(shape, axis, arrays):
+    # Before r and d, which would broadcast.
+    features = tuple(shape[i] for i in _validate.split_axes(shape, axis)[0])
+    for name, value in arrays.items():
+        _validate.check_features(value, name, features, shape)
+
+
+def _limits(step, r_max: Any, d_max: Any, warmup_steps):
+    """The numbers that limit r and d at this step."""
+    r_max = r_max(step) if callable(r_max) else r_max
+    d_max = d_max(step) if callable(d_max) else d_max
+    _validate.check_number(r_max, "r_max", lambda r: r >= 1, "a number of at least 1")
+    _validate.check_number(d_max, "d_max", lambda d: d >= 0, "a number of at least 0")
+    _validate.check_number(
+        warmup_steps, "warmup_steps", lambda n: n >= 0, "a number of steps, 0 for none"
+    )
+    warm = step >= warmup_steps
+    return jnp.where(warm, r_max, 1.0), jnp.where(warm, d_max, 0.0)
+
+
+def _corrections(batch, stats, epsilon, r_max, d_max):
+    """Return r and d, which have no derivative."""
+    dtype = batch.mean.dtype
+    mean, var, epsilon, r_max, d_max = (
+        jnp.asarray(value, dtype)
+        for value in (stats.mean, stats.var, epsilon, r_max, d_max)
+    )
+    inv_std = lax.rsqrt(var + epsilon)
+    r = jnp.sqrt(batch.var + epsilon) * inv_std
+    d = (batch.mean - mean) * inv_std
+    r, d = jnp.clip(r, 1 / r_max, r_max), jnp.clip(d, -d_max, d_max)
+    return lax.stop_gradient((r, d))
+
+
+class BatchRenorm(BatchNorm):
+    """`bnjax.linen.BatchNorm` with batch renormalization in training.
+
+    Its variables are those of the layer it extends and "step" in "batch_stats", the
+    number of updates; in inference it is that layer. `unbiased=True` is for batches of
+    a few examples, see `batch_renorm`.
+
+    Attributes:
+        r_max: limit of r and 1 / r, at least 1; a number or a schedule of the step.
+        d_max: limit of the size of d, at least 0; likewise.
+        warmup_steps: updates with r = 1 and d = 0 before the limits hold.
+
+    The other attributes are those of `bnjax.linen.BatchNorm`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> layer = BatchRenorm(use_running_average=False, r_max=3.0, d_max=1.5)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> variables = layer.init(jax.random.key(0), x)
+        >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        >>> print(y.ravel().round(2), updates["batch_stats"]["step"])
+        [0.5 2.5] 1
+
+    References:
+        Ioffe (2017), "Batch Renormalization", Algorithm 1.
+    """
+
+    r_max: Limit = r_max_schedule
+    d_max: Limit = d_max_schedule
+    warmup_steps: int = 0
+
+    @nn.nowrap
+    def _transform(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        batch_stats: BatchStats,
+        **options: Any,
+    ) -> tuple[jax.Array, BatchStats]:
+        step = self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
+        y, stats = batch_renorm(
+            x,
+            scale,
+            bias,
+            RenormStats(batch_stats.mean, batch_stats.var, step.value),
+            r_max=self.r_max,
+            d_max=self.d_max,
+            warmup_steps=self.warmup_steps,
+            **options,
+        )
+        if options["update_stats"]:
+            step.value = stats.step
+        return y, stats
+
+
+class NnxBatchRenorm(NnxBatchNorm):
+    """`bnjax.nnx.BatchNorm` with batch renormalization in training.
+
+    Its variables are those of the layer it extends and `step`, an nnx.BatchStat, the
+    number of updates; in inference it is that layer. `unbiased=True` is for batches of
+    a few examples, see `batch_renorm`.
+
+    Args:
+        num_features: number of channels.
+        r_max: limit of r and 1 / r, at least 1; a number or a schedule of the step.
+        d_max: limit of the size of d, at least 0; likewise.
+        warmup_steps: updates with r = 1 and d = 0 before the limits hold.
+        **kwargs: those of `bnjax.nnx.BatchNorm`, `rngs` among them.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = NnxBatchRenorm(1, r_max=3.0, d_max=1.5, rngs=nnx.Rngs(0))
+        >>> print(layer(jnp.array([[1.0], [3.0]])).ravel().round(2), layer.step[...])
+        [0.5 2.5] 1
+
+    References:
+        Ioffe (2017), "Batch Renormalization", Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        r_max: Limit = r_max_schedule,
+        d_max: Limit = d_max_schedule,
+        warmup_steps: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(num_features, **kwargs)
+        self.r_max, self.d_max, self.warmup_steps = r_max, d_max, warmup_steps
+        self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def _transform(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        batch_stats: BatchStats,
+        **options: Any,
+    ) -> tuple[jax.Array, BatchStats]:
+        y, stats = batch_renorm(
+            x,
+            scale,
+            bias,
+            RenormStats(batch_stats.mean, batch_stats.var, self.step[...]),
+            r_max=self.r_max,
+            d_max=self.d_max,
+            warmup_steps=self.warmup_steps,
+            **options,
+        )
+        if not options["use_running_average"]:
+            self.step[...] = stats.step
+        return y, stats

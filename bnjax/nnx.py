@@ -1,5 +1,7 @@
 """Batch normalization as a layer of flax.nnx."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jax import lax
@@ -99,7 +101,7 @@ class BatchNorm(nnx.BatchNorm):
                 mean, var = self.mean[...], self.var[...]
             # What is only widened is left as it is, and kept so for the gradient.
             widened = _validate.promoted(x.dtype, cast.dtype) == cast.dtype
-            y, batch_stats = functional.batch_norm(
+            y, batch_stats = self._transform(
                 x if widened else cast,
                 scale,
                 bias,
@@ -124,3 +126,14 @@ class BatchNorm(nnx.BatchNorm):
             ):
                 kept[...] = lax.stop_gradient(new).astype(kept.dtype)
         return y
+
+    def _transform(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        batch_stats: functional.BatchStats,
+        **options: Any,
+    ) -> tuple[jax.Array, functional.BatchStats]:
+        """Apply `bnjax.batch_norm`; a variant of the layer has another."""
+        return functional.batch_norm(x, scale, bias, batch_stats, **options)

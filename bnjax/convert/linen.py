@@ -140,6 +140,9 @@ def convert_linen(
         )
         raise
     chosen = conversion.choose(recorder.layers)
+    for name, layer in chosen.items():
+        # What cannot be exchanged is refused here, not in the first call.
+        conversion.to.linen(name, layer)
     new = _with_conversions(model, (*old, conversion))
     if isinstance(conversion.to, ToGroupNorm):
         _check_called(variables, recorder.layers, conversion)

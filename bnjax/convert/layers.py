@@ -19,6 +19,9 @@ from bnjax.variants.ghost import GhostBatchNorm, NnxGhostBatchNorm
 
 Path = tuple[Any, ...]
 
+# Classes that were made here, from a model's or a layer's own.
+EXCHANGED_KIND, OWN_MODE = "exchanged_kind", "own_mode"
+
 
 def layer_name(path: Path) -> str:
     """The name of a layer by its path in the model."""
@@ -102,22 +105,17 @@ class NnxGroupNorm(nnx.GroupNorm):
         return _finished(super().__call__(x), residual, self.activation)
 
 
-class OwnMode:
-    """The mode is that of `train()` and `eval()`, whatever the call says."""
-
-    def __call__(self, x: Any, use_running_average: Any = None, **kwargs: Any) -> Any:
-        """Normalize `x`; the argument is not looked at."""
-        del use_running_average
-        layer: Any = super()
-        return layer.__call__(x, **kwargs)
-
-
 @functools.cache
-def own_mode(kind: type) -> type:
-    """A class of layers of nnx whose calls do not choose the mode."""
-    if issubclass(kind, OwnMode):
+def own_mode(kind: Any) -> Any:
+    """A class of layers of nnx with the mode of `train()` and `eval()` alone."""
+    if hasattr(kind, OWN_MODE):
         return kind
-    return type(kind.__name__, (OwnMode, kind), {})
+
+    def call(self: Any, x: Any, use_running_average: Any = None, **kwargs: Any) -> Any:
+        del use_running_average
+        return kind.__call__(self, x, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call, OWN_MODE: True})
 
 
 _KNOWN = (
@@ -129,14 +127,14 @@ _KNOWN = (
     NnxGhostBatchNorm,
     LinenFrozenBatchNorm,
     NnxFrozenBatchNorm,
-    OwnMode,
 )
 
 
 def refuse_loss(name: str, old: type, new: type) -> None:
     """Refuse to replace a layer by one that does not do all that it does."""
     for kind in old.__mro__:
-        if issubclass(new, kind) or kind in _KNOWN or "exchanged_kind" in vars(kind):
+        made_here = not vars(kind).keys().isdisjoint((EXCHANGED_KIND, OWN_MODE))
+        if issubclass(new, kind) or kind in _KNOWN or made_here:
             continue
         lost = [
             f"{kind.__name__}.{key}"

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.convert.layers import layer_name
+from bnjax.convert.layers import EXCHANGED_KIND, layer_name
 from bnjax.convert.targets import Conversion, ToGroupNorm
 
 # Set on the layer that takes another's place: its own call is not exchanged again.
@@ -79,7 +79,7 @@ def _exchanged_class(
         for name in dir(kind)
         if name != "setup" and hasattr(getattr(kind, name), "method_handler_wrapped")
     }
-    members = {"exchanged_kind": kind, "exchanged_conversions": conversions}
+    members = {EXCHANGED_KIND: kind, "exchanged_conversions": conversions}
     members |= {"__module__": kind.__module__, "__doc__": kind.__doc__}
     return type(kind.__name__, (kind,), {**members, **methods})
 
@@ -87,7 +87,7 @@ def _exchanged_class(
 def _with_conversions(
     model: nn.Module, conversions: tuple[Conversion, ...]
 ) -> nn.Module:
-    kind = _exchanged_class(getattr(model, "exchanged_kind", type(model)), conversions)
+    kind = _exchanged_class(getattr(model, EXCHANGED_KIND, type(model)), conversions)
     fields = {
         field.name: getattr(model, field.name)
         for field in dataclasses.fields(kind)

@@ -81,7 +81,7 @@ class ToBatchNorm:
         """Turn a layer of nnx into another."""
         ours = bnjax.nnx.BatchNorm, NnxGhostBatchNorm, kinds.NnxFrozenBatchNorm
         kind = self._kind(layer, *ours)
-        if self.use_running_average is not None or isinstance(layer, kinds.OwnMode):
+        if self.use_running_average is not None or hasattr(layer, kinds.OWN_MODE):
             kind = kinds.own_mode(kind)
         _turn_into(name, layer, kind, **self._changes())
 

@@ -166,7 +166,7 @@ def test_what_is_given_is_checked():
         ToBatchNorm(epsilon=0)
     with pytest.raises(Exception, match="batch_stats") as caught:
         converted(ToBatchNorm(), x, train=True, **given)
-    assert "expected those of evaluation" in caught.value.__notes__[0]
+    assert any("those of evaluation" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])

@@ -69,7 +69,8 @@ def convert(
             the name and the layer.
         may_change: leave out the comparison, because the function is meant to change.
         tolerance: how far outputs may differ, relative to the largest of each array;
-            None for the square root of its dtype's epsilon (3e-4 for float32).
+            None for the square root of its dtype's epsilon (3e-4 for float32, and for
+            float64, since parameters and statistics are float32 there too).
         **kwargs: keywords of the call in evaluation, such as `train=False`; in linen
             also those of `apply`, such as `method` or `rngs`. In nnx, `eval()` is set.
 
@@ -197,7 +198,9 @@ def _compare(before: Any, after: Any, tolerance: float | None) -> None:
             raise ValueError(f"{place} was {kinds[0]} and is {kinds[1]} now.")
         limit = tolerance
         if limit is None:
-            limit = float(jnp.finfo(jnp.result_type(old)).eps) ** 0.5
+            # Parameters and statistics are float32 beside a float64 output too.
+            kind = jnp.finfo(jnp.result_type(old))
+            limit = max(float(kind.eps), float(jnp.finfo(jnp.float32).eps)) ** 0.5
         a, b = (np.asarray(x).astype(np.complex128) for x in (old, new))
         if not np.isfinite(a).all():
             raise ValueError(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import bnjax
@@ -180,7 +181,7 @@ def test_shared_layers_have_the_statistics_of_all_devices(api):
         y = copy(x)
         return y, nnx.to_pure_dict(nnx.state(copy, nnx.BatchStat))
 
-    mesh = jax.make_mesh((8,), ("data",))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharded = jax.shard_map(
         step, mesh=mesh, in_specs=P("data"), out_specs=(P("data"), P())
     )
@@ -233,6 +234,7 @@ def test_other_dtypes(api, dtype, x64):
     for to in SAME.values():
         new = converted(to, x, **given)
         if api == "nnx":
+            new.eval()
             assert new(x).dtype == dtype
             assert new.bn0.scale[...].dtype == dtype
         else:
@@ -245,7 +247,7 @@ class Knot(nnx.Module):
     def __init__(self, rngs):
         self.once = nnx.BatchNorm(4, rngs=rngs)
         self.again = self.once
-        self.pair = (nnx.BatchNorm(4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs))
+        self.pair = nnx.data(tuple(nnx.BatchNorm(4, rngs=rngs) for _ in range(2)))
         self.child = nnx.Linear(4, 4, rngs=rngs)
         self.child.parent = self
         make = nnx.vmap(lambda rngs: nnx.BatchNorm(4, rngs=rngs), in_axes=0)
@@ -272,8 +274,9 @@ def test_sharing_and_containers_are_as_they_were(to):
     assert len(kinds) == 1
     assert kinds != {nnx.BatchNorm}
     assert new.stack.scale[...].shape == (3, 4)
-    new.train()
-    assert new(x).shape == (6, 4) if to != SAME["shared"] else True
+    if to != SAME["shared"]:
+        new.train()
+        assert new(x).shape == (6, 4)
 
 
 def test_virtual_batches_are_those_of_the_variant():

@@ -184,7 +184,7 @@ def test_what_cannot_be_group_norm_is_refused(api):
     kind = {"linen": nn.BatchNorm, "nnx": nnx.BatchNorm}[api]
     _, converted, x, given = two(api, functools.partial(kind, axis=(0,)))
     with pytest.raises(ValueError, match=r"layer bn0 has axis=\(0,\); expected -1"):
-        converted(ToGroupNorm(2), x.T @ x, may_change=True, **given)
+        converted(ToGroupNorm(2), x, may_change=True, **given)
 
 
 def test_group_norm_needs_a_call_of_every_layer_and_no_mask():

@@ -297,4 +297,4 @@ def test_virtual_batches_are_those_of_the_variant():
     # An own mode lasts through a second conversion.
     trains = converted(ToBatchNorm(use_running_average=False), x)
     again = convert(trains, ToBatchNorm(virtual_batch_size=3), x)
-    assert_equal(again.bn0(x, True), new.bn0(x, False))
+    assert_close(again.bn0(x, True), new.bn0(x, False))

@@ -84,18 +84,21 @@ def test_a_model_for_inference_trains_after_one_call(name):
     assert_equal(nnx.to_pure_dict(nnx.state(new, nnx.BatchStat)), stats)
 
 
+VIRTUAL = {"unbiased": True, "virtual_batch_size": 2}
+
+
 @pytest.mark.parametrize(
-    ("to", "same_as"),
+    ("name", "to", "same_as"),
     [
-        (ToBatchNorm(), {}),
-        (
-            ToBatchNorm(unbiased=True, virtual_batch_size=2),
-            {"unbiased": True, "virtual_batch_size": 2},
+        ("resnet", ToBatchNorm(**VIRTUAL), VIRTUAL),
+        pytest.param("resnet", ToBatchNorm(), {}, marks=pytest.mark.slow),
+        pytest.param("resnet", ToFrozen(), {"frozen": True}, marks=pytest.mark.slow),
+        pytest.param(
+            "inception", ToBatchNorm(**VIRTUAL), VIRTUAL, marks=pytest.mark.slow
         ),
-        (ToFrozen(), {"frozen": True}),
+        pytest.param("inception", ToFrozen(), {"frozen": True}, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("name", ["resnet", "inception"])
 def test_a_model_of_linen_trains_as_if_it_had_been_written_so(name, to, same_as):
     variables, x = linen_variables(name)
     model = linen_model(name, kind="flax")
@@ -106,6 +109,7 @@ def test_a_model_of_linen_trains_as_if_it_had_been_written_so(name, to, same_as)
     assert_close(training(new, variables, x), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_of_ours_keep_what_they_add():
     """An activation in the layer, a residual, the other variance."""
     variables, x = linen_variables("resnet")
@@ -119,6 +123,7 @@ def test_layers_of_ours_keep_what_they_add():
     )
 
 
+@pytest.mark.slow
 def test_some_layers_become_group_norm_and_the_others_keep_their_statistics():
     variables, x = linen_variables("resnet")
     model = linen_model("resnet", kind="batch")

@@ -268,6 +268,9 @@ def _call_and_record(
     y = call(*args, **kwargs)
     given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
     frozen = layer.use_running_average if given is None else given
+    # `bnjax.convert` calls another layer in its place, which notes what it is given.
+    if hasattr(layer, "exchanged_for"):
+        return y
     # A call of the class it extends, or in a transform, may have noted it already.
     if not frozen and read().weight is before.weight:
         x = args[0] if args else kwargs["x"]

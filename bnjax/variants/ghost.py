@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+import bnjax.nnx
 from bnjax import _validate, functional
 from bnjax.functional import BatchStats, Moments
 from bnjax.linen import BatchNorm
@@ -149,11 +150,7 @@ class GhostBatchNorm(BatchNorm):
         del options["use_running_average"]
         updating = options.pop("update_stats")
         moving = {name: options.pop(name) for name in ("momentum", "unbiased")}
-        if options.pop("mask") is not None:
-            raise ValueError(
-                "batch_norm: a mask was given to groups of a virtual batch size; "
-                "expected none. Leave the padding out of the batch."
-            )
+        _refuse_mask(options.pop("mask"))
         fast = options.pop("use_fast_variance")
         options["virtual_batch_size"] = self.virtual_batch_size
         origin = batch_stats.mean if fast else None
@@ -164,3 +161,51 @@ class GhostBatchNorm(BatchNorm):
             self.put_variable(MOMENTS, "moments", moments)
             return y, batch_stats
         return y, functional.update_batch_stats(batch_stats, moments, **moving)
+
+
+class NnxGhostBatchNorm(bnjax.nnx.BatchNorm):
+    """`bnjax.nnx.BatchNorm` that normalizes by groups of the batch in training.
+
+    Its variables, and what it does in inference, are those of the layer it extends.
+
+    Args:
+        num_features: number of channels.
+        virtual_batch_size: examples in a group; divides the batch. None for one group.
+        **kwargs: those of `bnjax.nnx.BatchNorm`; a mask is refused in training.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> layer = NnxGhostBatchNorm(1, virtual_batch_size=2, rngs=nnx.Rngs(0))
+        >>> print(layer(jnp.array([[0.0], [2.0], [10.0], [14.0]])).ravel().round(2))
+        [-1.  1. -1.  1.]
+    """
+
+    def __init__(
+        self, num_features: int, *, virtual_batch_size: int | None = None, **kwargs
+    ):
+        super().__init__(num_features, **kwargs)
+        self.virtual_batch_size = virtual_batch_size
+
+    def _transform(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        batch_stats: BatchStats,
+        **options: Any,
+    ) -> tuple[jax.Array, BatchStats]:
+        if options["use_running_average"]:
+            return super()._transform(x, scale, bias, batch_stats, **options)
+        del options["use_running_average"]
+        _refuse_mask(options.pop("mask"))
+        options["virtual_batch_size"] = self.virtual_batch_size
+        return ghost_batch_norm(x, scale, bias, batch_stats, **options)
+
+
+def _refuse_mask(mask: jax.Array | None) -> None:
+    if mask is not None:
+        raise ValueError(
+            "batch_norm: a mask was given to groups of a virtual batch size; "
+            "expected none. Leave the padding out of the batch."
+        )

@@ -2,12 +2,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import bnjax
 from bnjax.functional import Moments
 from bnjax.linen import BatchNorm
+from bnjax.nnx import BatchNorm as NnxBatchNorm
 from bnjax.variants.ghost import (
     GhostBatchNorm,
+    NnxGhostBatchNorm,
     ghost_batch_norm,
     merge_stacked,
     normalize_groups,
@@ -211,3 +214,37 @@ def test_a_mask_is_refused():
     variables = layer.init(jax.random.key(0), x)
     with pytest.raises(ValueError, match="a mask was given"):
         layer.apply(variables, x, mask=jnp.ones((6, 1), bool), mutable=["batch_stats"])
+    with pytest.raises(ValueError, match="layer of 4 features: a mask was given"):
+        nnx_layer(3)(x, mask=jnp.ones((6, 1), bool))
+
+
+def nnx_layer(size, **options):
+    options = {"momentum": 0.9, "unbiased": True, **options}
+    return NnxGhostBatchNorm(4, virtual_batch_size=size, rngs=nnx.Rngs(0), **options)
+
+
+def test_the_layer_of_nnx_is_the_function(x64):
+    x, scale, bias = data()
+    layer = nnx_layer(3, activation="tanh")
+    layer.scale, layer.bias = nnx.Param(scale), nnx.Param(bias)
+    step = nnx.jit(lambda layer, x: layer(x))
+    stats = bnjax.BatchStats.init(4)
+    options = {"virtual_batch_size": 3, "momentum": 0.9, "activation": "tanh"}
+    for count in range(1, 101):
+        y = step(layer, x)
+        if count < 3:
+            want, stats = ghost_batch_norm(x, scale, bias, stats, **options)
+            np.testing.assert_allclose(y, want, rtol=1e-12, atol=1e-12)
+            # The layer keeps float32.
+            np.testing.assert_allclose(layer.mean[...], stats.mean, rtol=1e-6)
+            np.testing.assert_allclose(layer.var[...], stats.var, rtol=1e-6)
+    values, kept = np.asarray(x).reshape(-1, 4), 0.9**100
+    var = kept + (1 - kept) * values.var(0, ddof=1)
+    np.testing.assert_allclose(layer.mean[...], (1 - kept) * values.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(layer.var[...], var, rtol=1e-5)
+
+    layer.eval()
+    plain = NnxBatchNorm(4, activation="tanh", rngs=nnx.Rngs(0))
+    nnx.update(plain, nnx.state(layer))
+    plain.eval()
+    np.testing.assert_array_equal(layer(x), plain(x))

@@ -1,0 +1,190 @@
+"""The layers that others become: frozen, group norm, of a mode of their own."""
+
+import functools
+import inspect
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+from jax import lax
+
+import bnjax.linen
+import bnjax.nnx
+from bnjax import _validate
+from bnjax._validate import Activation
+from bnjax.functional import BatchStats
+from bnjax.variants.ghost import GhostBatchNorm, NnxGhostBatchNorm
+
+Path = tuple[Any, ...]
+
+# Classes that were made here, from a model's or a layer's own.
+EXCHANGED_KIND, OWN_MODE = "exchanged_kind", "own_mode"
+
+
+def layer_name(path: Path) -> str:
+    """The name of a layer by its path in the model."""
+    return "/".join(map(str, path)) or "(top level)"
+
+
+class LinenFrozenBatchNorm(bnjax.linen.BatchNorm):
+    """`bnjax.linen.BatchNorm` that normalizes by its running statistics always."""
+
+    use_running_average: bool | None = True
+    train_scale_and_bias: bool = True
+
+    @nn.nowrap
+    def _transform(
+        self, x: Any, scale: Any, bias: Any, batch_stats: BatchStats, **options: Any
+    ) -> tuple[jax.Array, BatchStats]:
+        if not self.train_scale_and_bias:
+            scale, bias = lax.stop_gradient((scale, bias))
+        return super()._transform(x, scale, bias, batch_stats, **options)
+
+
+class LinenGroupNorm(nn.GroupNorm):
+    """`flax.linen.GroupNorm` that is called as `bnjax.linen.BatchNorm` is."""
+
+    activation: Activation | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalize `x`; there is one mode."""
+        del use_running_average
+        _refuse_mask(mask)
+        check_groups(
+            layer_name(self.path), x.shape[-1], self.num_groups, self.group_size
+        )
+        return _finished(super().__call__(x), residual, self.activation)
+
+
+class NnxFrozenBatchNorm(bnjax.nnx.BatchNorm):
+    """`bnjax.nnx.BatchNorm` that normalizes by its running statistics always."""
+
+    train_scale_and_bias: bool
+
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None, **kwargs: Any
+    ) -> jax.Array:
+        """Normalize `x`; the mode is not looked at."""
+        del use_running_average
+        return super().__call__(x, True, **kwargs)
+
+    def _transform(
+        self, x: Any, scale: Any, bias: Any, batch_stats: BatchStats, **options: Any
+    ) -> tuple[jax.Array, BatchStats]:
+        if not self.train_scale_and_bias:
+            scale, bias = lax.stop_gradient((scale, bias))
+        return super()._transform(x, scale, bias, batch_stats, **options)
+
+
+class NnxGroupNorm(nnx.GroupNorm):
+    """`flax.nnx.GroupNorm` that is called as `bnjax.nnx.BatchNorm` is."""
+
+    activation: Activation | None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalize `x`; there is one mode."""
+        del use_running_average
+        _refuse_mask(mask)
+        return _finished(super().__call__(x), residual, self.activation)
+
+
+@functools.cache
+def own_mode(kind: Any) -> Any:
+    """A class of layers of nnx with the mode of `train()` and `eval()` alone."""
+    if hasattr(kind, OWN_MODE):
+        return kind
+
+    def call(self: Any, x: Any, use_running_average: Any = None, **kwargs: Any) -> Any:
+        del use_running_average
+        return kind.__call__(self, x, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__call__": call, OWN_MODE: True})
+
+
+_KNOWN = (
+    nn.BatchNorm,
+    nnx.BatchNorm,
+    bnjax.linen.BatchNorm,
+    bnjax.nnx.BatchNorm,
+    GhostBatchNorm,
+    NnxGhostBatchNorm,
+    LinenFrozenBatchNorm,
+    NnxFrozenBatchNorm,
+)
+
+
+def refuse_loss(name: str, old: type, new: type) -> None:
+    """Refuse to replace a layer by one that does not do all that it does."""
+    for kind in old.__mro__:
+        made_here = not vars(kind).keys().isdisjoint((EXCHANGED_KIND, OWN_MODE))
+        if issubclass(new, kind) or kind in _KNOWN or made_here:
+            continue
+        lost = [
+            f"{kind.__name__}.{key}"
+            for key, value in vars(kind).items()
+            if inspect.isfunction(value) and (key == "__call__" or key[:2] != "__")
+        ]
+        if lost:
+            raise ValueError(
+                f"convert: layer {name} is a {old.__module__}.{old.__qualname__}; what "
+                f"{', '.join(lost)} does would be lost, such as an activation. "
+                "Expected a layer without a call of its own: leave this one out with "
+                "layers=..., or derive its class from bnjax's BatchNorm."
+            )
+
+
+def _refuse_mask(mask: jax.Array | None) -> None:
+    if mask is not None:
+        raise ValueError(
+            "convert: a mask was given to a layer that is a GroupNorm now, for which "
+            "each example is apart; expected none. Leave the layer out with layers=..."
+        )
+
+
+def check_last_axis(name: str, axis: Any) -> None:
+    """Refuse a layer whose channels are not along the last axis."""
+    if axis != -1:
+        raise ValueError(
+            f"convert: layer {name} has axis={axis!r}; expected -1, because GroupNorm "
+            "has the channels last. Leave the layer out with layers=..."
+        )
+
+
+def check_groups(
+    name: str, features: int, num_groups: int | None, group_size: int | None
+) -> None:
+    """Refuse groups that do not divide the channels of a layer."""
+    size = num_groups or group_size or 1
+    if features % size:
+        raise ValueError(
+            f"convert: layer {name} has {features} channels, num_groups={num_groups} "
+            f"and group_size={group_size}; expected a divisor of the channels, such as "
+            f"{np.gcd(features, size)}."
+        )
+
+
+def _finished(
+    y: jax.Array, residual: jax.Array | None, activation: Activation | None
+) -> jax.Array:
+    """Apply what bnjax's layer does after it has normalized."""
+    activate = _validate.as_activation(activation)
+    residual = _validate.check_residual(residual, y.shape)
+    y = y if residual is None else y + residual
+    return y if activate is None else activate(y)

@@ -24,7 +24,9 @@ ScoreFn = Callable[[Any, Any], Mapping[str, jax.Array]]
 
 
 class LayerStatistics(NamedTuple):
-    """The three statistics that one layer may normalize by; float64.
+    """The three statistics that one layer may normalize by.
+
+    They are float64, rounded to the dtype that the variables have.
 
     Attributes:
         batch: of each batch in training, shape (batches, features).

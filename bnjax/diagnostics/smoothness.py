@@ -140,7 +140,7 @@ def loss_smoothness(
         losses.append(moved_loss)
         compared.append(_compare(gradient, moved, everything))
     (norm, *_), changes, _ = map(jnp.stack, zip(*compared, strict=True))
-    betas = changes / (sizes * norm)
+    betas = changes / (sizes.astype(norm.dtype) * norm)
     return Smoothness(loss, norm, jnp.stack(losses), changes, betas)
 
 
@@ -227,7 +227,11 @@ def _downhill(
     batch: Any,
 ) -> tuple[jax.Array, Any]:
     """The loss and its gradient after a step of a size against a direction."""
-    moved = jax.tree.map(lambda p, d: (p - size * d).astype(p.dtype), params, direction)
+
+    def step(p: jax.Array, d: jax.Array) -> jax.Array:
+        return (_wide(p) - size.astype(_wide(p).dtype) * _wide(d)).astype(p.dtype)
+
+    moved = jax.tree.map(step, params, direction)
     return _value_and_grad(loss_fn, structure, moved, rest, batch)
 
 
@@ -273,7 +277,7 @@ def _compare(
     """Of the leaves chosen: norm, norm of the difference to another, and cosine."""
     pairs = [
         [
-            jnp.where(own, leaf, 0).astype(jnp.promote_types(leaf.dtype, jnp.float32))
+            jnp.where(own, _wide(leaf), 0)
             for own, leaf in zip(chosen, leaves, strict=True)
         ]
         for leaves in map(jax.tree.leaves, (gradient, other))
@@ -282,6 +286,10 @@ def _compare(
     difference = list(map(jnp.subtract, *pairs))
     cosine = _dot(*pairs) / (norm * other_norm)
     return norm, jnp.sqrt(_dot(difference, difference)), cosine
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _dot(leaves: Sequence[jax.Array], others: Sequence[jax.Array]) -> jax.Array:

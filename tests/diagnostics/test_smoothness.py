@@ -241,7 +241,7 @@ def test_one_program_for_all_points(network):
     assert len(traced) == 1
 
 
-def test_norms_of_half_precision_are_float32():
+def test_norms_of_half_precision_are_float32(strict):
     """Sums of squares that bfloat16 would lose; 300 times 300 overflows float16."""
     w = jnp.full(1000, 0.5, jnp.bfloat16)
 
@@ -256,7 +256,8 @@ def test_norms_of_half_precision_are_float32():
     def large(variables, batch):
         return jnp.sum(variables["params"] * jnp.float16(300))
 
-    found = loss_smoothness(large, {"params": jnp.ones(2, jnp.float16)}, None, [0.1])
+    variables = {"params": jnp.ones(2, jnp.float16)}
+    found = loss_smoothness(large, variables, None, [0.1])
     np.testing.assert_allclose(found.gradient_norm, 300 * np.sqrt(2), rtol=1e-6)
 
 

@@ -46,6 +46,7 @@ NOISY = "with, and noise after it"
 NETWORKS = (WITHOUT, WITH, NOISY)
 PALETTE = {**COLORS, NOISY: "C1"}
 MNIST, CIFAR = "MNIST", "CIFAR-10 (JPEG)"
+STEPS = {MNIST: 2000, CIFAR: 1000}
 TIMES = 20
 MULTIPLES = np.geomspace(0.5, 4, 8)
 """Step sizes along the gradient, over the learning rate."""
@@ -74,9 +75,9 @@ NORMALIZATIONS = {
 }
 
 
-def settings(data: str, steps: int, seed: int) -> Config:
+def settings(data: str, seed: int) -> Config:
     """Return the run of a data set."""
-    changes = {"steps": steps, "seed": seed, "batch_size": 60}
+    changes = {"steps": STEPS[data], "seed": seed, "batch_size": 60}
     if data == MNIST:
         return preset("mnist", changes | {"model.weight_std": 0.1})
     images: Any = {f"data.{name}": IMAGES[name] for name in ("mean", "std")}
@@ -85,19 +86,18 @@ def settings(data: str, steps: int, seed: int) -> Config:
     return preset("lenet", changes)
 
 
-def reproduce(seeds: int = 3, steps: int = 2000) -> None:
+def reproduce(seeds: int = 3) -> None:
     """Train, measure, write and draw.
 
     Args:
         seeds: How many runs of each network.
-        steps: Of each run.
     """
     runs: dict[str, Any] = {
         data: {
             name: [
                 once(
                     f"smoothness-{NETWORKS.index(name)}",
-                    settings(data, steps, seed),
+                    settings(data, seed),
                     functools.partial(measured, data, name),
                 )
                 for seed in range(seeds)
@@ -155,7 +155,7 @@ def measured(data: str, name: str, config: Config) -> dict[str, Any]:
 @functools.cache
 def make_task(data: str) -> Task:
     """Return the data, decoded once."""
-    return Task(settings(data, 1, 0))
+    return Task(settings(data, 0))
 
 
 @functools.cache

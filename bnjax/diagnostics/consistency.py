@@ -128,16 +128,15 @@ def compare_statistics(
     population = _stats(variables, estimate(batches))
     each = [_stats(variables, estimate([batch])) for batch in batches]
     moving = _stats(variables, None)
-    return {
-        layer_name(path): LayerStatistics(
-            BatchStats(
-                *map(np.stack, zip(*(stats[path] for stats in each), strict=True))
-            ),
-            BatchStats(*moving[path]),
-            BatchStats(*population[path]),
+    found = {}
+    for path in choose_layers(layers, moving):
+        means, variances = zip(*(stats[path] for stats in each), strict=True)
+        found[layer_name(path)] = LayerStatistics(
+            batch=BatchStats(np.stack(means), np.stack(variances)),
+            moving=BatchStats(*moving[path]),
+            population=BatchStats(*population[path]),
         )
-        for path in choose_layers(layers, moving)
-    }
+    return found
 
 
 def normalization_error(

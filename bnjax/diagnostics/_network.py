@@ -15,7 +15,8 @@ def split_params(variables: Any, caller: str) -> tuple[Any, Any, Any]:
         caller: names the function in errors.
     """
     if isinstance(variables, nnx.Module):
-        return nnx.split(variables, nnx.Param, ...)
+        structure, params, rest = nnx.split(variables, nnx.Param, ...)
+        return structure, params, rest
     if not isinstance(variables, Mapping) or "params" not in variables:
         given = f"of type {type(variables).__name__}"
         if isinstance(variables, Mapping):

@@ -130,9 +130,10 @@ def compare_statistics(
     moving = _stats(variables, None)
     found = {}
     for path in choose_layers(layers, moving):
-        means, variances = zip(*(stats[path] for stats in each), strict=True)
+        both = zip(*(stats[path] for stats in each), strict=True)
+        stacked: list[Any] = [np.stack(values) for values in both]
         found[layer_name(path)] = LayerStatistics(
-            batch=BatchStats(np.stack(means), np.stack(variances)),
+            batch=BatchStats(*stacked),
             moving=BatchStats(*moving[path]),
             population=BatchStats(*population[path]),
         )
@@ -259,10 +260,10 @@ def _stats(variables: Any, batch_stats: Any) -> dict[Any, tuple[Any, ...]]:
     """Mean and variance by path: those given, or else those of the variables."""
     if batch_stats is not None:
         variables = _with_stats(variables, batch_stats)
-    known = NnxNetwork if isinstance(variables, nnx.Module) else LinenNetwork
+    kind: Any = NnxNetwork if isinstance(variables, nnx.Module) else LinenNetwork
     return {
         path: tuple(np.asarray(value, np.float64) for value in stats)
-        for path, stats in known(variables).stats().items()
+        for path, stats in kind(variables).stats().items()
     }
 
 

@@ -70,7 +70,7 @@ def batch_noise(
     with _validate.naming("batch_noise"):
         x = _validate.as_input(x)
         features = () if axis is None else _validate.split_axes(x.shape, axis)[0]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = _validate.promoted(x.dtype, jnp.float32)
     dtype = jnp.finfo(wide).dtype  # The noise of complex inputs is real.
     shape = [n if i in features else 1 for i, n in enumerate(x.shape)]
     keys = jax.random.split(key, 4)

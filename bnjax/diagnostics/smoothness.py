@@ -9,7 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax._validate import did_you_mean
+from bnjax._validate import did_you_mean, promoted
 from bnjax.diagnostics._network import join_params, param_names, split_params
 
 LossFn = Callable[[Any, Any], jax.Array]
@@ -289,7 +289,7 @@ def _compare(
 
 
 def _wide(leaf: jax.Array) -> jax.Array:
-    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+    return leaf.astype(promoted(leaf.dtype, jnp.float32))
 
 
 def _dot(leaves: Sequence[jax.Array], others: Sequence[jax.Array]) -> jax.Array:

@@ -79,7 +79,7 @@ def test_ranges_are_those_asked_for(x64):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_dtypes(dtype):
+def test_dtypes(dtype, strict):
     y = batch_noise(jax.random.key(0), jnp.ones((3, 4), dtype), axis=1)
     assert y.dtype == dtype
     wide = batch_noise(jax.random.key(0), jnp.ones((3, 4)), axis=1)

@@ -260,24 +260,24 @@ def draw(record: dict[str, Any]) -> Figure:
     """Draw each measure against the steps, a row for each data set."""
     runs = record["result"]["runs"]
     figure = Figure(figsize=(11, 6), layout="constrained")
-    rows = figure.subplots(len(runs), len(PANELS), sharex="row")
+    rows = figure.subplots(len(runs), len(PANELS), squeeze=False)
+    for axes, title in zip(rows[0], PANELS, strict=True):
+        axes.set_title(title)
     for row, (data, networks) in zip(rows, runs.items(), strict=True):
-        for axes, (title, (name, measure)) in zip(row, PANELS.items(), strict=True):
+        for axes, (name, measure) in zip(row, PANELS.values(), strict=True):
             for network, each in networks.items():
                 curves = [measure(run[name]) for run in each]
                 color, steps = PALETTE[network], each[0]["step"]
                 plot_median(axes, steps, curves, color, network)
-            if name != "shift_cosine":
-                axes.set_yscale("log")
-            axes.set(title=title if row is rows[0] else "")
+            if name in ("largest_change_of_gradient", "beta"):
+                axes.set_ylim(0, None)
             thousands(axes)
-        row[0].set_ylabel(data)
+        row[0].set(yscale="log", ylabel=data)
     for axes in rows[-1]:
-        axes.set_xlabel("training steps of 60 examples")
+        axes.set_xlabel("steps of 60 examples")
     figure.suptitle(
-        "Along the gradient, half to four times the learning rate; and the angle by "
-        "which the step of\nthe layers below turns the gradient of a layer: mean over "
-        f"layers, {seeds_of(record)}"
+        "Down the gradient by half to four times the learning rate; a layer's gradient "
+        f"before (G) and after (G')\nthe step of the layers below, {seeds_of(record)}"
     )
     handles = rows[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3)

@@ -132,7 +132,7 @@ def recompute_batch_stats(
             "mean and variance in its 'batch_stats'. Expected the variables of a "
             "network with flax's or bnjax's BatchNorm, as its init gives them."
         )
-    shapes = {path: jnp.shape(old[path][0]) for path in _choose_layers(layers, old)}
+    shapes = {path: jnp.shape(old[path][0]) for path in choose_layers(layers, old)}
     function, known, carry, rest = network.prepare(shapes)
     program = _compiled(function, apply_fn, *known, axis_name=axis_name)
 
@@ -146,7 +146,7 @@ def recompute_batch_stats(
     # In pairs: what a batch gave is read once the next has been started.
     for started, _ in itertools.pairwise(itertools.chain(recorded(), [None])):
         for path, (record, moved) in jax.tree.map(_on_host, started).items():
-            place = f"recompute_batch_stats: layer {_layer_name(path)}"
+            place = f"recompute_batch_stats: layer {layer_name(path)}"
             if moved.any() and not record.weight.any():
                 raise TypeError(
                     f"{place} has a mean and a variance in 'batch_stats' but is no "
@@ -168,11 +168,11 @@ def recompute_batch_stats(
     if not any(total.weight.any() for total in totals.values()):
         raise ValueError(
             "recompute_batch_stats: no layer normalized by its batch, of "
-            f"{', '.join(map(_layer_name, shapes))}; {network.training_call}."
+            f"{', '.join(map(layer_name, shapes))}; {network.training_call}."
         )
     new = {}
     for path, total in totals.items():
-        found = total.mean_and_var(method, _layer_name(path))
+        found = total.mean_and_var(method, layer_name(path))
         new[path] = tuple(
             _placed_like(np.where(total.weight > 0, value, np.asarray(before)), before)
             for value, before in zip(found, old[path], strict=True)
@@ -180,9 +180,9 @@ def recompute_batch_stats(
     return network.with_stats(new)
 
 
-def _choose_layers(layers: Layers, paths: Iterable[Path]) -> tuple[Path, ...]:
+def choose_layers(layers: Layers, paths: Iterable[Path]) -> tuple[Path, ...]:
     """Return the paths that `layers` asks for."""
-    names = {_layer_name(path): path for path in paths}
+    names = {layer_name(path): path for path in paths}
     listed = f"Its batch norm layers are: {', '.join(names)}."
     if callable(layers):
         chosen = {name for name in names if layers(name)}
@@ -211,7 +211,8 @@ def _choose_layers(layers: Layers, paths: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(path for name, path in names.items() if name in chosen)
 
 
-def _layer_name(path: Path) -> str:
+def layer_name(path: Path) -> str:
+    """Return the path as a name, such as "block/bn"."""
     return "/".join(map(str, path)) or "(top level)"
 
 
@@ -354,7 +355,7 @@ def _intercept_linen(
     layer, own = context.module, context.method_name == "__call__"
     if not (own and isinstance(layer, nn.BatchNorm)) or not layer.has_variable(*NOTE):
         return call(*args, **kwargs)
-    name = f"BatchNorm layer {_layer_name(layer.path)}"
+    name = f"BatchNorm layer {layer_name(layer.path)}"
     read = functools.partial(layer.get_variable, *NOTE)
     write = functools.partial(layer.put_variable, *NOTE)
     return _call_and_record(layer, name, call, args, kwargs, read, write)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import adabn, bias_drift, population, scale_invariance
+from experiments import adabn, bias_drift, population, scale_invariance, smoothness
 from experiments.runs import preset
 
 
@@ -56,3 +56,24 @@ def test_images_of_other_kinds():
     noise = adabn.noisy(x) - x
     assert float(noise.std()) == pytest.approx(0.5, rel=0.2)
     assert float(abs(noise[0] - noise[1]).max()) > 0
+
+
+@pytest.mark.parametrize("name", [smoothness.WITHOUT, smoothness.NOISY])
+def test_smoothness_along_a_short_run(name, monkeypatch):
+    changes = {"steps": 40, "model.hidden": (30, 20, 10), "model.weight_std": 0.1}
+    config = preset("digits", changes | {"parallel": "single"})
+    monkeypatch.setattr(smoothness, "settings", lambda *_: config)
+    monkeypatch.setattr(smoothness, "TIMES", 2)
+    smoothness.make_task.cache_clear()
+    smoothness.make_network.cache_clear()
+    found = smoothness.measured(smoothness.MNIST, name, config)
+    assert found["step"] == [0, 20]
+    assert np.shape(found["losses_on_the_line"]) == (2, 8)
+    # The shortest of the steps down the gradient goes down.
+    assert found["losses_on_the_line"][0][0] < found["loss"][0]
+    np.testing.assert_allclose(np.array(found["shift_cosine"])[:, 0], 1, rtol=1e-5)
+    table = smoothness.summary([found] * 3)
+    expected = np.exp(np.log(found["beta"]).mean())
+    assert table["beta_geometric_mean"]["median"] == pytest.approx(expected, rel=1e-4)
+    smoothness.make_task.cache_clear()
+    smoothness.make_network.cache_clear()

@@ -12,7 +12,7 @@ from flax import nnx
 
 import bnjax.linen
 from bnjax.models import MLP, Normalization
-from bnjax.population import Total, _choose_layers, recompute_batch_stats
+from bnjax.population import Total, choose_layers, recompute_batch_stats
 from tests import networks
 from tests.models.helpers import random_variables
 from tests.population.networks import (
@@ -220,11 +220,11 @@ def test_chosen_layers(layers, names):
 
 def test_patterns():
     paths = [("bn",), ("block", "bn"), ("blocks", 0, "bn"), ()]
-    assert _choose_layers(None, paths) == tuple(paths)
-    assert _choose_layers("bl*", paths) == (("block", "bn"), ("blocks", 0, "bn"))
-    both = _choose_layers(["blocks/0/bn", "bn"], paths)
+    assert choose_layers(None, paths) == tuple(paths)
+    assert choose_layers("bl*", paths) == (("block", "bn"), ("blocks", 0, "bn"))
+    both = choose_layers(["blocks/0/bn", "bn"], paths)
     assert both == (("bn",), ("blocks", 0, "bn"))
-    assert _choose_layers("(top level)", paths) == ((),)
+    assert choose_layers("(top level)", paths) == ((),)
 
 
 def test_a_frozen_layer_keeps_its_statistics():

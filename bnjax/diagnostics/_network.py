@@ -1,0 +1,51 @@
+"""A network as one function of its parameters, for linen and nnx."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+
+def split_params(variables: Any, caller: str) -> tuple[Any, Any, Any]:
+    """Return what `join_params` needs: a hashable structure, parameters, the rest.
+
+    Args:
+        variables: of a linen network, "params" among them; or an nnx.Module.
+        caller: names the function in errors.
+    """
+    if isinstance(variables, nnx.Module):
+        structure, params, rest = nnx.split(variables, nnx.Param, ...)
+        return structure, params, rest
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        given = f"of type {type(variables).__name__}"
+        if isinstance(variables, Mapping):
+            given = f"a dict of {', '.join(map(str, variables)) or 'nothing'}"
+        raise TypeError(
+            f"{caller}: variables is {given}; expected a dict of collections such as "
+            "{'params': ..., 'batch_stats': ...}, or an nnx.Module."
+        )
+    rest = {name: value for name, value in variables.items() if name != "params"}
+    return None, variables["params"], rest
+
+
+def join_params(structure: Any, params: Any, rest: Any) -> Any:
+    """Return the variables, of a linen network or as a new nnx.Module."""
+    if structure is None:
+        return {**rest, "params": params}
+    # Variables of an outer transform cannot be written to in an inner one.
+    return nnx.merge(structure, params, rest, copy=True)
+
+
+def param_names(params: Any) -> list[str]:
+    """Return the path of each leaf of a tree of parameters, such as "bn_0/scale"."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return [
+        # The value of an nnx.Variable is an attribute.
+        jax.tree_util.keystr(
+            tuple(key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey)),
+            simple=True,
+            separator="/",
+        )
+        for keys, _ in leaves
+    ]

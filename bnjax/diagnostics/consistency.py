@@ -1,0 +1,298 @@
+"""Statistics of the batch, of moving averages and of the population, side by side."""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from bnjax.diagnostics._network import join_params, split_params
+from bnjax.functional import BatchStats
+from bnjax.population import (
+    Layers,
+    LinenNetwork,
+    Method,
+    NnxNetwork,
+    choose_layers,
+    layer_name,
+    recompute_batch_stats,
+)
+
+ScoreFn = Callable[[Any, Any], Mapping[str, jax.Array]]
+
+
+class LayerStatistics(NamedTuple):
+    """The three statistics that one layer may normalize by.
+
+    They are float64, rounded to the dtype that the variables have.
+
+    Attributes:
+        batch: of each batch in training, shape (batches, features).
+        moving: the averages that the variables hold, shape (features,).
+        population: over all batches, shape (features,).
+    """
+
+    batch: BatchStats
+    moving: BatchStats
+    population: BatchStats
+
+
+class NormalizationError(NamedTuple):
+    """What normalization by other statistics makes of 0 and 1.
+
+    Attributes:
+        mean: of the output, where 0 is expected.
+        std: standard deviation of the output, where 1 is expected.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+
+
+class Scores(NamedTuple):
+    """The scores of each example, normalized by each kind of statistics; float64.
+
+    Attributes:
+        batch: by the statistics of its batch: by the name of the score, arrays of shape
+            (examples,).
+        moving: by the averages that the variables hold.
+        population: by those that were given.
+    """
+
+    batch: dict[str, np.ndarray]
+    moving: dict[str, np.ndarray]
+    population: dict[str, np.ndarray]
+
+
+def compare_statistics(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    batches: Iterable[Any],
+    *,
+    method: Method = "paper",
+    axis_name: str | None = None,
+    layers: Layers = None,
+) -> dict[str, LayerStatistics]:
+    """Return the statistics of each layer, of batch, moving average and population.
+
+    All are of what a layer is given in training, where those below it normalize by the
+    batch. The variances are unbiased, times m / (m - 1), but for the moving one of a
+    layer that keeps the biased.
+
+    Args:
+        apply_fn: the call of a training step, as in `bnjax.population`.
+        variables: of a linen network, or an nnx.Module. They stay as they are.
+        batches: what `apply_fn` takes, one after the other; all are kept at once.
+        method: of the population, "paper" or "pooled".
+        axis_name: of a pmap, as in `bnjax.population`.
+        layers: which, as in `bnjax.population`; None for all.
+
+    Returns:
+        By the path of the layer, such as "bn_0". A layer that normalizes by its moving
+        averages in training has these three times.
+
+    Raises:
+        TypeError, ValueError: as `bnjax.population.recompute_batch_stats`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnjax.diagnostics import compare_statistics, normalization_error
+        >>> from bnjax.linen import BatchNorm
+        >>> model = BatchNorm(use_running_average=False)
+        >>> batches = jnp.array([[[1.0], [3.0]], [[2.0], [6.0]]])
+        >>> variables = model.init(jax.random.key(0), batches[0])
+        >>> def train_call(variables, x):
+        ...     return model.apply(variables, x, mutable=["batch_stats"])
+        >>> (found,) = compare_statistics(train_call, variables, batches).values()
+        >>> print(found.batch.mean.ravel(), found.moving.mean, found.population.mean)
+        [2. 4.] [0.] [3.]
+        >>> error = normalization_error(found.moving, found.population)
+        >>> print(error.mean.round(2), error.std.round(2))
+        [3.] [2.24]
+
+    References:
+        Ioffe and Szegedy 2015, Algorithm 2; Wu and Johnson 2021, "Rethinking 'Batch' in
+        BatchNorm", section 3.
+    """
+    batches = list(batches)
+    estimate = functools.partial(
+        recompute_batch_stats,
+        apply_fn,
+        variables,
+        method=method,
+        axis_name=axis_name,
+        layers=layers,
+    )
+    population = _stats(variables, estimate(batches))
+    each = [_stats(variables, estimate([batch])) for batch in batches]
+    moving = _stats(variables, None)
+    found = {}
+    for path in choose_layers(layers, moving):
+        both = zip(*(stats[path] for stats in each), strict=True)
+        stacked: list[Any] = [np.stack(values) for values in both]
+        found[layer_name(path)] = LayerStatistics(
+            batch=BatchStats(*stacked),
+            moving=BatchStats(*moving[path]),
+            population=BatchStats(*population[path]),
+        )
+    return found
+
+
+def normalization_error(
+    used: BatchStats, actual: BatchStats, epsilon: float = 1e-5
+) -> NormalizationError:
+    r"""Return what normalization by some statistics makes of values of others.
+
+    .. math:: \mathrm{mean} = \frac{\mu - \mu_u}{\sqrt{\sigma_u^2 + \epsilon}}, \quad
+              \mathrm{std} = \sqrt{\frac{\sigma^2 + \epsilon}{\sigma_u^2 + \epsilon}}
+
+    They are 0 and 1 where both are the same, and in units of the layer's own output
+    before scale and bias, so that layers and channels compare. They are the d and the r
+    that batch renormalization corrects by.
+
+    Args:
+        used: the statistics that normalize, such as the moving ones.
+        actual: those of the values, such as the population's; of a shape that
+            broadcasts.
+        epsilon: of the layer.
+
+    Examples:
+        >>> import numpy as np
+        >>> from bnjax import BatchStats
+        >>> one, four = np.ones(1), np.full(1, 4.0)
+        >>> error = normalization_error(BatchStats(one, four), BatchStats(four, one))
+        >>> print(error.mean.round(3), error.std.round(3))
+        [1.5] [0.5]
+
+    References:
+        Ioffe 2017, "Batch Renormalization", section 3.
+    """
+    mean, var, used_mean, used_var = (
+        np.asarray(value, np.float64)
+        for value in (actual.mean, actual.var, used.mean, used.var)
+    )
+    std = np.sqrt(used_var + epsilon)
+    return NormalizationError((mean - used_mean) / std, np.sqrt(var + epsilon) / std)
+
+
+def compare_scores(
+    train_scores: ScoreFn,
+    eval_scores: ScoreFn,
+    variables: Any,
+    population: Any,
+    batches: Iterable[Any],
+) -> Scores:
+    """Return the scores of a network by each kind of statistics.
+
+    Of the same examples, so that two can be compared one by one: the mean of their
+    difference is what the one kind costs, and its standard error tells it from chance.
+
+    Args:
+        train_scores: `train_scores(variables, batch)`, with the layers normalizing by
+            the batch: by name, arrays of shape (examples,), such as the loss and
+            whether the class was right. New running statistics are dropped.
+        eval_scores: the same, with the layers normalizing by the running statistics.
+            Both are compiled here, once for one function: define them outside of a
+            loop.
+        variables: of a linen network, or an nnx.Module, whose functions may call
+            `model.train()` and `model.eval()`. They stay as they are.
+        population: what `bnjax.population.recompute_batch_stats` returns, over examples
+            of the training set.
+        batches: what the functions take, one after the other. By the batch, an
+            example's score depends on the others: shuffle them.
+
+    Raises:
+        TypeError: for variables of another kind.
+        ValueError: for no batches, or scores that are not one for each example.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnjax.diagnostics import compare_scores
+        >>> from bnjax.linen import BatchNorm
+        >>> from bnjax.population import recompute_batch_stats
+        >>> model, x = BatchNorm(), jnp.array([[1.0], [3.0], [2.0], [6.0]])
+        >>> def train_call(variables, x):
+        ...     return model.apply(variables, x, False, mutable=["batch_stats"])
+        >>> def train_scores(variables, x):
+        ...     return {"square": jnp.square(train_call(variables, x)[0])[:, 0]}
+        >>> def eval_scores(variables, x):
+        ...     return {"square": jnp.square(model.apply(variables, x, True))[:, 0]}
+        >>> variables = model.init(jax.random.key(0), x, True)
+        >>> population = recompute_batch_stats(train_call, variables, [x])
+        >>> found = compare_scores(
+        ...     train_scores, eval_scores, variables, population, [x]
+        ... )
+        >>> for scores in found:
+        ...     print(scores["square"].mean().round(2))
+        1.0
+        12.5
+        0.75
+
+    References:
+        Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", sections 3 and 4.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ValueError(
+            "compare_scores: no batches came; expected one or more. A generator that "
+            "was gone through before gives none."
+        )
+    of_population = _with_stats(variables, population)
+    return Scores(
+        _scores(train_scores, variables, batches),
+        _scores(eval_scores, variables, batches),
+        _scores(eval_scores, of_population, batches),
+    )
+
+
+def _with_stats(variables: Any, batch_stats: Any) -> Any:
+    """The variables with statistics as `recompute_batch_stats` returns them."""
+    if isinstance(variables, nnx.Module):
+        model = nnx.clone(variables)
+        nnx.update(model, batch_stats)
+        return model
+    return {**variables, "batch_stats": batch_stats}
+
+
+def _stats(variables: Any, batch_stats: Any) -> dict[Any, tuple[Any, ...]]:
+    """Mean and variance by path: those given, or else those of the variables."""
+    if batch_stats is not None:
+        variables = _with_stats(variables, batch_stats)
+    kind: Any = NnxNetwork if isinstance(variables, nnx.Module) else LinenNetwork
+    return {
+        path: tuple(np.asarray(value, np.float64) for value in stats)
+        for path, stats in kind(variables).stats().items()
+    }
+
+
+def _scores(
+    score_fn: ScoreFn, variables: Any, batches: list[Any]
+) -> dict[str, np.ndarray]:
+    structure, params, rest = split_params(variables, "compare_scores")
+    found = [_call(score_fn, structure, params, rest, batch) for batch in batches]
+    shapes = [{name: value.shape for name, value in each.items()} for each in found]
+    for each in shapes:
+        lengths = set(each.values())
+        if (
+            len(lengths) != 1
+            or len(min(lengths)) != 1
+            or each.keys() != shapes[0].keys()
+        ):
+            raise ValueError(
+                f"compare_scores: {score_fn.__name__} returned shapes {each}; expected "
+                "by the same names for every batch arrays of shape (examples,), such "
+                "as {'loss': losses, 'accuracy': logits.argmax(-1) == labels}."
+            )
+    return {
+        name: np.concatenate([np.asarray(each[name], np.float64) for each in found])
+        for name in shapes[0]
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call(
+    score_fn: ScoreFn, structure: Any, params: Any, rest: Any, batch: Any
+) -> dict[str, jax.Array]:
+    return dict(score_fn(join_params(structure, params, rest), batch))

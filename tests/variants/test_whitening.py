@@ -37,6 +37,10 @@ def data(seed=0, shape=SHAPE, dtype=None):
     return [jnp.asarray(a, dtype) for a in (*arrays, rng.normal(size=shape))]
 
 
+def start(dtype="float64"):
+    return WhiteningStats.init(6, SIZE, dtype)
+
+
 def inverse_sqrt(cov, iterations, epsilon=EPSILON):
     """ZCA and IterNorm as their papers write them, in float64."""
     cov = np.asarray(cov, np.float64) + epsilon * np.eye(len(cov))
@@ -98,10 +102,10 @@ def train(x, scale, bias, stats, dy, mask=None, *, iterations, options=()):
     return y, new, grads
 
 
-@pytest.mark.parametrize("iterations", [None, 1, 5])
+@pytest.mark.parametrize("iterations", METHODS)
 def test_training_is_the_papers(iterations, x64):
     x, scale, bias, dy = data()
-    old = WhiteningStats(jnp.full(6, 0.5), 2 * WhiteningStats.init(6, SIZE).cov)
+    old = WhiteningStats(jnp.full(6, 0.5), 2 * start().cov)
     y, new, _ = train(x, scale, bias, old, dy, iterations=iterations)
     mean, cov, count = moments(x)
     close(y, whitened(x, mean, cov, iterations, scale, bias))
@@ -120,12 +124,13 @@ def test_zca_has_the_identity_as_covariance(x64):
     close(matrix, matrix.mT)
 
 
-@pytest.mark.parametrize("iterations", METHODS)
+@pytest.mark.parametrize("iterations", [None, 3])
 def test_gradients_are_those_of_finite_differences(iterations, x64):
     x, scale, bias, dy = data(shape=(7, 6))
     residual = jnp.flip(x)
     mask = (jnp.arange(7.0) % 3).reshape(7, 1)
 
+    @jax.jit
     def run(x, scale, bias, residual, epsilon):
         y, found = whiten_batch(
             x,
@@ -141,23 +146,33 @@ def test_gradients_are_those_of_finite_differences(iterations, x64):
         return jnp.sum(y * dy), found.mean, found.cov
 
     arguments = x, scale, bias, residual, jnp.asarray(0.05)
-    check_grads(jax.jit(run), arguments, order=1, eps=1e-6, atol=1e-6, rtol=1e-6)
+    check_grads(run, arguments, 1, ["rev"], eps=1e-6, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("iterations", METHODS)
+@pytest.mark.parametrize("iterations", [None, 3])
 def test_second_derivatives(iterations, x64):
-    x, *_, dy = data(shape=(7, 6))
+    x, *_, dy = data(shape=(7, 3))
+    direction = jnp.cos(jnp.arange(21.0)).reshape(7, 3)
 
     def loss(x):
-        options = {"group_size": SIZE, "epsilon": 0.1, "iterations": iterations}
+        options = {"group_size": 3, "epsilon": 0.1, "iterations": iterations}
         return jnp.sum(whiten_batch(x, **options)[0] ** 3 * dy)
 
-    direction = jnp.cos(jnp.arange(42.0)).reshape(7, 6)
-    gradient = jax.jit(jax.grad(loss))
-    found = jax.jit(lambda x: jax.jvp(jax.grad(loss), (x,), (direction,))[1])(x)
+    @jax.jit
+    def both(x):
+        return jax.jvp(jax.grad(loss), (x,), (direction,))
+
     step = 1e-5
-    ends = gradient(x + step * direction), gradient(x - step * direction)
-    close(found, (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
+    ends = both(x + step * direction)[0], both(x - step * direction)[0]
+    close(both(x)[1], (ends[0] - ends[1]) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+@jax.jit
+def zca_derivatives(cov, direction):
+    matrix = functools.partial(whitening_matrix, iterations=None, epsilon=EPSILON)
+    gradient = jax.grad(lambda cov: jnp.sum(matrix(cov) * direction))
+    second = jax.jvp(gradient, (cov,), (direction,))
+    return *jax.jvp(matrix, (cov,), (direction,)), *second
 
 
 @pytest.mark.parametrize(
@@ -170,16 +185,24 @@ def test_the_derivative_of_zca_where_eigenvalues_coincide_or_vanish(eigenvalues,
     cov = jnp.asarray(basis * np.array(eigenvalues) @ basis.T)
     direction = rng.normal(size=(3, 3))
     direction = jnp.asarray(direction + direction.T)
-    matrix = functools.partial(whitening_matrix, iterations=None, epsilon=EPSILON)
-    w, dw = jax.jvp(matrix, (cov,), (direction,))
+    w, dw, gradient, second = zca_derivatives(cov, direction)
     roots = np.sqrt(np.array(eigenvalues) + EPSILON)
     a, b = roots[:, None], roots
     expected = -(basis.T @ direction @ basis) / (a * b * (a + b))
     close(dw, basis @ expected @ basis.T, rtol=1e-7, atol=1e-4)
     close(w, (basis / roots) @ basis.T, rtol=1e-7)
-    gradient = jax.grad(lambda cov: jnp.sum(matrix(cov) * direction))
-    close(gradient(cov), dw, rtol=1e-9, atol=1e-6)
-    assert np.isfinite(jax.jacfwd(gradient)(cov)).all()
+    close(gradient, dw, rtol=1e-9, atol=1e-6)
+    assert np.isfinite(second).all()
+
+
+def test_rounding_makes_no_negative_eigenvalue():
+    direction = np.linspace(1, 2, 8, dtype=np.float32)
+    cov = jnp.asarray(1e6 * np.outer(direction, direction))
+    assert np.linalg.eigvalsh(cov)[0] < -1e-5
+    w = whitening_matrix(cov, iterations=None)
+    assert np.isfinite(w).all()
+    length = direction @ np.asarray(w) @ direction
+    np.testing.assert_allclose(length, np.linalg.norm(direction) / 1e3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("iterations", METHODS)
@@ -187,11 +210,10 @@ def test_gradients_are_finite_of_alike_dead_and_too_few_values(iterations):
     """Equal channels, a constant one, and fewer values than a group has channels."""
     x, scale, bias, dy = data(dtype="float32")
     alike = x.at[..., 1].set(x[..., 0]).at[..., 3].set(7.0)
-    few = x[:2].at[:, 1:].set(x[:2, :1])
+    few = jnp.broadcast_to(x[:1, :1], SHAPE).at[0].set(x[1, 0])
     stats = WhiteningStats.init(6, SIZE)
     for x in (alike, few, jnp.zeros(SHAPE)):
-        part = dy[: len(x)]
-        found = train(x, scale, bias, stats, part, iterations=iterations)
+        found = train(x, scale, bias, stats, dy, iterations=iterations)
         for leaf in jax.tree.leaves(found):
             assert np.isfinite(leaf).all()
             assert np.abs(leaf).max() < 1e4
@@ -211,14 +233,13 @@ def test_newton_goes_on_to_zca_and_stays_there():
 @pytest.mark.parametrize("updates", [1, 2, 100])
 def test_running_statistics(updates, x64):
     batches = jnp.stack([data(seed)[0] for seed in range(updates)])
-    start = WhiteningStats.init(6, SIZE)
 
     def step(stats, x):
         return whitening_batch_norm(
             x, None, None, stats, group_size=SIZE, momentum=MOMENTUM
         )[::-1]
 
-    found, _ = jax.jit(lambda xs: jax.lax.scan(step, start, xs))(batches)
+    found, _ = jax.jit(lambda xs: jax.lax.scan(step, start(), xs))(batches)
     mean, cov = np.zeros(6), np.stack([np.eye(3)] * 2)
     for x in batches:
         new_mean, new_cov, count = moments(x)
@@ -304,7 +325,7 @@ def test_a_large_mean_costs_no_digits():
 def test_masks(x64):
     x, scale, bias, dy = data()
     weights = (jnp.arange(9) % 3).reshape(9, 1, 1)
-    stats = WhiteningStats.init(6, SIZE)
+    stats = start()
     y, new, grads = train(x, scale, bias, stats, dy, weights, iterations=None)
     mean, cov, count = moments(x, np.asarray(weights))
     close(y, whitened(x, mean, cov, None, scale, bias))
@@ -331,10 +352,10 @@ def test_masks(x64):
 @pytest.mark.parametrize("iterations", METHODS)
 def test_vmap_is_a_loop(iterations, x64):
     batches = [data(seed) for seed in range(3)]
-    stacked = [jnp.stack(each) for each in zip(*batches, strict=True)]
-    stats = WhiteningStats.init(6, SIZE)
+    x, scale, bias, dy = (jnp.stack(each) for each in zip(*batches, strict=True))
+    stats = start()
     run = functools.partial(train, iterations=iterations)
-    found = jax.vmap(run, (0, 0, 0, None, 0))(*stacked)
+    found = jax.vmap(run, (0, 0, 0, None, 0))(x, scale, bias, stats, dy)
     for i, (x, scale, bias, dy) in enumerate(batches):
         one = run(x, scale, bias, stats, dy)
         close(jax.tree.map(lambda leaf, i=i: leaf[i], found), one)
@@ -342,7 +363,7 @@ def test_vmap_is_a_loop(iterations, x64):
 
 def test_other_feature_axes(x64):
     x, scale, bias, dy = data()
-    stats = WhiteningStats.init(6, SIZE)
+    stats = start()
     y, new, grads = train(x, scale, bias, stats, dy, iterations=5)
 
     def turn(array):
@@ -453,8 +474,8 @@ def test_arrays_sharded_over_a_mesh(axis_type, spec):
     want = train(x, scale, bias, stats, dy, iterations=None)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
 
-    def put(tree, spec=P()):
-        return jax.device_put(tree, NamedSharding(mesh, spec))
+    def put(tree, spec=None):
+        return jax.device_put(tree, NamedSharding(mesh, spec or P()))
 
     got = train(
         put(x, spec), put(scale), put(bias), put(stats), put(dy, spec), iterations=None
@@ -582,8 +603,8 @@ def test_arrays_that_do_not_fit_are_refused():
         run(jnp.ones((4, 6), "complex64"), None, None, stats)
     with pytest.raises(ValueError, match=r"cov has shape.*group_size"):
         run(jnp.ones((4, 6)), None, None, WhiteningStats.init(6, 2))
+    _, batch = whiten_batch(jnp.ones((4, 6)), group_size=2)
     with pytest.raises(ValueError, match="differ"):
-        _, batch = whiten_batch(jnp.ones((4, 6)), group_size=2)
         update_whitening_stats(stats, batch)
     with pytest.raises(ValueError, match="size, size"):
         whitening_matrix(jnp.ones((2, 3)))

@@ -106,12 +106,26 @@ def train(x, scale, bias, stats, dy, mask=None, *, iterations, options=()):
 def test_training_is_the_papers(iterations, x64):
     x, scale, bias, dy = data()
     old = WhiteningStats(jnp.full(6, 0.5), 2 * start().cov)
-    y, new, _ = train(x, scale, bias, old, dy, iterations=iterations)
+    y, new, grads = train(x, scale, bias, old, dy, iterations=iterations)
     mean, cov, count = moments(x)
     close(y, whitened(x, mean, cov, iterations, scale, bias))
     close(new.mean, MOMENTUM * 0.5 + (1 - MOMENTUM) * mean)
     unbiased = cov * count / (count - 1)
     close(new.cov, MOMENTUM * np.asarray(old.cov) + (1 - MOMENTUM) * unbiased)
+
+    def loss(x, scale, bias):
+        return np.sum(whitened(x, *moments(x)[:2], iterations, scale, bias) * dy)
+
+    given = [np.asarray(a) for a in (x, scale, bias)]
+    rng, step = np.random.default_rng(2), 1e-5
+    for i, gradient in enumerate(grads):
+        direction = rng.normal(size=gradient.shape)
+        ends = [
+            loss(*(a + s * direction if i == j else a for j, a in enumerate(given)))
+            for s in (step, -step)
+        ]
+        along = np.sum(np.asarray(gradient) * direction)
+        np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * step), rtol=1e-6)
 
 
 def test_zca_has_the_identity_as_covariance(x64):
@@ -124,8 +138,8 @@ def test_zca_has_the_identity_as_covariance(x64):
     close(matrix, matrix.mT)
 
 
-@pytest.mark.parametrize("iterations", [None, 3])
-def test_gradients_are_those_of_finite_differences(iterations, x64):
+def test_gradients_of_all_else(x64):
+    """Of a mask, an activation, a residual, epsilon and the moments."""
     x, scale, bias, dy = data(shape=(7, 6))
     residual = jnp.flip(x)
     mask = (jnp.arange(7.0) % 3).reshape(7, 1)
@@ -137,7 +151,7 @@ def test_gradients_are_those_of_finite_differences(iterations, x64):
             scale,
             bias,
             group_size=SIZE,
-            iterations=iterations,
+            iterations=None,
             epsilon=epsilon,
             mask=mask,
             activation="tanh",
@@ -149,13 +163,12 @@ def test_gradients_are_those_of_finite_differences(iterations, x64):
     check_grads(run, arguments, 1, ["rev"], eps=1e-6, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("iterations", [None, 3])
-def test_second_derivatives(iterations, x64):
+def test_second_derivatives(x64):
     x, *_, dy = data(shape=(7, 3))
     direction = jnp.cos(jnp.arange(21.0)).reshape(7, 3)
 
     def loss(x):
-        options = {"group_size": 3, "epsilon": 0.1, "iterations": iterations}
+        options = {"group_size": 3, "epsilon": 0.1, "iterations": None}
         return jnp.sum(whiten_batch(x, **options)[0] ** 3 * dy)
 
     @jax.jit
@@ -225,27 +238,27 @@ def test_newton_goes_on_to_zca_and_stays_there():
     cov = basis * np.logspace(0, -3, 16) @ basis.T
     exact = inverse_sqrt(cov, None, 1e-5)
     matrix = jax.jit(whitening_matrix, static_argnames="iterations")
-    for iterations in (20, 60):
-        found = matrix(jnp.asarray(cov, "float32"), iterations=iterations)
-        np.testing.assert_allclose(found, exact, atol=2e-4 * exact.max())
+    found = matrix(jnp.asarray(cov, "float32"), iterations=30)
+    np.testing.assert_allclose(found, exact, atol=2e-4 * exact.max())
 
 
-@pytest.mark.parametrize("updates", [1, 2, 100])
-def test_running_statistics(updates, x64):
-    batches = jnp.stack([data(seed)[0] for seed in range(updates)])
+def test_running_statistics_after_1_2_and_100_updates(x64):
+    batches = jnp.stack([data(seed)[0] for seed in range(100)])
 
     def step(stats, x):
-        return whitening_batch_norm(
+        _, new = whitening_batch_norm(
             x, None, None, stats, group_size=SIZE, momentum=MOMENTUM
-        )[::-1]
+        )
+        return new, new
 
-    found, _ = jax.jit(lambda xs: jax.lax.scan(step, start(), xs))(batches)
+    _, found = jax.jit(lambda xs: jax.lax.scan(step, start(), xs))(batches)
     mean, cov = np.zeros(6), np.stack([np.eye(3)] * 2)
-    for x in batches:
+    for i, x in enumerate(batches):
         new_mean, new_cov, count = moments(x)
         mean = MOMENTUM * mean + (1 - MOMENTUM) * new_mean
         cov = MOMENTUM * cov + (1 - MOMENTUM) * new_cov * count / (count - 1)
-    close(found, (mean, cov))
+        if i + 1 in (1, 2, 100):
+            close((found.mean[i], found.cov[i]), (mean, cov))
 
 
 @pytest.mark.parametrize("iterations", METHODS)
@@ -259,6 +272,7 @@ def test_inference_is_a_linear_map(iterations, x64):
     )
     y, same = run(x, scale, bias, stats)
     assert same is stats
+    assert y.dtype == x.dtype
     close(y, whitened(x, mean, cov, iterations, scale, bias))
     kernel, offset = whitening_affine(stats, scale, bias, **options)
     close(x @ kernel + offset, y)
@@ -267,9 +281,10 @@ def test_inference_is_a_linear_map(iterations, x64):
     close(x @ kernel + offset, run(x, None, None, stats)[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-@pytest.mark.parametrize("iterations", METHODS)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("iterations", "masked", "dtype"),
+    [(None, True, "float64"), (5, False, "float32"), (5, True, "bfloat16")],
+)
 def test_one_channel_a_group_is_batch_norm(iterations, masked, dtype, x64):
     x, scale, bias, dy = data(dtype="float64" if dtype == "float64" else "float32")
     x = x.astype(dtype)
@@ -331,9 +346,7 @@ def test_masks(x64):
     close(y, whitened(x, mean, cov, None, scale, bias))
     close(new.cov, MOMENTUM * stats.cov + 0.1 * cov * count / (count - 1))
 
-    # Weights count as repeats, and what is hidden changes nothing, even a NaN.
-    repeated = jnp.repeat(x, np.arange(9) % 3, axis=0)
-    close(whiten_batch(repeated, group_size=SIZE)[1].cov, cov)
+    # What is hidden changes nothing, even a NaN.
     lost = x.at[::3, :, 1].set(jnp.nan)
     none = dy.at[::3].set(0)
     _, same, with_nan = train(lost, scale, bias, stats, none, weights, iterations=None)
@@ -343,18 +356,17 @@ def test_masks(x64):
     assert np.isfinite(with_nan[0]).all()
     assert not np.allclose(grads[1], without[1])
 
-    hidden = jnp.zeros((9, 1, 1), bool)
+    hidden = jnp.zeros_like(weights)
     y, kept, _ = train(x, scale, bias, stats, dy, hidden, iterations=None)
     close(kept, stats)
     assert np.isfinite(y).all()
 
 
-@pytest.mark.parametrize("iterations", METHODS)
-def test_vmap_is_a_loop(iterations, x64):
+def test_vmap_is_a_loop(x64):
     batches = [data(seed) for seed in range(3)]
     x, scale, bias, dy = (jnp.stack(each) for each in zip(*batches, strict=True))
     stats = start()
-    run = functools.partial(train, iterations=iterations)
+    run = functools.partial(train, iterations=None)
     found = jax.vmap(run, (0, 0, 0, None, 0))(x, scale, bias, stats, dy)
     for i, (x, scale, bias, dy) in enumerate(batches):
         one = run(x, scale, bias, stats, dy)
@@ -405,7 +417,7 @@ def shared(mapping, use_fast_variance=True):
     )
 
 
-@pytest.mark.parametrize("mapping", ["pmap", "vmap", "checked", "unchecked"])
+@pytest.mark.parametrize("mapping", ["pmap", "checked", "unchecked"])
 def test_devices_share_in_one_collective(mapping):
     x, scale, bias, dy = data(shape=(16, 5, 6), dtype="float32")
     x = x + jnp.arange(16.0).reshape(16, 1, 1) // 2
@@ -429,11 +441,10 @@ def test_devices_share_in_one_collective(mapping):
         dparams = [jnp.sum(leaf, 0) for leaf in dparams]
     got = y.reshape(x.shape), new, (dx.reshape(x.shape), *dparams)
     close(got, want, rtol=2e-4, atol=1e-4)
-    if mapping != "vmap":
-        # Covariance, mean, count and origin; and the gradients of the first two.
-        moved = collectives(run.lower(*arguments).compile())
-        assert len(moved) == 2
-        assert max(moved) <= 6 * (SIZE + 3)
+    # Covariance, mean, count and origin; and the gradients of the first two.
+    moved = collectives(run.lower(*arguments).compile())
+    assert len(moved) == 2
+    assert max(moved) <= 6 * (SIZE + 3)
 
 
 def test_devices_that_agree_on_an_origin_lose_no_digits():
@@ -466,8 +477,10 @@ def test_devices_with_other_running_means_are_told_by_nan():
     close(lost[0], x.reshape(-1, 6).mean(0), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [P("data"), P("data", "model")], ids=str)
+@pytest.mark.parametrize(
+    ("axis_type", "spec"),
+    [(AxisType.Auto, P("data", "model")), (AxisType.Explicit, P("data"))],
+)
 def test_arrays_sharded_over_a_mesh(axis_type, spec):
     x, scale, bias, dy = data(shape=(8, 4, 6), dtype="float32")
     stats = WhiteningStats.init(6, SIZE)

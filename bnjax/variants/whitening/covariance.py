@@ -172,13 +172,13 @@ class ChannelGroups:
         cls, shape: tuple[int, ...], axis: int, group_size: int | None
     ) -> "ChannelGroups":
         """The groups of an array of a shape, or an error if there are none."""
-        features, _ = _validate.split_axes(shape, axis)
-        if len(features) > 1:
+        (feature, *others), _ = _validate.split_axes(shape, axis)
+        if others:
             raise ValueError(
                 f"batch_norm: axis={axis!r}; expected one feature axis, whose channels "
                 "are whitened in groups."
             )
-        channels = shape[features[0]]
+        channels = shape[feature]
         size = channels if group_size is None else group_size
         if isinstance(size, bool) or not isinstance(size, int):
             raise TypeError(
@@ -190,7 +190,7 @@ class ChannelGroups:
                 f"batch_norm: group_size={size} for {channels} features; expected a "
                 f"divisor of them: {', '.join(map(str, divisors))}."
             )
-        return cls(len(shape), features[0], channels // size, size)
+        return cls(len(shape), feature, channels // size, size)
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -200,16 +200,16 @@ class ChannelGroups:
 
     def split(self, array: jax.Array) -> jax.Array:
         """The array with (number, size) in place of the feature axis."""
-        shape = list(array.shape)
-        whole = shape[self.axis] == 1
-        shape[self.axis : self.axis + 1] = [1, 1] if whole else [self.number, self.size]
-        return jnp.reshape(array, shape)
+        before, after = array.shape[: self.axis], array.shape[self.axis + 1 :]
+        # A mask is of size 1 here.
+        alike = array.shape[self.axis] == 1
+        own = (1, 1) if alike else (self.number, self.size)
+        return jnp.reshape(array, (*before, *own, *after))
 
     def join(self, array: jax.Array) -> jax.Array:
         """The inverse of `split`."""
-        shape = list(array.shape)
-        shape[self.axis : self.axis + 2] = [self.number * self.size]
-        return jnp.reshape(array, shape)
+        before, after = array.shape[: self.axis], array.shape[self.axis + 2 :]
+        return jnp.reshape(array, (*before, self.number * self.size, *after))
 
     def grouped(self, per_channel: jax.Array) -> jax.Array:
         """A per-channel array in shape (number, size)."""

@@ -353,7 +353,7 @@ def _whiten(
             None,
             bias.reshape(zeros.shape),
             axis=groups.axis,
-            epsilon=jnp.finfo(z.dtype).tiny,
+            epsilon=float(jnp.finfo(z.dtype).tiny),
             mask=mask,
             residual=residual,
             **options,

@@ -10,6 +10,8 @@ and, for what the network has learned apart from these, by those of test batches
 started again, it trains only what is not in runs/experiments.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,6 +55,7 @@ class Whitened(nn.Module):
     iterations: int | None
     classes: int
     normalization: Normalization
+    hidden: Sequence[int]
     weight_std: float = 0.01
 
     @nn.compact
@@ -61,9 +64,9 @@ class Whitened(nn.Module):
         kernel_init = nn.initializers.normal(self.weight_std)
         given = self.normalization
         z = images.reshape(images.shape[0], -1)
-        for i in range(3):
+        for i, width in enumerate(self.hidden):
             z = nn.Dense(
-                100, use_bias=False, kernel_init=kernel_init, name=f"dense_{i}"
+                width, use_bias=False, kernel_init=kernel_init, name=f"dense_{i}"
             )(z)
             z = WhiteningBatchNorm(
                 use_running_average=not train,
@@ -78,20 +81,10 @@ class Whitened(nn.Module):
         return nn.Dense(self.classes, kernel_init=kernel_init, name="logits")(z)
 
 
-def zca_10(classes: int, normalization: Normalization) -> nn.Module:
-    return Whitened(10, None, classes, normalization)
-
-
-def newton_10(classes: int, normalization: Normalization) -> nn.Module:
-    return Whitened(10, 5, classes, normalization)
-
-
-def zca_50(classes: int, normalization: Normalization) -> nn.Module:
-    return Whitened(50, None, classes, normalization)
-
-
-def newton_50(classes: int, normalization: Normalization) -> nn.Module:
-    return Whitened(50, 5, classes, normalization)
+zca_10 = functools.partial(Whitened, 10, None)
+newton_10 = functools.partial(Whitened, 10, 5)
+zca_50 = functools.partial(Whitened, 50, None)
+newton_50 = functools.partial(Whitened, 50, 5)
 
 
 def reproduce(seeds: int = 3) -> None:

@@ -1,0 +1,362 @@
+"""Whitening batch normalization as pure functions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bnjax import _validate, functional
+from bnjax._moments import AxisName, Reduction, mask_to_bool, varying_axes
+from bnjax._validate import Activation
+from bnjax.functional import AxisIndexGroups
+from bnjax.variants.whitening.covariance import (
+    ChannelGroups,
+    WhiteningMoments,
+    WhiteningStats,
+    batch_moments,
+    update_whitening_stats,
+)
+from bnjax.variants.whitening.inverse_sqrt import einsum, matmul, whitening_matrix
+
+
+def whitening_batch_norm(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    batch_stats: WhiteningStats,
+    *,
+    group_size: int | None,
+    iterations: int | None = 5,
+    use_running_average: bool = False,
+    axis: int = -1,
+    momentum: float | jax.Array = 0.99,
+    epsilon: float | jax.Array = 1e-5,
+    unbiased: bool = True,
+    update_stats: bool = True,
+    use_fast_variance: bool = True,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
+    dtype=None,
+) -> tuple[jax.Array, WhiteningStats]:
+    """Whitening of groups of channels, in training or in inference.
+
+    y = activation(scale * W (x - mean) + bias + residual), W being the inverse square
+    root of cov + epsilon * I of each group of consecutive channels (see
+    `whitening_matrix`). Mean and biased covariance are those of the batch in training,
+    and the running ones where `use_running_average`. With one channel a group it is
+    batch normalization.
+
+    Args:
+        x: input, as in `bnjax.batch_norm`, of real dtype.
+        scale: gamma, shape (features,); None for ones.
+        bias: beta, shape (features,); None for zeros.
+        batch_stats: running statistics.
+        group_size: channels whitened together, a divisor of the features; None for all
+            of them. The covariance of a batch with fewer values than that is singular.
+        iterations: steps of Newton's method (IterNorm); None for ZCA by an
+            eigendecomposition.
+        use_running_average: whiten by `batch_stats` and leave them as they are.
+        axis: the feature axis of `x`; the statistics are over the others.
+        momentum: weight of the old statistics, in [0, 1].
+        epsilon: added to the diagonal of the covariance; positive.
+        unbiased: the running covariance has the factor m / (m - 1).
+        update_stats: False returns `batch_stats` as they are.
+        use_fast_variance: with `axis_name`, True joins the devices' statistics about
+            the running mean, in one collective; it loses digits while that is hundreds
+            of standard deviations off. False is exact, for a second collective.
+        mask: which values count, as in `bnjax.batch_norm`; of size 1 along `axis`,
+            because a covariance needs all channels of a value.
+        axis_name: axis or axes whose devices share statistics, in one collective
+            forward and one backward of features * (group_size + 3) numbers at most.
+        axis_index_groups: groups of that axis, as in `bnjax.batch_norm`.
+        activation: as in `bnjax.batch_norm`.
+        residual: added before the activation; shape of `x`.
+        dtype: of the output; that of `x` if None. Statistics are float32 or float64.
+
+    Returns:
+        The output, of the shape of `x`, and the new WhiteningStats.
+
+    Raises:
+        TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from bnjax.variants.whitening import WhiteningStats, whitening_batch_norm
+        >>> x = jax.random.normal(jax.random.key(0), (64, 2)) @ jnp.array(
+        ...     [[2.0, 1.0], [0.0, 1.0]]
+        ... )
+        >>> stats = WhiteningStats.init(2, group_size=2)
+        >>> y, stats = whitening_batch_norm(x, None, None, stats, group_size=2)
+        >>> print(jnp.abs(jnp.cov(y.T, bias=True)).round(2))
+        [[1. 0.]
+         [0. 1.]]
+
+    References:
+        Huang et al. (2018), "Decorrelated Batch Normalization"; Huang et al. (2019),
+        "Iterative Normalization: Beyond Standardization towards Efficient Whitening";
+        Ioffe & Szegedy (2015), section 2, for the cost that their paper avoids.
+    """
+    for value, name in (
+        (use_running_average, "use_running_average"),
+        (update_stats, "update_stats"),
+        (unbiased, "unbiased"),
+        (use_fast_variance, "use_fast_variance"),
+    ):
+        _validate.check_flag(value, name)
+    _validate.check_momentum(momentum)
+    x, groups, dtype = _prepare(x, axis, group_size, mask, scale, bias, dtype)
+    options = {"activation": activation, "residual": residual, "dtype": dtype}
+    options |= {"mask": mask, "epsilon": epsilon}
+    _check_stats(batch_stats, groups, x.shape)
+    if use_running_average:
+        compute_dtype = _validate.promoted(x.dtype, jnp.float32, dtype)
+        center = groups.grouped(jnp.asarray(batch_stats.mean, compute_dtype))
+        cov = jnp.asarray(batch_stats.cov, compute_dtype)
+        mean = jnp.zeros_like(center)
+        y = _whiten(
+            x, center, mean, cov, scale, bias, groups, iterations=iterations, **options
+        )
+        return y, batch_stats
+    y, batch = whiten_batch(
+        x,
+        scale,
+        bias,
+        group_size=group_size,
+        iterations=iterations,
+        origin=batch_stats.mean if use_fast_variance else None,
+        axis=axis,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        **options,
+    )
+    if not update_stats:
+        return y, batch_stats
+    return y, update_whitening_stats(
+        batch_stats, batch, momentum=momentum, unbiased=unbiased
+    )
+
+
+def whiten_batch(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    group_size: int | None,
+    iterations: int | None = 5,
+    origin: jax.Array | None = None,
+    axis: int = -1,
+    epsilon: float | jax.Array = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: AxisIndexGroups | None = None,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
+    dtype=None,
+) -> tuple[jax.Array, WhiteningMoments]:
+    """Whiten by the moments of the batch, and return these too.
+
+    With `update_whitening_stats` it makes up `whitening_batch_norm` in training.
+
+    Args:
+        x: input, as in `bnjax.batch_norm`, of real dtype.
+        scale: gamma, shape (features,); None for ones.
+        bias: beta, shape (features,); None for zeros.
+        group_size: channels whitened together; None for all of them.
+        iterations: steps of Newton's method; None for ZCA.
+        origin: with `axis_name`, what the mean is expected to be, such as the running
+            mean, shape (features,), equal on all devices; None for exact moments by a
+            second collective.
+        axis: the feature axis of `x`.
+        epsilon: added to the diagonal of the covariance; positive.
+        mask: which values count, as in `whitening_batch_norm`.
+        axis_name: axis or axes whose devices share statistics.
+        axis_index_groups: groups of that axis.
+        activation: as in `bnjax.batch_norm`.
+        residual: added before the activation; shape of `x`.
+        dtype: of the output; that of `x` if None.
+
+    Returns:
+        The output, of the shape of `x`, and the WhiteningMoments of the batch: of all
+        devices that share, where there are several.
+
+    Raises:
+        TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from bnjax.variants.whitening import whiten_batch
+        >>> x = jnp.array([[0.0, 0.0], [0.0, 4.0], [2.0, 4.0], [2.0, 8.0]])
+        >>> y, batch = whiten_batch(x, group_size=2, iterations=None)
+        >>> print(batch.mean, batch.cov)
+        [1. 4.] [[[1. 2.]
+          [2. 8.]]]
+        >>> print((y.T @ y / 4).round(3))
+        [[1. 0.]
+         [0. 1.]]
+    """
+    x, groups, dtype = _prepare(x, axis, group_size, mask, scale, bias, dtype)
+    _validate.check_features(origin, "origin", (x.shape[groups.axis],), x.shape)
+    if axis_index_groups is not None:
+        axis_index_groups = tuple(tuple(group) for group in axis_index_groups)
+    if isinstance(axis_name, list):
+        axis_name = tuple(axis_name)
+    reduction = Reduction(groups.rows, axis_name, axis_index_groups)
+    values = x.size // x.shape[groups.axis]
+    if values * reduction.devices() < 2:
+        raise ValueError(
+            f"batch_norm: one value per channel in training: x has shape {x.shape}. "
+            "Its output would be the bias whatever the input. Use a larger batch, "
+            "share statistics with axis_name, or pass use_running_average=True."
+        )
+    compute_dtype = _validate.promoted(x.dtype, jnp.float32, dtype)
+    center, mean, moments = batch_moments(
+        x, _validate.as_mask(mask, x.shape), origin, groups, reduction, compute_dtype
+    )
+    y = _whiten(
+        x,
+        center,
+        mean,
+        moments.cov,
+        scale,
+        bias,
+        groups,
+        iterations=iterations,
+        epsilon=epsilon,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+        dtype=dtype,
+    )
+    return y, moments
+
+
+def whitening_affine(
+    batch_stats: WhiteningStats,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    iterations: int | None = 5,
+    epsilon: float | jax.Array = 1e-5,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the kernel and offset of `whitening_batch_norm` in inference.
+
+    y = x @ kernel + offset, with a kernel that is block diagonal. It folds into a
+    linear layer before it, whose kernel becomes `its_kernel @ kernel` and whose bias
+    `its_bias @ kernel + offset`.
+
+    Args:
+        batch_stats: running statistics.
+        scale: gamma, shape (features,); None for ones.
+        bias: beta, shape (features,); None for zeros.
+        iterations: steps of Newton's method; None for ZCA.
+        epsilon: added to the diagonal of the covariance; positive.
+
+    Returns:
+        Arrays of shape (features, features) and (features,).
+
+    Raises:
+        ValueError: as `whitening_matrix`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from bnjax.variants.whitening import WhiteningStats, whitening_affine
+        >>> stats = WhiteningStats(jnp.ones(2), jnp.array([[[2.5, 1.5], [1.5, 2.5]]]))
+        >>> kernel, offset = whitening_affine(stats, iterations=None)
+        >>> print(kernel.round(2), offset.round(2))
+        [[ 0.75 -0.25]
+         [-0.25  0.75]] [-0.5 -0.5]
+    """
+    matrix = whitening_matrix(batch_stats.cov, iterations=iterations, epsilon=epsilon)
+    kernel = jax.scipy.linalg.block_diag(*matrix)
+    offset = -matmul(batch_stats.mean, kernel)
+    if scale is not None:
+        kernel, offset = kernel * scale, offset * scale
+    return kernel, offset if bias is None else offset + bias
+
+
+def _prepare(x, axis, group_size, mask, scale, bias, dtype):
+    """Check what `functional.moments` and `functional.normalize` do not."""
+    x = _validate.as_input(x)
+    dtype = _validate.as_dtype(dtype, x.dtype)
+    for each, name in ((x.dtype, "x"), (dtype, "the output")):
+        if jnp.issubdtype(each, jnp.complexfloating):
+            raise TypeError(
+                f"batch_norm: {name} has dtype {each.name}; expected a real one, as "
+                "whitening is for real numbers."
+            )
+    groups = ChannelGroups.of(x.shape, axis, group_size)
+    features = (x.shape[groups.axis],)
+    for value, name in ((scale, "scale"), (bias, "bias")):
+        _validate.check_features(value, name, features, x.shape)
+    mask = _validate.as_mask(mask, x.shape)
+    if mask is not None and mask.shape[groups.axis] != 1:
+        raise ValueError(
+            f"batch_norm: mask has shape {mask.shape}; expected 1 along the feature "
+            f"axis {groups.axis}: a covariance needs all channels of a value."
+        )
+    return x, groups, dtype
+
+
+def _check_stats(batch_stats, groups, shape):
+    _validate.check_features(
+        batch_stats.mean, "mean", (groups.number * groups.size,), shape
+    )
+    expected = (groups.number, groups.size, groups.size)
+    if jnp.shape(batch_stats.cov) != expected:
+        raise ValueError(
+            f"batch_norm: cov has shape {jnp.shape(batch_stats.cov)}; expected "
+            f"{expected}, (groups, group_size, group_size). Check `group_size`."
+        )
+
+
+def _whiten(
+    x, center, mean, cov, scale, bias, groups, *, iterations, epsilon, mask, **options
+):
+    """Return scale * W (x - center - mean) + bias, with what `normalize` adds."""
+    matrix = whitening_matrix(cov, iterations=iterations, epsilon=epsilon)
+    if scale is not None:
+        matrix = groups.grouped(scale.astype(matrix.dtype))[..., None] * matrix
+    shift = jnp.zeros_like(mean) if bias is None else groups.grouped(bias)
+    joined = jnp.concatenate(
+        [matrix, mean[..., None], shift.astype(mean.dtype)[..., None]], axis=-1
+    )
+    # Joined, so that where JAX tracks what varies over a mesh, their gradients are
+    # added up in one collective.
+    missing = tuple(varying_axes(x) - varying_axes(joined))
+    joined = lax.pcast(joined, missing, to="varying") if missing else joined
+    rows, mask = groups.subscripts, _validate.as_mask(mask, x.shape)
+
+    # Derived from `x` again: no centered or whitened copy of it is kept.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def affine(x, center, joined, residual):
+        matrix, mean, bias = jnp.split(joined, (groups.size, groups.size + 1), axis=-1)
+        expand = Reduction(groups.rows).expand
+        # Twice, because center + mean would be rounded where the mean is large.
+        centered = groups.split(x).astype(matrix.dtype) - expand(center)
+        centered = centered - expand(mean[..., 0])
+        if mask is not None:
+            hidden = ~mask_to_bool(groups.split(mask))
+            lost = hidden & ~jnp.isfinite(jnp.square(centered))
+            centered = jnp.where(lost, 0, centered)
+        z = einsum(f"gij,{rows('j')}->{rows('i')}", matrix, centered)
+        # Of mean 0 and variance 1 already: bias, residual, activation and dtype are
+        # what is left to do.
+        zeros = jnp.zeros(x.shape[groups.axis], z.dtype)
+        return functional.normalize(
+            groups.join(z),
+            zeros,
+            zeros + 1,
+            None,
+            bias.reshape(zeros.shape),
+            axis=groups.axis,
+            epsilon=float(jnp.finfo(z.dtype).tiny),
+            mask=mask,
+            residual=residual,
+            **options,
+        )
+
+    return affine(x, center, joined, options.pop("residual"))

@@ -1,0 +1,138 @@
+"""Whitening batch normalization as a layer of flax.nnx."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.linen import dtypes
+from jax import lax
+
+from bnjax import _validate
+from bnjax._moments import AxisName
+from bnjax._validate import Activation
+from bnjax.functional import AxisIndexGroups
+from bnjax.variants.whitening.covariance import WhiteningStats
+from bnjax.variants.whitening.functional import whitening_batch_norm
+
+
+class WhiteningBatchNorm(nnx.Module):
+    """`whitening_batch_norm` as a layer of flax.nnx.
+
+    `mean` and `cov` are nnx.BatchStat, `scale` and `bias` nnx.Param, of the shapes of
+    `bnjax.variants.whitening.linen.WhiteningBatchNorm`. `model.train()` and
+    `model.eval()` set `use_running_average`.
+
+    Args:
+        num_features: number of channels.
+        rngs: of the initializers.
+        use_running_average: whiten by the running statistics.
+
+    The other arguments are the attributes of that layer.
+
+    Raises:
+        TypeError, ValueError, NameError, NotImplementedError: as whitening_batch_norm,
+            with the number of features of the layer.
+
+    Examples:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from bnjax.variants.whitening.nnx import WhiteningBatchNorm
+        >>> layer = WhiteningBatchNorm(4, group_size=2, rngs=nnx.Rngs(0))
+        >>> y = layer(jax.random.normal(jax.random.key(0), (32, 4)))
+        >>> layer.cov.shape
+        (2, 2, 2)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        rngs: nnx.Rngs,
+        use_running_average: bool = False,
+        group_size: int | None = 16,
+        iterations: int | None = 5,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: nnx.Initializer = nnx.initializers.zeros,
+        scale_init: nnx.Initializer = nnx.initializers.ones,
+        axis_name: AxisName | None = None,
+        axis_index_groups: AxisIndexGroups | None = None,
+        use_fast_variance: bool = True,
+        unbiased: bool = False,
+        activation: Activation | None = None,
+    ):
+        self.name = f"WhiteningBatchNorm layer of {num_features} features"
+        self.num_features, self.use_running_average = num_features, use_running_average
+        self.group_size, self.iterations, self.axis = group_size, iterations, axis
+        self.momentum, self.epsilon, self.dtype = momentum, epsilon, dtype
+        self.axis_name, self.axis_index_groups = axis_name, axis_index_groups
+        self.use_fast_variance, self.unbiased = use_fast_variance, unbiased
+        self.activation = activation
+        with _validate.naming(self.name):
+            start = WhiteningStats.init(num_features, group_size)
+        self.mean, self.cov = nnx.BatchStat(start.mean), nnx.BatchStat(start.cov)
+
+        def param(init, used):
+            if not used:
+                return nnx.data(None)
+            return nnx.Param(init(rngs.params(), (num_features,), param_dtype))
+
+        self.scale = param(scale_init, use_scale)
+        self.bias = param(bias_init, use_bias)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Whiten `x` and, in training, move the running statistics.
+
+        Args:
+            x: input, of any shape and real floating dtype.
+            use_running_average: wins over the attribute.
+            mask: as in `whitening_batch_norm`, broadcast to `x`.
+            residual: added before the activation; shape of `x`.
+
+        Returns:
+            The output, of the shape of `x`.
+        """
+        running = use_running_average
+        if running is None:
+            running = self.use_running_average
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        with _validate.naming(self.name):
+            x = _validate.as_input(x)
+            y, new = whitening_batch_norm(
+                x,
+                scale,
+                bias,
+                WhiteningStats(self.mean[...], self.cov[...]),
+                use_running_average=running,
+                mask=_validate.broadcast_mask(mask, x.shape),
+                residual=residual,
+                axis_name=self.axis_name,
+                axis_index_groups=self.axis_index_groups,
+                dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+                group_size=self.group_size,
+                iterations=self.iterations,
+                axis=self.axis,
+                momentum=self.momentum,
+                epsilon=self.epsilon,
+                unbiased=self.unbiased,
+                use_fast_variance=self.use_fast_variance,
+                activation=self.activation,
+            )
+        if not running:
+            for kept, value in ((self.mean, new.mean), (self.cov, new.cov)):
+                kept[...] = lax.stop_gradient(value).astype(kept.dtype)
+        return y

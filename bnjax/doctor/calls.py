@@ -189,6 +189,7 @@ class NonFiniteFinder:
         self, layer: Any, path: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Call a module, in place of the caller."""
+        del layer
         if not self.found and not all_finite((args, kwargs)):
             self.found = path, "input"
         y = call(*args, **kwargs)

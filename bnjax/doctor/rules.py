@@ -192,7 +192,7 @@ def _far(seen: Examination) -> Found:
         sound = not (layer.never_updated or layer.stale or layer.lost_digits)
         if distance > limit and sound and not (layer.var < 0).any():
             assert layer.batch is not None  # noqa: S101 (its distance is 0)
-            ratio = np.median((layer.var + layer.epsilon)) / np.median(
+            ratio = np.median(layer.var + layer.epsilon) / np.median(
                 layer.batch.var + layer.epsilon
             )
             shift = np.abs(layer.mean - layer.batch.mean)
@@ -360,8 +360,7 @@ def _half_precision(seen: Examination) -> Found:
             yield (
                 layer.path,
                 evidence,
-                "Its running statistics are in half precision, where small updates are "
-                "lost.",
+                "Its running statistics are in half precision: they lose small updates.",
             )
 
 

@@ -153,7 +153,7 @@ LINEN = {
         ("frozen-in-training", "bn_1"),
     ),
     "dropout in evaluation": (
-        {"after": lambda x, train: always_drop(x, train)},
+        {"after": always_drop},
         None,
         {},
         ("dropout-in-evaluation", "drop"),
@@ -168,7 +168,9 @@ LINEN = {
                 optax.masked(
                     optax.add_decayed_weights(0.1),
                     lambda tree: jax.tree_util.tree_map_with_path(
-                        lambda path, _: path[-1].key != "bias" and path[0].key != "bn_0",
+                        lambda path, _: (
+                            path[-1].key != "bias" and path[0].key != "bn_0"
+                        ),
                         tree,
                     ),
                 ),
@@ -496,9 +498,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
         axes = {"params": 0, "batch_stats": 0}
-        scanned = nn.scan(
-            nn.remat(Block), axes, split_rngs={"params": True}, length=3
-        )
+        scanned = nn.scan(nn.remat(Block), axes, split_rngs={"params": True}, length=3)
         return scanned(self.bias, name="blocks")(x, None)[0]
 
 
@@ -609,17 +609,21 @@ def test_errors(healthy):
         doctor(Net(), healthy, data(), optimizer=optax.lbfgs())
     with pytest.raises(ValueError, match="params_before_average has the structure"):
         doctor(Net(), healthy, data(), params_before_average={"a": jnp.ones(2)})
-    with pytest.raises(ValueError, match="^doctor: apply_fn returns no updated"):
+    with pytest.raises(ValueError, match=r"^doctor: apply_fn returns no updated"):
         doctor(lambda v, x: Net().apply(v, x, train=False), healthy, data())
 
 
 def test_findings_are_sorted_as_the_rules_are(healthy):
     names = [rule.name for rule in RULES]
     assert len(set(names)) == len(names) >= 16
-    findings = doctor(Net(norm=flax.linen.BatchNorm, options={"momentum": 0.0}),
-                      STATS(healthy, name="var", change=lambda v: -v), data())
+    findings = doctor(
+        Net(norm=flax.linen.BatchNorm, options={"momentum": 0.0}),
+        STATS(healthy, name="var", change=lambda v: -v),
+        data(),
+    )
     assert found(findings) == [
-        ("variance-negative", "bn_1"), ("momentum-of-pytorch", "bn_1")
+        ("variance-negative", "bn_1"),
+        ("momentum-of-pytorch", "bn_1"),
     ]
     assert all(isinstance(finding, Finding) for finding in findings)
 
@@ -635,9 +639,7 @@ def with_population(model, x):
 
     def call(variables, x):
         rngs = {"dropout": jax.random.key(1)}
-        return model.apply(
-            variables, x, train=True, mutable=["batch_stats"], rngs=rngs
-        )
+        return model.apply(variables, x, train=True, mutable=["batch_stats"], rngs=rngs)
 
     new = recompute_batch_stats(call, variables, [x], method="pooled")
     return {**variables, "batch_stats": new}

@@ -360,7 +360,7 @@ def _half_precision(seen: Examination) -> Found:
             yield (
                 layer.path,
                 evidence,
-                "Its running statistics are in half precision: they lose small updates.",
+                "Running statistics in half precision lose small updates.",
             )
 
 

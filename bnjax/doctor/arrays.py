@@ -146,7 +146,7 @@ def decay_rates(
             path = _path(keys)
             layer, _, name = path.rpartition("/")
             own = name in ("scale", "bias") and (layer or "(top level)") in layers
-            if own and (rate := float(jnp.sum(leaf))):
+            if own and (rate := float(jnp.sum(leaf))) > 0:
                 found[path] = rate
     return found
 

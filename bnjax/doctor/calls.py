@@ -54,7 +54,7 @@ class NormCall:
         path: of the layer.
         frozen: it normalizes by the running statistics.
         values: how many values of each channel are normalized together.
-        examples: how many of them are independent, at most.
+        examples: how many of the values in the batch are independent, at most.
         dtype: of its input.
         epsilon, momentum: of the layer; None where they are traced.
         plain: its output is an affine map of the normalized input.
@@ -78,7 +78,7 @@ class NormCall:
         x = jnp.asarray(args[0] if args else kwargs["x"])
         features, reduced = _validate.split_axes(x.shape, layer.axis)
         values = math.prod(x.shape[axis] for axis in reduced)
-        examples = values if 0 in features else x.shape[0]
+        examples = values if 0 in features else min(x.shape[0], values)
         group = getattr(layer, "virtual_batch_size", None)
         if group is not None and 0 not in features:
             values = values // x.shape[0] * min(group, x.shape[0])
@@ -92,7 +92,7 @@ class NormCall:
             path,
             frozen=bool(_flag(layer, args, kwargs)),
             values=values,
-            examples=min(examples, values),
+            examples=examples,
             dtype=x.dtype,
             epsilon=_number(layer.epsilon),
             momentum=_number(layer.momentum),
@@ -138,13 +138,14 @@ class Observer:
     ) -> Any:
         """Call a layer, in place of the caller."""
         dropout = isinstance(layer, nn.Dropout | nnx.Dropout)
-        if self._inside or (
-            dropout and (layer.rate == 0 or _flag(layer, args, kwargs) is not False)
-        ):
+        idle = dropout and (
+            layer.rate == 0 or _flag(layer, args, kwargs) in (None, True)
+        )
+        if self._inside or idle:
             return call(*args, **kwargs)
         number = len(self.calls)
-        x, name = (args[0], None) if args else (None, next(iter(kwargs)))
-        x = kwargs[name] if name else x
+        name = None if args else "inputs" if dropout else "x"
+        x = kwargs[name] if name else args[0]
         if dropout:
             self.calls.append(DropoutCall(path, _number(layer.rate) or 0.0))
             if not self._training:

@@ -26,8 +26,8 @@ from bnjax.doctor.calls import (
     observed,
     observing,
 )
+from bnjax.doctor.facts import Batch, Examination, Layer
 from bnjax.doctor.order import Order
-from bnjax.doctor.rules import Batch, Examination, Layer
 from bnjax.population import LinenNetwork, NnxNetwork
 
 Call = Callable[[Any, Any], Any]

@@ -68,7 +68,10 @@ def test_what_is_normalized_together(trained, monkeypatch):
         return ()
 
     monkeypatch.setattr("bnjax.training.runs.doctor", noted)
-    config = opened.config
+    restored, config = opened.restore(), opened.config
+    monkeypatch.setattr(
+        "bnjax.training.evaluation.LoadedRun.restore", lambda self: restored
+    )
     bn = dataclasses.replace(config.bn, virtual_batch_size=5)
     for changes in ({}, {"accumulate": 3}, {"bn": bn}, {"init_stats": "freeze"}):
         changed = dataclasses.replace(config, **changes)

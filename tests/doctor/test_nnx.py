@@ -47,7 +47,11 @@ NNX = {
         None,
         ("dropout-before-norm", "bn_1"),
     ),
-    "an overflow": ({"before": Exp()}, None, ("nonfinite", "blocks/1")),
+    "an overflow": (
+        {},
+        lambda m: m.blocks.__setitem__(1, Exp()),
+        ("nonfinite", "blocks/1"),
+    ),
     "a mean far from zero": (
         {"norm": flax.nnx.BatchNorm, "before": lambda x: x + 3000},
         None,

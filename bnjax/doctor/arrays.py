@@ -90,7 +90,7 @@ def differing_replicas(
     """
     found = {}
     for path, leaf in named_arrays(network).items():
-        copies: Sequence[Any] = ()
+        copies: Any = ()
         if replicated:
             copies = host(leaf)
         elif isinstance(leaf, jax.Array) and leaf.sharding.is_fully_replicated:

@@ -264,7 +264,7 @@ def linen_call(module: nn.Module, *, training: bool) -> Callable[[Any, Any], Any
     A module without an argument that says which is called as it is.
     """
     known = inspect.signature(module.__call__).parameters
-    mode = {n: v is training for n, v in _MODES.items() if n in known}
+    mode: dict[str, Any] = {n: v is training for n, v in _MODES.items() if n in known}
     # Flax refuses a flag that the constructor was given too.
     mode = {n: v for n, v in mode.items() if getattr(module, n, None) is None}
 

@@ -23,8 +23,8 @@ SILENT = 1e-5
 """Of the largest |scale| of the layer: a channel of a smaller one is dead."""
 FEW = 8
 """Fewer values a channel than this say little."""
-FAR = 0.75
-"""A distance of the statistics that is no drift of training."""
+FAR = 0.5
+"""A distance of the statistics, beside chance, that is no drift of training."""
 PYTORCH_MOMENTUM = 0.5
 """Below this, momentum is the weight of the new value more likely than of the old."""
 
@@ -55,7 +55,7 @@ def _never_updated(seen: Examination) -> Found:
 def _far(seen: Examination) -> Found:
     for layer in seen.layers:
         batch, distance = layer.batch, layer.distance(layer.batch)
-        limit = FAR + 3 * layer.chance
+        limit = FAR + 2 * layer.chance
         other = layer.never_updated or layer.stale or layer.lost_digits
         if batch is None or distance <= limit or other or (layer.var < 0).any():
             continue

@@ -11,6 +11,7 @@ from bnjax.cli import main
 from bnjax.doctor import Finding
 from bnjax.training.evaluation import load_run
 from bnjax.training.runs import examine_run, format_findings
+from tests.cli.conftest import FLAGS
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,16 @@ def test_a_run_that_is_well(estimated, run):
     }
 
 
-def test_moving_averages_that_have_not_arrived(trained, capsys):
-    workdir = trained("digits")
+def test_moving_averages_that_have_not_arrived(tmp_path, capsys):
+    workdir = tmp_path / "early"
+    flags = [*FLAGS, "--steps", "8", "--workdir", str(workdir)]
+    assert main(["train", *flags]) == 0
+    capsys.readouterr()
     assert main(["doctor", str(workdir)]) == 1
     streams = capsys.readouterr()
     assert streams.err == f"error: {workdir} has 2 errors: see above.\n"
     head, first, second, blank, advice = streams.out.splitlines()
-    assert head == f"{workdir}, step 60: 2 BN layers, 2 findings"
+    assert head == f"{workdir}, step 8: 2 BN layers, 2 findings"
     for row, name in ((first, "bn_0"), (second, "bn_1")):
         words = row.split()
         assert words[:4] == ["error", name, "statistics-far", "distance"]

@@ -124,10 +124,10 @@ def decay_rates(
     An optimizer is given gradients of 0, and ones for parameters, then zeros: what it
     makes of the two differs where it decays. Of a penalty the gradient is taken.
     """
-    # One value an array: masks go by names and ranks.
-    ones = jax.tree.map(lambda p: jnp.ones((1,) * p.ndim, p.dtype), params_of(network))
-    zeros = jax.tree.map(jnp.zeros_like, ones)
     pulls = []
+    # One value an array: masks go by names and ranks.
+    ones = jax.tree.map(lambda p: np.ones((1,) * p.ndim, p.dtype), params_of(network))
+    zeros = jax.tree.map(np.zeros_like, ones)
     if optimizer is not None:
         try:
             updates = [_update(optimizer, ones, zeros, p) for p in (zeros, ones)]

@@ -203,7 +203,7 @@ def all_finite(tree: Any) -> bool:
     """Whether every floating number is finite; those that are traced pass unseen."""
     arrays = (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
     return all(
-        bool(jnp.isfinite(leaf).all())
+        bool(np.isfinite(np.asarray(leaf)).all())
         for leaf in arrays
         if not isinstance(leaf, jax.core.Tracer)
         and jnp.issubdtype(leaf.dtype, jnp.inexact)

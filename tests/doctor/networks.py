@@ -32,6 +32,7 @@ class Net(nn.Module):
     norm: Any = bnjax.linen.BatchNorm
     options: Any = dataclasses.field(default_factory=dict)
     bias: bool = False
+    first: Any = straight
     before: Any = straight
     after: Any = straight
     frozen: Any = None
@@ -39,6 +40,7 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x, train):
         x = nn.Dense(6, use_bias=False, name="dense_0")(x)
+        x = self.first(x, train)
         norm = bnjax.linen.BatchNorm(momentum=MOMENTUM, name="bn_0")
         x = nn.relu(norm(x, use_running_average=not train))
         x = nn.Dense(5, use_bias=self.bias, name="dense_1")(x)

@@ -153,6 +153,12 @@ LINEN = {
         ("half-precision-statistics", "bn_1"),
     ),
     "dropout before": ({"before": drop}, None, {}, ("dropout-before-norm", "bn_1")),
+    "dropout in the block before": (
+        {"first": drop},
+        None,
+        {},
+        ("dropout-before-norm", "bn_0"),
+    ),
     "two in a row": ({"after": again}, None, {}, ("norm-after-norm", "bn_2")),
     "an overflow": ({"after": overflow}, None, {}, ("nonfinite", "exp")),
     "a parameter that is lost": (

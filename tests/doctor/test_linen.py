@@ -23,10 +23,14 @@ def always_drop(x, train):
 
 def by_hand(x, train):
     """A bias of one's own, behind a cast and a reshape."""
-    bias = flax.linen.module._context.module_stack[-1].param(
-        "shift", nn.initializers.ones, (5,)
-    )
-    return (x.astype(jnp.float32) - bias[None]).reshape(-1, 1, 5)[:, 0]
+
+    class Shift(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            bias = self.param("by", nn.initializers.ones, (5,))
+            return (x.astype(jnp.float32) - bias[None]).reshape(-1, 1, 5)[:, 0]
+
+    return Shift(name="shift")(x)
 
 
 def overflow(x, train):
@@ -86,7 +90,7 @@ LINEN = {
         ("dropout-in-evaluation", "drop"),
     ),
     "a bias": ({"bias": True}, None, {}, ("bias-before-norm", "dense_1/bias")),
-    "a bias by hand": ({"before": by_hand}, None, {}, ("bias-before-norm", "shift")),
+    "a bias by hand": ({"before": by_hand}, None, {}, ("bias-before-norm", "shift/by")),
     "weight decay": (
         {},
         None,

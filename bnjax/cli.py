@@ -563,6 +563,52 @@ def inspect(
     )
 
 
+def doctor(
+    run: Run,
+    json: Flag = False,
+    ignore: tuple[str, ...] = (),
+    trust: Flag = False,
+    data_dir: Path | None = None,
+) -> None:
+    """Find the mistakes with batch normalization in a run.
+
+    The newest checkpoint is given the run's first training batch. The exit status is 1
+    where there is an error among the findings; docs/doctor.md says what each means.
+
+    Args:
+        run: A folder that train.py wrote.
+        json: Print JSON in place of the table.
+        ignore: Names of findings to leave out, such as few-values.
+        trust: Import the code that the run names as its network.
+        data_dir: Where tfds sets are. None: where the run had them.
+    """
+    from bnjax.doctor import RULES
+    from bnjax.training.config import RunError
+    from bnjax.training.evaluation import load_run
+    from bnjax.training.runs import examine_run, find_layers, format_findings
+
+    names = [rule.name for rule in RULES]
+    for name in ignore:
+        if name not in names:
+            raise SettingError(
+                f"--ignore {name}: there is no such finding.{did_you_mean(name, names)}"
+                f" Expected some of: {', '.join(names)}."
+            )
+    state, findings = examine_run(load_run(run, data_dir, trust=trust), ignore)
+    layers = len(find_layers(state.params, state.batch_stats))
+    if json:
+        described = {"workdir": str(run), "step": int(state.step), "layers": layers}
+        described["findings"] = [dataclasses.asdict(each) for each in findings]
+        print(_to_text(described), end="")
+    else:
+        of = f"{layers} BN layer{'' if layers == 1 else 's'}"
+        print(f"{run}, step {int(state.step):,}: {of}, {format_findings(findings)}")
+    if errors := sum(each.severity == "error" for each in findings):
+        raise RunError(
+            f"{run} has {errors} error{'' if errors == 1 else 's'}: see above."
+        )
+
+
 def recompute_stats(
     run: Run,
     output: Path,
@@ -744,6 +790,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "fold": fold,
     "inspect": inspect,
+    "doctor": doctor,
     "recompute-stats": recompute_stats,
     "import-torch": import_torch,
 }

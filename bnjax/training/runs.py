@@ -18,15 +18,16 @@ from bnjax.data.config import SettingError
 from bnjax.data.images import SUFFIXES, ImageError, printable, read_file
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import Source
+from bnjax.doctor import Finding, doctor
 from bnjax.folding import Folded, fold_batch_norm
 from bnjax.interop.torch import natural
 from bnjax.training.checkpoint import CheckpointMetadata, open_checkpoints
 from bnjax.training.config import Config, RunError
 from bnjax.training.evaluation import LoadedRun, make_predictor, softmax
 from bnjax.training.metrics import ProgressReporter
-from bnjax.training.program import Program
+from bnjax.training.program import Program, make_run_feed
 from bnjax.training.sharding import Spmd
-from bnjax.training.step import TrainState
+from bnjax.training.step import Stream, TrainState, stream_key
 from bnjax.training.workdir import (
     CONFIG,
     LOCK,
@@ -165,6 +166,73 @@ def fold_state(
         raise RunError(f"the network cannot be folded: {error}") from error
     before, after = map(np.float64, (jax.jit(apply)(variables, x), folded(x)))
     return folded, float(np.abs(before - after).max())
+
+
+def examine_run(
+    run: LoadedRun, ignore: Sequence[str] = ()
+) -> tuple[TrainState, tuple[Finding, ...]]:
+    """Return the newest checkpoint, and the mistakes with BN that are found in it.
+
+    They are looked for in its first training batch, or as much of that as is normalized
+    together.
+    """
+    config = run.config
+    program, state = run.restore()
+    if not state.batch_stats:
+        return state, ()
+    with contextlib.closing(make_run_feed(config, run.source)) as feed:
+        item = jax.tree.map(lambda leaf: leaf[0], feed.chunk(0, 1))
+        key = stream_key(state.rng, Stream.AUGMENT)
+        batch = jax.jit(feed.batch)(feed.constants, item, key)
+    together = config.batch_size // config.accumulate
+    together = min(together, config.bn.virtual_batch_size or together)
+    if config.init_stats == "freeze":
+        ignore = (*ignore, "frozen-in-training")
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    findings = doctor(
+        program.model,
+        variables,
+        batch["image"][:together],
+        optimizer=program.optimizer,
+        ignore=ignore,
+    )
+    return state, findings
+
+
+def format_findings(findings: Sequence[Finding]) -> str:
+    """Return how many there are, each in a row, and what to do about each kind.
+
+    Example:
+        >>> print(
+        ...     format_findings([Finding("r", "error", "bn", {"x": 0.5}, "M.", "F.")])
+        ... )
+        1 finding
+        error  bn  r  x 0.5
+        <BLANKLINE>
+        r: M. F.
+    """
+    count = f"{len(findings) or 'no'} finding{'' if len(findings) == 1 else 's'}"
+    cells = [
+        (
+            each.severity,
+            each.path,
+            each.rule,
+            ", ".join(
+                f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in each.evidence.items()
+            ),
+        )
+        for each in findings
+    ]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rows = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+    first = {each.rule: each for each in reversed(findings)}
+    advice = [
+        f"\n{each.rule}: {each.message} {each.fix}"
+        for each in findings
+        if first[each.rule] is each
+    ]
+    return "\n".join([count, *rows, *advice])
 
 
 def find_layers(

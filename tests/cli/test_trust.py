@@ -33,6 +33,7 @@ COMMANDS = {
     "export": ["out.stablehlo"],
     "fold": ["out.npz"],
     "inspect": [],
+    "doctor": [],
     "recompute-stats": ["--output", "new"],
 }
 

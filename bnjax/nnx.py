@@ -1,5 +1,7 @@
 """Batch normalization as a layer of flax.nnx."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jax import lax
@@ -79,6 +81,18 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
             The output, of the shape of `x`.
         """
+        return self._call(x, use_running_average, mask=mask, residual=residual)
+
+    def _call(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None,
+        *,
+        mask: jax.Array | None,
+        residual: jax.Array | None,
+        **variant: Any,
+    ) -> jax.Array:
+        """What the layer does; a variant gives `_transform` options of its own."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         layer = f"BatchNorm layer of {self.num_features} features"
@@ -99,7 +113,7 @@ class BatchNorm(nnx.BatchNorm):
                 mean, var = self.mean[...], self.var[...]
             # What is only widened is left as it is, and kept so for the gradient.
             widened = _validate.promoted(x.dtype, cast.dtype) == cast.dtype
-            y, batch_stats = functional.batch_norm(
+            y, batch_stats = self._transform(
                 x if widened else cast,
                 scale,
                 bias,
@@ -116,6 +130,7 @@ class BatchNorm(nnx.BatchNorm):
                 activation=self.activation,
                 residual=residual,
                 dtype=cast.dtype,
+                **variant,
             )
         if not use_running_average:
             for kept, new in (
@@ -124,3 +139,14 @@ class BatchNorm(nnx.BatchNorm):
             ):
                 kept[...] = lax.stop_gradient(new).astype(kept.dtype)
         return y
+
+    def _transform(
+        self,
+        x: jax.Array,
+        scale: jax.Array | None,
+        bias: jax.Array | None,
+        batch_stats: functional.BatchStats,
+        **options: Any,
+    ) -> tuple[jax.Array, functional.BatchStats]:
+        """Apply `bnjax.batch_norm`; a variant of the layer has another."""
+        return functional.batch_norm(x, scale, bias, batch_stats, **options)

@@ -56,8 +56,7 @@ def domain_batch_norm(
         momentum: weight of the old statistics, in [0, 1].
         unbiased: the paper's and PyTorch's running variance; False gives Flax's.
         update_stats: False returns `batch_stats` as they are.
-        use_fast_variance: as in `bnjax.batch_norm`; without meaning where `domain` has
-            one index for each example.
+        use_fast_variance: as in `bnjax.batch_norm`, of one index for all of the batch.
         mask: which values count, as in `bnjax.batch_norm`.
         axis_name: axis or axes whose devices share statistics, as in
             `bnjax.batch_norm`. One index must then be the same on all of them.
@@ -108,12 +107,15 @@ def domain_batch_norm(
     options |= {"axis": features, "mask": mask}
     shared = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
 
+    own = _one_hot(domain, domains, len(shape))
+
     def of_domain(leaf: jax.Array | None) -> jax.Array | None:
         if leaf is None or jnp.ndim(leaf) == len(shape):
             return leaf
+        # As a sum, whose transpose is one too, and which XLA can shard by examples.
+        total = jnp.where(own, leaf, jnp.zeros_like(leaf)).sum(domain.ndim)
         # Not the statistics of another domain where the index is out of range.
-        options: Any = {"mode": "fill", "fill_value": jnp.nan}
-        return jnp.asarray(leaf).at[domain].get(wrap_negative_indices=False, **options)
+        return jnp.where(own.any(domain.ndim), total, jnp.nan)
 
     if domain.ndim:
         stats: Any = batch_stats
@@ -129,23 +131,23 @@ def domain_batch_norm(
             batch_stats, stats, momentum=momentum, unbiased=unbiased
         )
     if isinstance(domain, jax.core.Tracer):
-        inside = (domain >= 0) & (domain < domains)
         epsilon = options.get("epsilon", 1e-5)
         _validate.check_epsilon(epsilon)
-        options["epsilon"] = jnp.where(inside, epsilon, jnp.nan)
-    own, scale, bias = (
+        options["epsilon"] = jnp.where(own.any(), epsilon, jnp.nan)
+    stats, scale, bias = (
         jax.tree.map(of_domain, leaf) for leaf in (batch_stats, scale, bias)
     )
     options |= flags | shared
-    y, own = functional.batch_norm(x, scale, bias, own, momentum=momentum, **options)
+    y, new = functional.batch_norm(x, scale, bias, stats, momentum=momentum, **options)
     if use_running_average or not update_stats:
         return y, batch_stats
+    return y, jax.tree.map(lambda old, new: jnp.where(own, new, old), batch_stats, new)
 
-    def with_own(old: jax.Array, new: jax.Array) -> jax.Array:
-        old = jnp.asarray(old, _validate.promoted(old.dtype, new.dtype))
-        return old.at[domain].set(new, mode="drop", wrap_negative_indices=False)
 
-    return y, jax.tree.map(with_own, batch_stats, own)
+def _one_hot(domain: Any, domains: int, features: int) -> jax.Array:
+    """Whether it is that domain, shape (..., domains, 1, ..., 1), for the features."""
+    own = jnp.expand_dims(domain, -1) == np.arange(domains)
+    return jnp.expand_dims(own, tuple(range(own.ndim, own.ndim + features)))
 
 
 def domain_moments(
@@ -181,22 +183,15 @@ def domain_moments(
     domain = _as_domain(domain, domains, x.shape, features)
     mask = _validate.as_mask(mask, x.shape)
 
-    def of_one(index: jax.Array) -> Moments:
-        own = jnp.reshape(domain == index, (-1,) + (1,) * (x.ndim - 1))
+    def of_one(own: jax.Array) -> Moments:
         own = own if mask is None else jnp.where(own, mask, jnp.zeros_like(mask))
         return functional.moments(x, axis=features, mask=own, **shared)
 
     if domain.ndim:
-        return jax.vmap(of_one)(jnp.arange(domains))
+        return jax.vmap(of_one, 1)(_one_hot(domain, domains, x.ndim - 1))
     found = functional.moments(x, axis=features, mask=mask, **shared)
-    return jax.tree.map(
-        lambda leaf: (
-            jnp.zeros((domains, *leaf.shape), leaf.dtype)
-            .at[domain]
-            .set(leaf, mode="drop", wrap_negative_indices=False)
-        ),
-        found,
-    )
+    own = _one_hot(domain, domains, len(features))
+    return jax.tree.map(lambda leaf: jnp.where(own, leaf, jnp.zeros_like(leaf)), found)
 
 
 def _normalize_each(
@@ -219,7 +214,8 @@ def _normalize_each(
         inner = tuple(feature - 1 for feature in axis)
         return functional.normalize(x, *per_example, axis=inner, **arrays, **options)
 
-    along = [None if jnp.ndim(a) == len(axis) else 0 for a in per_example]
+    stacked = [a is not None and jnp.ndim(a) > len(axis) for a in per_example]
+    along = [0 if each else None for each in stacked]
     return jax.vmap(one, (0, along, 0, 0))(x, per_example, mask, residual)
 
 

@@ -13,6 +13,8 @@ import bnjax.nnx
 from bnjax import _validate, functional
 from bnjax.functional import BatchStats, Moments
 
+_SHARING = ("axis_name", "axis_index_groups")
+
 
 def domain_batch_norm(
     x: jax.Array,
@@ -28,8 +30,6 @@ def domain_batch_norm(
     update_stats: bool = True,
     use_fast_variance: bool = True,
     mask: jax.Array | None = None,
-    axis_name: Any = None,
-    axis_index_groups: Any = None,
     **options: Any,
 ) -> tuple[jax.Array, BatchStats]:
     """`bnjax.batch_norm` with the running statistics of one of several domains.
@@ -48,21 +48,17 @@ def domain_batch_norm(
             ones.
         bias: beta, likewise; None for zeros.
         batch_stats: running statistics, shape (domains, features).
-        domain: which domain, an integer in [0, domains); or integers of shape (batch,)
-            along the first axis of `x`, one for each example.
+        domain: which domain, an integer in [0, domains); or one for each example, of
+            shape (batch,) along the first axis of `x`.
         use_running_average: normalize by `batch_stats` and leave them as they are.
-        axis: the feature axis or axes of `x`; not its first where `domain` has one
-            index for each example.
+        axis: the feature axis or axes of `x`; not its first with one index an example.
         momentum: weight of the old statistics, in [0, 1].
         unbiased: the paper's and PyTorch's running variance; False gives Flax's.
         update_stats: False returns `batch_stats` as they are.
-        use_fast_variance: as in `bnjax.batch_norm`, of one index for all of the batch.
-        mask: which values count, as in `bnjax.batch_norm`.
-        axis_name: axis or axes whose devices share statistics, as in
-            `bnjax.batch_norm`. One index must then be the same on all of them.
-        axis_index_groups: groups of that axis, as in `bnjax.batch_norm`.
-        **options: `epsilon`, `activation`, `residual` and `dtype`, as in
-            `bnjax.batch_norm`.
+        use_fast_variance: as in `bnjax.batch_norm`, with one index for the batch.
+        mask: which values count.
+        **options: the others of `bnjax.batch_norm`. With `axis_name`, one index for the
+            batch must be the same on all devices.
 
     Returns:
         The output, and the new BatchStats of all domains. Where a traced index is out
@@ -105,8 +101,6 @@ def domain_batch_norm(
         _validate.check_flag(flag, name)
     _validate.check_momentum(momentum)
     options |= {"axis": features, "mask": mask}
-    shared = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
-
     own = _one_hot(domain, domains, len(shape))
 
     def of_domain(leaf: jax.Array | None) -> jax.Array | None:
@@ -118,11 +112,11 @@ def domain_batch_norm(
         return jnp.where(own.any(domain.ndim), total, jnp.nan)
 
     if domain.ndim:
+        shared = {name: options.pop(name, None) for name in _SHARING}
         stats: Any = batch_stats
         if not use_running_average:
-            stats = domain_moments(
-                x, domain, domains=domains, axis=features, mask=mask, **shared
-            )
+            given = {"domains": domains, "axis": features, "mask": mask}
+            stats = domain_moments(x, domain, **given, **shared)
         arrays = [of_domain(leaf) for leaf in (stats.mean, stats.var, scale, bias)]
         y = _normalize_each(x, arrays, **options)
         if use_running_average or not update_stats:
@@ -137,8 +131,8 @@ def domain_batch_norm(
     stats, scale, bias = (
         jax.tree.map(of_domain, leaf) for leaf in (batch_stats, scale, bias)
     )
-    options |= flags | shared
-    y, new = functional.batch_norm(x, scale, bias, stats, momentum=momentum, **options)
+    options |= flags | {"momentum": momentum}
+    y, new = functional.batch_norm(x, scale, bias, stats, **options)
     if use_running_average or not update_stats:
         return y, batch_stats
     return y, jax.tree.map(lambda old, new: jnp.where(own, new, old), batch_stats, new)
@@ -236,8 +230,7 @@ def _check_shapes(
             shared = f" or {features}" * (len(shapes) > 1)
             raise ValueError(
                 f"batch_norm: {name} has shape {jnp.shape(value)}; expected {expected}"
-                f"{shared}, the same number of domains in all. "
-                f"BatchStats.init({expected}) starts the statistics."
+                f"{shared}. BatchStats.init({expected}) starts the statistics."
             )
     return domains
 
@@ -297,8 +290,7 @@ class _Domains:
         if domain is None and self.domains != 1:
             raise ValueError(
                 f"batch_norm: domain is None for a layer of {self.domains} domains; "
-                "expected layer(x, domain=...), an index for the batch or one for each "
-                "example."
+                "expected layer(x, domain=...), an index or one for each example."
             )
         return 0 if domain is None else domain
 
@@ -402,12 +394,7 @@ class NnxDomainBatchNorm(_Domains, bnjax.nnx.BatchNorm):
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
     ) -> jax.Array:
-        """Normalize `x` and, in training, move the statistics of its domain.
-
-        `domain` is one index for the batch or one for each example, as in
-        `domain_batch_norm`; it may be left out where there is one domain. The others
-        are those of `bnjax.nnx.BatchNorm`.
-        """
+        """Normalize `x`, with the arguments of `DomainBatchNorm`."""
         return self._call(
             x, use_running_average, mask=mask, residual=residual, domain=domain
         )

@@ -122,7 +122,7 @@ def train(
     that of `LAYERS`.
     """
     network, half = Network(LAYERS[name]), config.batch_size // 2
-    kind = {"domain": np.repeat([0, 1], half)} if name in (SHARED, OWN) else {}
+    kind: Any = {"domain": np.repeat([0, 1], half)} if name in (SHARED, OWN) else {}
     tx = optax.sgd(config.learning_rate, momentum=0.9)
     keys = [jax.random.fold_in(jax.random.key(config.seed), i) for i in range(3)]
     images = task.images(task.train, np.arange(config.batch_size))
@@ -208,7 +208,7 @@ def adaptation(config: Config) -> dict[str, Any]:
         logits = predict(variables, images[rows], jnp.float32(weight))
         return accuracy(logits, labels[rows])
 
-    network = Network(BatchNorm)
+    network: Any = Network(BatchNorm)
 
     def call(variables: Any, x: jax.Array) -> Any:
         return network.apply(variables, x, train=True, mutable=["batch_stats"])

@@ -13,8 +13,6 @@ import bnjax.nnx
 from bnjax import _validate, functional
 from bnjax.functional import BatchStats, Moments
 
-_SHARING = ("axis_name", "axis_index_groups")
-
 
 def domain_batch_norm(
     x: jax.Array,
@@ -90,7 +88,7 @@ def domain_batch_norm(
     features, _ = _validate.split_axes(x.shape, axis)
     shape = tuple(x.shape[axis] for axis in features)
     domains = _check_shapes(batch_stats, scale, bias, shape)
-    domain = _as_domain(domain, domains, x.shape, features)
+    index: Any = _as_domain(domain, domains, x.shape, features)
     flags = {
         "use_running_average": use_running_average,
         "unbiased": unbiased,
@@ -101,22 +99,23 @@ def domain_batch_norm(
         _validate.check_flag(flag, name)
     _validate.check_momentum(momentum)
     options |= {"axis": features, "mask": mask}
-    own = _one_hot(domain, domains, len(shape))
+    own = _one_hot(index, domains, len(shape))
 
     def of_domain(leaf: jax.Array | None) -> jax.Array | None:
         if leaf is None or jnp.ndim(leaf) == len(shape):
             return leaf
         # As a sum, whose transpose is one too, and which XLA can shard by examples.
-        total = jnp.where(own, leaf, jnp.zeros_like(leaf)).sum(domain.ndim)
+        total = jnp.where(own, leaf, jnp.zeros_like(leaf)).sum(index.ndim)
         # Not the statistics of another domain where the index is out of range.
-        return jnp.where(own.any(domain.ndim), total, jnp.nan)
+        return jnp.where(own.any(index.ndim), total, jnp.nan)
 
-    if domain.ndim:
-        shared = {name: options.pop(name, None) for name in _SHARING}
+    if index.ndim:
+        names = ("axis_name", "axis_index_groups")
+        shared = {name: options.pop(name, None) for name in names}
         stats: Any = batch_stats
         if not use_running_average:
             given = {"domains": domains, "axis": features, "mask": mask}
-            stats = domain_moments(x, domain, **given, **shared)
+            stats = domain_moments(x, index, **given, **shared)
         arrays = [of_domain(leaf) for leaf in (stats.mean, stats.var, scale, bias)]
         y = _normalize_each(x, arrays, **options)
         if use_running_average or not update_stats:
@@ -124,7 +123,7 @@ def domain_batch_norm(
         return y, functional.update_batch_stats(
             batch_stats, stats, momentum=momentum, unbiased=unbiased
         )
-    if isinstance(domain, jax.core.Tracer):
+    if isinstance(index, jax.core.Tracer):
         epsilon = options.get("epsilon", 1e-5)
         _validate.check_epsilon(epsilon)
         options["epsilon"] = jnp.where(own.any(), epsilon, jnp.nan)
@@ -174,17 +173,17 @@ def domain_moments(
     """
     x = _validate.as_input(x)
     features, _ = _validate.split_axes(x.shape, axis)
-    domain = _as_domain(domain, domains, x.shape, features)
+    index: Any = _as_domain(domain, domains, x.shape, features)
     mask = _validate.as_mask(mask, x.shape)
 
     def of_one(own: jax.Array) -> Moments:
         own = own if mask is None else jnp.where(own, mask, jnp.zeros_like(mask))
         return functional.moments(x, axis=features, mask=own, **shared)
 
-    if domain.ndim:
-        return jax.vmap(of_one, 1)(_one_hot(domain, domains, x.ndim - 1))
+    if index.ndim:
+        return jax.vmap(of_one, 1)(_one_hot(index, domains, x.ndim - 1))
     found = functional.moments(x, axis=features, mask=mask, **shared)
-    own = _one_hot(domain, domains, len(features))
+    own = _one_hot(index, domains, len(features))
     return jax.tree.map(lambda leaf: jnp.where(own, leaf, jnp.zeros_like(leaf)), found)
 
 

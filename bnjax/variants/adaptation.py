@@ -134,6 +134,7 @@ class AdaptiveBatchNorm(bnjax.linen.BatchNorm):
     batch's statistics in inference too.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> layer = AdaptiveBatchNorm(use_running_average=True, source_weight=2)
         >>> x = jnp.array([[1.0], [3.0]])
         >>> variables = layer.init(jax.random.key(0), x)
@@ -172,6 +173,7 @@ class NnxAdaptiveBatchNorm(bnjax.nnx.BatchNorm):
             statistics in inference too.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> layer = NnxAdaptiveBatchNorm(1, source_weight=2, rngs=nnx.Rngs(0))
         >>> layer.eval()

@@ -13,7 +13,7 @@ Networks of three layers of 100 ReLUs on MNIST, 1,000 steps of 128 images:
   to infinity (`bnjax.variants.adaptation`), and AdaBN, all statistics estimated again
   on 10,000 training images with noise. The batches are random, or of one class each.
 
-Writes experiments/results/domains.json. About two minutes on two CPU cores; started
+Writes experiments/results/domains.json. About three minutes on two CPU cores; started
 again, it trains only what is not in runs/experiments.
 
 References:

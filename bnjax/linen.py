@@ -102,6 +102,27 @@ class BatchNorm(nn.BatchNorm):
         Returns:
             The output, of the shape of `x`.
         """
+        return self._call(
+            x,
+            use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )
+
+    # A method that Flax wraps would be a row of its own in a table of the model.
+    @nn.nowrap
+    def _call(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None,
+        *,
+        mask: jax.Array | None,
+        residual: jax.Array | None,
+        update_stats: bool | None,
+        **variant: Any,
+    ) -> jax.Array:
+        """What the layer does; a variant gives `_transform` options of its own."""
         layer = f"BatchNorm layer {'/'.join(self.path) or '(top level)'}"
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -113,13 +134,14 @@ class BatchNorm(nn.BatchNorm):
             features, _ = _validate.split_axes(x.shape, self.axis)
         shape = tuple(x.shape[axis] for axis in features)
         stats_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stats_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, stats_dtype)
+        stats_shape, param_shape = self._variable_shapes(shape)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, stats_shape, stats_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, stats_shape, stats_dtype)
         scale = bias = None
         if self.use_scale:
-            scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+            scale = self.param("scale", self.scale_init, param_shape, self.param_dtype)
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+            bias = self.param("bias", self.bias_init, param_shape, self.param_dtype)
 
         initializing = self.is_initializing()
         # Too little to train on, but enough to make the variables from.
@@ -148,6 +170,7 @@ class BatchNorm(nn.BatchNorm):
                 activation=self.activation,
                 residual=residual,
                 dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+                **variant,
             )
         if updating:
             batch_dtype = jnp.dtype(self.dtype or x.dtype)
@@ -163,7 +186,13 @@ class BatchNorm(nn.BatchNorm):
                 variable.value = new.astype(kept)
         return y
 
-    # A method that Flax wraps would be a row of its own in a table of the model.
+    @nn.nowrap
+    def _variable_shapes(
+        self, features: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the statistics and of the parameters; a variant has others."""
+        return features, features
+
     @nn.nowrap
     def _transform(
         self,

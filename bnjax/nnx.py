@@ -85,6 +85,25 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
             The output, of the shape of `x`.
         """
+        return self._call(
+            x,
+            use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+        )
+
+    def _call(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None,
+        *,
+        mask: jax.Array | None,
+        residual: jax.Array | None,
+        update_stats: bool | None,
+        **variant: Any,
+    ) -> jax.Array:
+        """What the layer does; a variant gives `_transform` options of its own."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         layer = f"BatchNorm layer of {self.num_features} features"
@@ -127,6 +146,7 @@ class BatchNorm(nnx.BatchNorm):
                 activation=self.activation,
                 residual=residual,
                 dtype=cast.dtype,
+                **variant,
             )
         if update_stats:
             for kept, new in (

@@ -237,7 +237,9 @@ class Record:
         zeros: Any = np.zeros(shape, jnp.result_type(float))
         return cls(Moments(zeros, zeros, zeros), zeros)
 
-    def joined(self, layer: Any, name: str, x: jax.Array, mask: Any) -> "Record":
+    def joined(
+        self, layer: Any, name: str, x: jax.Array, mask: Any, **variant: Any
+    ) -> "Record":
         """This record and one more input of a layer, which errors call `name`."""
         shape, dtype, groups = jnp.shape(x), self.weight.dtype, layer.axis_index_groups
         with _validate.naming(name):
@@ -247,7 +249,9 @@ class Record:
                 # Flax takes every number but 0 for True, and NumPy's rule of shapes.
                 mask = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
             shared = {"axis_name": layer.axis_name, "axis_index_groups": groups}
-            found = functional.moments(x, axis=layer.axis, mask=mask, **shared)
+            # A layer may have several populations, and tell whose values are whose.
+            find = getattr(layer, "moments_of", functional.moments)
+            found = find(x, axis=layer.axis, mask=mask, **shared, **variant)
         if found.mean.size != self.weight.size:
             raise ValueError(
                 f"{name}: its statistics in `variables` have shape "
@@ -275,7 +279,8 @@ def _call_and_record(
     # A call of the class it extends, or in a transform, may have noted it already.
     if not frozen and read().weight is before.weight:
         x = args[0] if args else kwargs["x"]
-        write(before.joined(layer, name, x, kwargs.get("mask")))
+        variant = {"domain": kwargs["domain"]} if "domain" in kwargs else {}
+        write(before.joined(layer, name, x, kwargs.get("mask"), **variant))
     return y
 
 

@@ -213,6 +213,12 @@ def _infer(
     options: dict[str, Any],
 ) -> tuple[jax.Array, BatchStats]:
     """The output of a layer in inference, and its running statistics as they were."""
+    if options["update_stats"]:
+        raise ValueError(
+            "batch_norm: update_stats=True in inference; expected None or False. The "
+            "running statistics are those of the source, and batches are blended with "
+            "them for the output alone."
+        )
     options = {name: o for name, o in options.items() if name not in _OF_TRAINING}
     y, _ = adaptive_batch_norm(
         x, scale, bias, batch_stats, source_weight=source_weight, **options

@@ -111,7 +111,7 @@ def averaged_batch_norm(
     use_running_average: bool = False,
     momentum: float | jax.Array | None = 0.99,
     unbiased: bool = True,
-    update_stats: bool = True,
+    update_stats: bool | None = None,
     use_fast_variance: bool = True,
     **options: Any,
 ) -> tuple[jax.Array, AveragedStats]:
@@ -125,10 +125,10 @@ def averaged_batch_norm(
         scale: gamma, or None.
         bias: beta, or None.
         stats: the old AveragedStats.
-        use_running_average: normalize by `stats` and leave them as they are.
+        use_running_average: normalize by `stats`.
         momentum: as in `update_averaged_stats`; None for an equal-weight average.
         unbiased: the paper's and PyTorch's running variance; False gives Flax's.
-        update_stats: False returns `stats` as they are.
+        update_stats: whether `stats` move, as in `bnjax.batch_norm`.
         use_fast_variance: as in `bnjax.batch_norm`.
         **options: the others of `bnjax.batch_norm`.
 
@@ -153,13 +153,19 @@ def averaged_batch_norm(
         (use_fast_variance, "use_fast_variance"),
     ):
         _validate.check_flag(value, name)
+    if update_stats is None:
+        update_stats = not use_running_average
     if use_running_average:
         y, _ = functional.batch_norm(
             x, scale, bias, stats.batch_stats, use_running_average=True, **options
         )
-        return y, stats
-    origin = stats.batch_stats.mean if use_fast_variance else None
-    y, batch = functional.normalize_batch(x, scale, bias, origin=origin, **options)
+        if not update_stats:
+            return y, stats
+        names = ("axis", "mask", "axis_name", "axis_index_groups")
+        batch = functional.moments(x, **{n: options[n] for n in names if n in options})
+    else:
+        origin = stats.batch_stats.mean if use_fast_variance else None
+        y, batch = functional.normalize_batch(x, scale, bias, origin=origin, **options)
     if not update_stats:
         return y, stats
     return y, update_averaged_stats(stats, batch, momentum=momentum, unbiased=unbiased)

@@ -25,7 +25,7 @@ def domain_batch_norm(
     axis: _validate.Axes = -1,
     momentum: float | jax.Array = 0.99,
     unbiased: bool = True,
-    update_stats: bool = True,
+    update_stats: bool | None = None,
     use_fast_variance: bool = True,
     mask: jax.Array | None = None,
     **options: Any,
@@ -48,11 +48,11 @@ def domain_batch_norm(
         batch_stats: running statistics, shape (domains, features).
         domain: which domain, an integer in [0, domains); or one for each example, of
             shape (batch,) along the first axis of `x`.
-        use_running_average: normalize by `batch_stats` and leave them as they are.
+        use_running_average: normalize by `batch_stats`.
         axis: the feature axis or axes of `x`; not its first with one index an example.
         momentum: weight of the old statistics, in [0, 1].
         unbiased: the paper's and PyTorch's running variance; False gives Flax's.
-        update_stats: False returns `batch_stats` as they are.
+        update_stats: whether `batch_stats` move, as in `bnjax.batch_norm`.
         use_fast_variance: as in `bnjax.batch_norm`, with one index for the batch.
         mask: which values count.
         **options: the others of `bnjax.batch_norm`. With `axis_name`, one index for the
@@ -89,6 +89,8 @@ def domain_batch_norm(
     shape = tuple(x.shape[axis] for axis in features)
     domains = _check_shapes(batch_stats, scale, bias, shape)
     index: Any = _as_domain(domain, domains, x.shape, features)
+    if update_stats is None:
+        update_stats = not use_running_average
     flags = {
         "use_running_average": use_running_average,
         "unbiased": unbiased,
@@ -112,16 +114,17 @@ def domain_batch_norm(
     if index.ndim:
         names = ("axis_name", "axis_index_groups")
         shared = {name: options.pop(name, None) for name in names}
-        stats: Any = batch_stats
-        if not use_running_average:
+        batch = None
+        if update_stats or not use_running_average:
             given = {"domains": domains, "axis": features, "mask": mask}
-            stats = domain_moments(x, index, **given, **shared)
+            batch = domain_moments(x, index, **given, **shared)
+        stats: Any = batch_stats if use_running_average else batch
         arrays = [of_domain(leaf) for leaf in (stats.mean, stats.var, scale, bias)]
         y = _normalize_each(x, arrays, **options)
-        if use_running_average or not update_stats:
+        if batch is None or not update_stats:
             return y, batch_stats
         return y, functional.update_batch_stats(
-            batch_stats, stats, momentum=momentum, unbiased=unbiased
+            batch_stats, batch, momentum=momentum, unbiased=unbiased
         )
     if isinstance(index, jax.core.Tracer):
         epsilon = options.get("epsilon", 1e-5)
@@ -132,7 +135,7 @@ def domain_batch_norm(
     )
     options |= flags | {"momentum": momentum}
     y, new = functional.batch_norm(x, scale, bias, stats, **options)
-    if use_running_average or not update_stats:
+    if not update_stats:
         return y, batch_stats
     return y, jax.tree.map(lambda old, new: jnp.where(own, new, old), batch_stats, new)
 
@@ -328,6 +331,7 @@ class DomainBatchNorm(_Domains, bnjax.linen.BatchNorm):
         domain: int | jax.Array | None = None,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalize `x` and, in training, move the statistics of its domain.
 
@@ -336,7 +340,12 @@ class DomainBatchNorm(_Domains, bnjax.linen.BatchNorm):
         are those of `bnjax.linen.BatchNorm`.
         """
         return self._call(
-            x, use_running_average, mask=mask, residual=residual, domain=domain
+            x,
+            use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+            domain=domain,
         )
 
     @nn.nowrap
@@ -392,8 +401,14 @@ class NnxDomainBatchNorm(_Domains, bnjax.nnx.BatchNorm):
         domain: int | jax.Array | None = None,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalize `x`, with the arguments of `DomainBatchNorm`."""
         return self._call(
-            x, use_running_average, mask=mask, residual=residual, domain=domain
+            x,
+            use_running_average,
+            mask=mask,
+            residual=residual,
+            update_stats=update_stats,
+            domain=domain,
         )

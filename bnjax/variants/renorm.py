@@ -74,7 +74,7 @@ def batch_renorm(
     d_max: Limit = d_max_schedule,
     warmup_steps: int | jax.Array = 0,
     use_running_average: bool = False,
-    update_stats: bool = True,
+    update_stats: bool | None = None,
     axis: _validate.Axes = -1,
     momentum: float | jax.Array = 0.99,
     unbiased: bool = True,
@@ -117,8 +117,9 @@ def batch_renorm(
         d_max: limit of the size of d, at least 0; likewise.
         warmup_steps: until `stats.step` is as large, r = 1 and d = 0, whatever the
             limits. With r_max=3, d_max=5 and 100,000 it is the form of CrossQ.
-        use_running_average: normalize by `stats` and leave them as they are.
-        update_stats: False returns `stats` as they are, the step too.
+        use_running_average: normalize by `stats`.
+        update_stats: whether the statistics and the step move, as in
+            `bnjax.batch_norm`.
         axis: the feature axis or axes of `x`.
         momentum: weight of the old statistics; the paper's rate of 0.01 is 0.99.
         unbiased: keep the running variance with the factor m / (m - 1).
@@ -160,11 +161,26 @@ def batch_renorm(
         (use_fast_variance, "use_fast_variance"),
     ):
         _validate.check_flag(flag, name)
+    if update_stats is None:
+        update_stats = not use_running_average
     options |= {"axis": axis, "mask": mask}
     output = {"activation": activation, "residual": residual, "dtype": dtype}
     if use_running_average:
-        options |= output | {"epsilon": epsilon, "use_running_average": True}
-        return functional.batch_norm(x, scale, bias, stats, **options)[0], stats
+        y, new = functional.batch_norm(
+            x,
+            scale,
+            bias,
+            BatchStats(stats.mean, stats.var),
+            use_running_average=True,
+            update_stats=update_stats,
+            momentum=momentum,
+            unbiased=unbiased,
+            epsilon=epsilon,
+            use_fast_variance=use_fast_variance,
+            **options,
+            **output,
+        )
+        return y, RenormStats(new.mean, new.var, stats.step + int(update_stats))
     x = _validate.as_input(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(
@@ -358,6 +374,6 @@ class NnxBatchRenorm(NnxBatchNorm):
             warmup_steps=self.warmup_steps,
             **options,
         )
-        if not options["use_running_average"]:
+        if options["update_stats"]:
             self.step[...] = stats.step
         return y, stats

@@ -1,5 +1,7 @@
 """What the linen and nnx layers have in common: they are Flax's, and each other's."""
 
+import itertools
+
 import flax.linen
 import flax.nnx
 import jax
@@ -19,6 +21,18 @@ NAMES = ["float16", "bfloat16", "float32"]
 def data(case, dtype=jnp.float32):
     x, scale, bias, dy, mask = case.arrays()
     return jnp.asarray(x, dtype), {"scale": scale, "bias": bias}, dy, mask
+
+
+# Parameters in half precision are rare.
+DTYPE_PAIRS = [
+    pytest.param(
+        dtype,
+        param_dtype,
+        marks=[] if param_dtype == jnp.float32 else pytest.mark.slow,
+        id=f"{param_dtype.__name__}-{dtype.__name__}",
+    )
+    for dtype, param_dtype in itertools.product(DTYPES, DTYPES)
+]
 
 
 def run_linen(kind, x, params, dy, mask=None, training=True, **options):
@@ -129,8 +143,7 @@ def test_equal_one_another_exactly(case, dtype, training):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
 # The layer of nnx is that of linen, bit for bit: see above.
 @pytest.mark.parametrize("api", ["linen", pytest.param("nnx", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("param_dtype", DTYPES, ids=NAMES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+@pytest.mark.parametrize(("dtype", "param_dtype"), DTYPE_PAIRS)
 @cases.parametrize(COMMON)
 def test_equal_flax(case, dtype, param_dtype, api, training):
     x, params, dy, mask = data(case, dtype)

@@ -73,6 +73,7 @@ def test_every_step_is_that_of_flax():
     assert_same(got, want, 1e-7)
 
 
+@pytest.mark.slow
 def test_replicas_are_one_device():
     """Eight devices that share statistics train as one with the whole batch."""
     x, labels = networks.images(32)

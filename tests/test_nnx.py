@@ -275,6 +275,7 @@ def test_errors_name_the_layer(mistake):
 
 
 # Flax's layer warns where it keeps float32 statistics of float64 inputs.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types")
 @pytest.mark.usefixtures("x64")
 def test_every_step_of_an_optimizer_is_that_of_flax():

@@ -25,6 +25,8 @@ ATTEMPTS = 10
 _YIQ = np.array(
     [(0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)]
 )
+_YIQ_INVERSE = np.linalg.inv(_YIQ)
+_GREY = np.tile(_YIQ[0], (3, 1))
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -217,18 +219,19 @@ def color_transform(
     """
     cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
     turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
-    same = np.eye(3)
-    parts = (
-        same,
-        contrast * same,
-        saturation * same + (1 - saturation) * np.tile(_YIQ[0], (3, 1)),
-        np.linalg.inv(_YIQ) @ turn @ _YIQ,
-    )
-    matrix, offset = same, np.zeros(3)
+    linear = {
+        2: saturation * np.eye(3) + (1 - saturation) * _GREY,
+        3: _YIQ_INVERSE @ turn @ _YIQ,
+    }
+    matrix, offset = np.eye(3), np.zeros(3)
     for which in order:
-        around_mean = (1 - contrast) * (matrix @ mean + offset)
-        shift = (brightness, around_mean, 0, 0)[which]
-        matrix, offset = parts[which] @ matrix, parts[which] @ offset + shift
+        if which == 0:
+            offset = offset + brightness
+        elif which == 1:
+            around_mean = (1 - contrast) * (matrix @ mean + offset)
+            matrix, offset = contrast * matrix, contrast * offset + around_mean
+        else:
+            matrix, offset = linear[which] @ matrix, linear[which] @ offset
     return np.column_stack([matrix, offset])
 
 

@@ -82,6 +82,7 @@ def test_every_kind_of_layer_does_the_same_work(kind, layer_of_flax):
         assert apart < 1e-3
 
 
+@pytest.mark.slow
 def test_kinds_of_a_network_have_the_same_gradients():
     found = {}
     kinds = ("flax", "bnjax", "bnjax_inside", *aot.POLICIES)

@@ -47,6 +47,7 @@ def test_absent_libraries_are_named():
         layer.installed(("keras",))
 
 
+@pytest.mark.slow
 def test_every_library_that_is_here_agrees():
     case = dataclasses.replace(CASE, variation="residual")
     values = peers.arrays(case)

@@ -6,7 +6,6 @@ import eval as eval_program
 import train as train_program
 from bnjax.cli import main
 from tests.data import image_folder
-from tests.training.conftest import compiled_once  # noqa: F401 (a fixture)
 
 FLAGS = ["--parallel", "single", "--steps", "60", "--batch-size", "30"]
 FLAGS += ["--model.hidden", "12", "9"]

@@ -128,6 +128,7 @@ def test_a_proposal_is_confirmed(importing, run, fails, tmp_path, monkeypatch):
     np.testing.assert_array_equal(state.params["b"]["kernel"], expected)
 
 
+@pytest.mark.slow
 def test_without_the_data_set(run, fails, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     file, new = tmp_path / "weights.safetensors", tmp_path / "new"

@@ -297,6 +297,7 @@ print([a.tolist() for a in jax.jit(lambda x: cpu.moments(x, (0,)))(jnp.ones((4, 
 """
 
 
+@pytest.mark.slow
 def test_threads_and_reloads_register_once(tmp_path):
     """Without a folder for the library, each build is another library."""
     (tmp_path / "file").touch()

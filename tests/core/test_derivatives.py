@@ -63,11 +63,12 @@ def arguments(case, dtype):
 @cases.parametrize(CASES)
 def test_both_modes_and_second_order(case, activation, frozen):
     args, mask = arguments(case, np.float64)
-    check_grads(
-        transform(case, mask, activation, frozen), args, 2, ("fwd", "rev"), rtol=1e-5
-    )
+    # Eagerly, each operation of each derivative would be compiled by itself.
+    run = jax.jit(transform(case, mask, activation, frozen))
+    check_grads(run, args, 2, ("fwd", "rev"), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64", "strict")
 def test_second_order_through_an_activation():
     args, mask = arguments(CASES[0], np.float64)
@@ -75,6 +76,7 @@ def test_second_order_through_an_activation():
     check_grads(run, args, 2, ("fwd", "rev"), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_an_activation_may_close_over_what_is_differentiated():
     case = CASES[0]
@@ -87,6 +89,7 @@ def test_an_activation_may_close_over_what_is_differentiated():
     check_grads(run, (jnp.float64(0.3), *args), 2, ("fwd", "rev"), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_hessian_is_symmetric_and_of_the_function():
     case = CASES[0]

@@ -29,7 +29,9 @@ def jacobian_by_hand(variables, z):
     return (z_after * (1 - z_after) * slope)[:, None] * kernel
 
 
-@pytest.mark.parametrize("kind", ["batch", "none"])
+@pytest.mark.parametrize(
+    "kind", ["none", pytest.param("batch", marks=pytest.mark.slow)]
+)
 def test_block_of_a_hidden_layer(kind, x64):
     model, variables, images = network(kind)
     z = layer_input(model, variables, images, "dense_1")

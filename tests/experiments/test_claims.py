@@ -21,6 +21,7 @@ def test_a_bias_outside_the_gradient_grows_by_a_line():
     assert both["weight"][-1] > 1.5 * both["weight"][len(steps) // 4] > 10
 
 
+@pytest.mark.slow
 def test_scale_of_the_weights():
     found = scale_invariance.measure()
     exact, usual = found["epsilon 1e-20"], found["epsilon 1e-5"]
@@ -35,6 +36,7 @@ def test_scale_of_the_weights():
     )
 
 
+@pytest.mark.slow
 def test_population_statistics_after_few_steps_and_for_averaged_parameters():
     changes = {"steps": 20, "parallel": "single", "bn.momentum": 0.99}
     changes |= {"model.hidden": (30,), "model.weight_std": 0.1}

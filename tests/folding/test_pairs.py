@@ -47,6 +47,7 @@ def check(case):
     assert difference(found, expected) < 1e-5
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=30)
 @hypothesis.given(cases())
 def test_pairs(case):

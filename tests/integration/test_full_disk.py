@@ -27,8 +27,9 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
+    before = jax.config.jax_compilation_cache_dir
     yield [*FLAGS, "--compilation-cache", str(tmp_path_factory.mktemp("compiled"))]
-    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,7 @@ def orbax_threads_may_fail():
     gc.collect()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("orbax_threads_may_fail")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("found", ["before writing", "while writing"])

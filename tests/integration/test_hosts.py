@@ -104,6 +104,7 @@ def two_hosts(port, *more, own=((), ())):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", SLOW_SPMD)
 def test_train_py_on_two_hosts_writes_one_run(strategy, port, tmp_path):
     own = [("--workdir", tmp_path / name) for name in ("run", "unused")]

@@ -17,7 +17,7 @@ LAYOUTS = [
     ("spmd", 8),
     ("pmap", 8),
 ]
-SLOW_MLP = [pytest.param("mlp", marks=pytest.mark.slow), "conv"]
+NETWORKS = ["mlp", pytest.param("conv", marks=pytest.mark.slow)]
 ON_EIGHT = [
     pytest.param(*layout, marks=[] if layout[1] == 8 else pytest.mark.slow)
     for layout in LAYOUTS
@@ -32,7 +32,7 @@ def reference(name, steps, dtype, **changes):
 
 
 @pytest.mark.parametrize(("strategy", "devices"), ON_EIGHT)
-@pytest.mark.parametrize("name", SLOW_MLP)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_fifty_steps_are_the_same_in_float64(name, strategy, devices, x64):
     config = networks.configuration(parallel=strategy)
     expected, expected_metrics = reference(name, 50, jnp.float64)
@@ -44,7 +44,7 @@ def test_fifty_steps_are_the_same_in_float64(name, strategy, devices, x64):
 
 
 @pytest.mark.parametrize(("strategy", "devices"), ON_EIGHT)
-@pytest.mark.parametrize("name", SLOW_MLP)
+@pytest.mark.parametrize("name", ["conv", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_one_step_is_the_same_in_float32(name, strategy, devices):
     config = networks.configuration(parallel=strategy)
     expected, _ = reference(name, 1, jnp.float32)
@@ -64,7 +64,7 @@ def test_one_step_is_the_same_in_float32(name, strategy, devices):
         ("per-device", 2, 2),
     ],
 )
-@pytest.mark.parametrize("name", SLOW_MLP)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_groups_of_devices_are_virtual_batches(
     name, sync, virtual, examples, strategy, x64
 ):
@@ -83,7 +83,7 @@ def test_groups_of_devices_are_virtual_batches(
             networks.assert_close(state, whole, 1e-3)
 
 
-@pytest.mark.parametrize("name", SLOW_MLP)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_per_device_is_a_virtual_batch_in_float32(name):
     config = networks.configuration(parallel="pmap", sync="per-device")
     expected, _ = reference(name, 1, jnp.float32, virtual_batch_size=4)
@@ -95,7 +95,7 @@ def test_per_device_is_a_virtual_batch_in_float32(name):
     "strategy", ["pmap", pytest.param("spmd", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("sync", ["global", "per-device"])
-@pytest.mark.parametrize("name", SLOW_MLP)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_micro_batches_are_the_same_on_any_devices(name, sync, strategy, x64):
     config = networks.configuration(parallel=strategy, accumulate=2, sync=sync)
     virtual = 4 if sync == "per-device" else None
@@ -106,7 +106,10 @@ def test_micro_batches_are_the_same_on_any_devices(name, sync, strategy, x64):
     networks.assert_close(state, expected, 1e-10)
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("single", 1), ("pmap", 2)])
+@pytest.mark.parametrize(
+    ("strategy", "devices"),
+    [("single", 1), pytest.param("pmap", 2, marks=pytest.mark.slow)],
+)
 def test_one_step_a_call_equals_many(strategy, devices, x64):
     config = networks.configuration(parallel=strategy)
     expected, many = networks.run("conv", config, devices, 6)

@@ -140,6 +140,7 @@ def test_killed_runs(undisturbed, cache, tmp_path, path, seed):
     assert results(workdir) == results(undisturbed(path))
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_signal(undisturbed, cache, tmp_path, capsys):
     workdir = tmp_path / "run"
     process = start(workdir, cache)

@@ -42,6 +42,7 @@ def test_eval_agrees_to_the_last_digit(digits_run, capsys):
     assert repr(summary["test_accuracy"]) in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_eval_agrees_in_a_program_of_its_own(digits_run):
     # Another process, another number of devices, another folder.
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}

@@ -166,7 +166,9 @@ def test_a_typo_on_the_command_line_of_a_new_process(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("compiler", ["nope", "false"])
+@pytest.mark.parametrize(
+    "compiler", ["nope", pytest.param("false", marks=pytest.mark.slow)]
+)
 def test_kernels_that_cannot_be_had(compiler, tmp_path):
     kernels = {"BNJAX_KERNELS": "on", "CC": compiler, "BNJAX_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

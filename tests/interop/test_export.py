@@ -80,6 +80,7 @@ def refused():
     return call
 
 
+@pytest.mark.slow
 def test_runs_where_jax_alone_is(network, written, tmp_path):
     apply, variables = network
     rng = np.random.default_rng(1)

@@ -429,6 +429,7 @@ def test_residual_networks_of_torchvision_and_timm(depth):
     assert known_mapping(f"resnet{depth}") is RESNET
 
 
+@pytest.mark.slow
 def test_the_names_of_the_other_networks_are_ours():
     for name, x in [("mlp", (32, 32, 3)), ("lenet", (28, 28, 1))]:
         net, images = models.create(name), jnp.zeros((2, *x))

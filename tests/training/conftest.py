@@ -1,21 +1,12 @@
 import dataclasses
 
-import jax
 import pytest
 
 from bnjax.data.sources import open_source
 from bnjax.training.config import ModelConfig
-from bnjax.training.loop import keep_compiled, train
+from bnjax.training.loop import train
 from bnjax.training.presets import PRESETS
 from bnjax.training.program import Program
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Keep compiled programs: every run of a configuration compiles the same."""
-    keep_compiled(tmp_path_factory.mktemp("compiled"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="session")

@@ -310,6 +310,7 @@ def test_what_a_resumed_run_may_change():
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_have_more_steps(run_small, small_config):
     optim = OptimizerConfig(schedule="constant_schedule")
     workdir, _ = run_small(optim=optim, steps=30)

@@ -388,6 +388,7 @@ def fails(capsys):
     return call
 
 
+@pytest.mark.slow
 def test_an_ensemble_and_its_members(train_cli, evaluate):
     # One of them is given its pixels otherwise.
     otherwise = ("--seed", 1, "--data.mean", 0.5, "--data.std", 0.25)
@@ -413,6 +414,7 @@ def test_an_ensemble_and_its_members(train_cli, evaluate):
     assert result["test_examples"] == 355
 
 
+@pytest.mark.slow
 def test_crops_of_an_image_folder(train_cli, evaluate, tmp_path):
     images = image_folder.write(tmp_path / "images", count=20)
     run = train_cli("folder", "--data.name", images, "--data.image-size", 16)

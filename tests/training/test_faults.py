@@ -235,7 +235,7 @@ def reference(config, program, steps, rows):
     "changes",
     [
         {},
-        {"parallel": "pmap", "devices": 2},
+        pytest.param({"parallel": "pmap", "devices": 2}, marks=pytest.mark.slow),
         pytest.param({"parallel": "spmd", "devices": 2}, marks=pytest.mark.slow),
         pytest.param({"accumulate": 2}, marks=pytest.mark.slow),
     ],
@@ -275,6 +275,7 @@ def test_skip_leaves_out_the_steps_and_no_other(
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_skips_as_the_run_never_stopped(
     small_config, poisoned, tmp_path, monkeypatch
 ):
@@ -300,6 +301,7 @@ def test_a_resumed_run_skips_as_the_run_never_stopped(
         assert found[name] == expected[name]
 
 
+@pytest.mark.slow
 def test_without_bad_steps_skipping_changes_no_bit(run_small):
     (_, stop), (_, skip) = (run_small(on_nan=choice) for choice in ("stop", "skip"))
     assert stop["state_sha256"] == skip["state_sha256"]

@@ -99,6 +99,7 @@ def test_without_batch_normalization(run_small):
     assert evaluate_runs([workdir])["test_loss"] == summary["test_loss"]
 
 
+@pytest.mark.slow
 def test_flaxs_layer_trains_to_the_same_place(run_small, small_config):
     biased = dataclasses.replace(small_config.bn, unbiased=False)
     theirs = dataclasses.replace(biased, implementation="flax")
@@ -196,7 +197,14 @@ def test_a_signal_in_the_last_dispatch_changes_nothing(run_small, stop_at):
 
 
 # Before the first checkpoint, between two, and after the last.
-@pytest.mark.parametrize(("step", "resumed"), [(20, 0), (50, 40), (60, 40)])
+@pytest.mark.parametrize(
+    ("step", "resumed"),
+    [
+        pytest.param(20, 0, marks=pytest.mark.slow),
+        (50, 40),
+        pytest.param(60, 40, marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_is_the_run_never_stopped(
     run_small, small_config, stop_at, tmp_path, step, resumed, capsys
 ):

@@ -186,7 +186,10 @@ def test_written_out_they_are_the_same(x64):
     chex.assert_trees_all_close(found, expected, rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-6), (jnp.float64, 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "atol"),
+    [pytest.param(jnp.float32, 1e-6, marks=pytest.mark.slow), (jnp.float64, 1e-12)],
+)
 def test_four_times_15_have_the_statistics_of_60(dtype, atol, x64):
     state, after, _ = step(4, dtype)
     _, _, _, values = exact(state, dtype)

@@ -86,8 +86,8 @@ def test_adapted_statistics_move_on_from_where_they_are(start, trained):
     "layout",
     [
         {},
-        {"accumulate": 2},
-        {"parallel": "pmap", "devices": 2},
+        pytest.param({"accumulate": 2}, marks=pytest.mark.slow),
+        pytest.param({"parallel": "pmap", "devices": 2}, marks=pytest.mark.slow),
         {"parallel": "spmd", "devices": 5, "bn": "per-device"},
     ],
     ids=["one device", "accumulating", "pmap", "per device"],

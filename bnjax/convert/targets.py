@@ -36,9 +36,10 @@ class ToBatchNorm:
         momentum: weight of the old statistics (PyTorch's 0.1 is 0.9 here).
         epsilon: added to the variance. Another one changes the function.
         unbiased: keep the running variance with m / (m - 1).
-        use_running_average: the mode of the layers, frozen ones included, whatever their model calls them
-            with: False trains a model that was written for inference. In nnx `train()`
-            and `eval()` go on to switch it; of a linen model make one for each mode.
+        use_running_average: the mode of the layers, frozen ones included, whatever
+            their model calls them with: False trains a model that was written for
+            inference. In nnx `train()` and `eval()` go on to switch it; of a linen
+            model make one for each mode.
     """
 
     axis_name: AxisName | None = None

@@ -36,9 +36,10 @@ class ToBatchNorm:
         momentum: weight of the old statistics (PyTorch's 0.1 is 0.9 here).
         epsilon: added to the variance. Another one changes the function.
         unbiased: keep the running variance with m / (m - 1).
-        use_running_average: the mode of the layers, whatever their model calls them
-            with: False trains a model that was written for inference. In nnx `train()`
-            and `eval()` go on to switch it; of a linen model make one for each mode.
+        use_running_average: the mode of the layers, frozen ones included, whatever
+            their model calls them with: False trains a model that was written for
+            inference. In nnx `train()` and `eval()` go on to switch it; of a linen
+            model make one for each mode.
     """
 
     axis_name: AxisName | None = None
@@ -86,10 +87,12 @@ class ToBatchNorm:
         _turn_into(name, layer, kind, **self._changes())
 
     def _kind(self, layer: Any, plain: Any, ghost: Any, frozen: Any) -> Any:
-        if self.virtual_batch_size is not None:
-            return ghost
-        thawed = isinstance(layer, frozen) and self.use_running_average is not None
-        return type(layer) if isinstance(layer, plain) and not thawed else plain
+        if isinstance(layer, frozen):
+            if self.use_running_average is None:
+                return type(layer)
+        elif self.virtual_batch_size is None and isinstance(layer, plain):
+            return type(layer)
+        return plain if self.virtual_batch_size is None else ghost
 
     def _changes(self) -> dict[str, Any]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -240,7 +243,9 @@ def _linen_like(
         for field in dataclasses.fields(layer)
         if field.name in known - {"parent"}
     }
-    return kind(**{**fields, **changes}, parent=None)
+    # A frozen layer has no virtual batches.
+    fields |= {field: value for field, value in changes.items() if field in known}
+    return kind(**fields, parent=None)
 
 
 def _turn_into(name: str, layer: Any, kind: type, **changes: Any) -> None:

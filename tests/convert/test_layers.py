@@ -298,3 +298,22 @@ def test_virtual_batches_are_those_of_the_variant():
     trains = converted(ToBatchNorm(use_running_average=False), x)
     again = convert(trains, ToBatchNorm(virtual_batch_size=3), x)
     assert_close(again.bn0(x, True), new.bn0(x, False))
+
+
+def test_frozen_layers_stay_frozen_until_their_mode_is_set():
+    for to in (ToBatchNorm(momentum=0.5), ToBatchNorm(virtual_batch_size=3)):
+        _, converted, x, given = two("linen")
+        model, variables = converted(ToFrozen(), x, **given)
+        new, _ = convert(model, to, x, variables=variables)
+        _, stats = update(new, variables, x, train=True)
+        assert_equal(stats, variables["batch_stats"])
+
+        _, converted, x, _ = two("nnx")
+        new = convert(converted(ToFrozen(), x), to, x)
+        before = leaves(new)
+        new.train()
+        new(x)
+        assert_equal(leaves(new), before)
+        thawed = convert(new, ToBatchNorm(use_running_average=False), x)
+        thawed(x)
+        assert np.any(leaves(thawed)["bn0"]["mean"] != before["bn0"]["mean"])

@@ -115,7 +115,8 @@ def test_a_converted_model_initializes_the_same_variables():
     for to in SAME.values():
         new, _ = convert(model, to, x, variables=variables, train=False)
         assert_equal(new.init(jax.random.key(0), x, train=False), variables)
-        assert "BatchNorm_1" in new.tabulate(jax.random.key(0), x, train=False)
+        wide = {"console_kwargs": {"width": 200}}
+        assert "BatchNorm_1" in new.tabulate(jax.random.key(0), x, train=False, **wide)
     assert hash(new) == hash(new.clone())
     assert new.clone() == new != model
 

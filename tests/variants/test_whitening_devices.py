@@ -99,6 +99,18 @@ def test_devices_that_agree_on_an_origin_lose_no_digits():
     )
 
 
+def test_one_example_a_device():
+    x, *_ = data(shape=(8, 6), dtype="float32")
+
+    def run(x, **options):
+        return whiten_batch(x, group_size=SIZE, **options)
+
+    y, found = jax.vmap(lambda x: run(x, axis_name="data"), axis_name="data")(x)
+    expected, batch = run(x)
+    close(y, expected, rtol=1e-4, atol=1e-4)
+    close(jax.tree.map(lambda leaf: leaf[0], found), batch, rtol=1e-5, atol=1e-5)
+
+
 def test_devices_with_other_running_means_are_told_by_nan():
     x, *_ = data(shape=(8, 5, 6), dtype="float32")
 

@@ -4,102 +4,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import bnjax
-import bnjax.linen
 from bnjax.variants.whitening import (
     WhiteningStats,
-    update_whitening_stats,
     whiten_batch,
     whitening_affine,
     whitening_batch_norm,
     whitening_matrix,
 )
-from bnjax.variants.whitening.linen import WhiteningBatchNorm
-from bnjax.variants.whitening.nnx import WhiteningBatchNorm as NnxWhiteningBatchNorm
-from tests.integration.shared import collectives
-
-METHODS = [None, 5]
-MOMENTUM, EPSILON = 0.9, 1e-3
-# Six channels in two groups of three, 45 values of each.
-SHAPE, SIZE = (9, 5, 6), 3
-
-
-def data(seed=0, shape=SHAPE, dtype=None):
-    """Correlated values, scale, bias, and the gradient of the output."""
-    rng = np.random.default_rng(seed)
-    mixed = rng.normal(size=shape) @ rng.normal(size=(shape[-1],) * 2) + 2
-    arrays = mixed, rng.normal(size=shape[-1:]), rng.normal(size=shape[-1:])
-    return [jnp.asarray(a, dtype) for a in (*arrays, rng.normal(size=shape))]
-
-
-def start(dtype="float64"):
-    return WhiteningStats.init(6, SIZE, dtype)
-
-
-def inverse_sqrt(cov, iterations, epsilon=EPSILON):
-    """ZCA and IterNorm as their papers write them, in float64."""
-    cov = np.asarray(cov, np.float64) + epsilon * np.eye(len(cov))
-    if iterations is None:
-        values, vectors = np.linalg.eigh(cov)
-        return vectors @ np.diag(values**-0.5) @ vectors.T
-    normalized, power = cov / np.trace(cov), np.eye(len(cov))
-    for _ in range(iterations):
-        power = (3 * power - power @ power @ power @ normalized) / 2
-    return power / np.sqrt(np.trace(cov))
-
-
-def moments(x, weights=None, size=SIZE):
-    """Mean, biased covariances of the groups and count, in float64."""
-    x = np.asarray(x, np.float64)
-    rows = x.reshape(-1, x.shape[-1])
-    weights = np.ones(x.shape) if weights is None else np.broadcast_to(weights, x.shape)
-    w = weights.reshape(rows.shape)[:, :1].astype(np.float64)
-    rows = np.where(w > 0, rows, 0)
-    mean = (w * rows).sum(0) / w.sum()
-    whole = (w * (rows - mean)).T @ (rows - mean) / w.sum()
-    cov = [whole[i : i + size, i : i + size] for i in range(0, len(mean), size)]
-    return mean, np.stack(cov), w.sum()
-
-
-def whitened(x, mean, cov, iterations, scale=1.0, bias=0.0, epsilon=EPSILON):
-    matrices = [inverse_sqrt(each, iterations, epsilon) for each in cov]
-    size = len(matrices[0])
-    x = np.asarray(x, np.float64) - mean
-    parts = [x[..., i * size : (i + 1) * size] @ m for i, m in enumerate(matrices)]
-    return np.asarray(scale) * np.concatenate(parts, -1) + np.asarray(bias)
-
-
-def close(found, expected, rtol=1e-10, atol=1e-10):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(
-            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol, atol
-        )
-
-
-@functools.partial(jax.jit, static_argnames=("iterations", "options"))
-def train(x, scale, bias, stats, dy, mask=None, *, iterations, options=()):
-    """Output, new statistics and gradients of one step."""
-
-    def loss(x, scale, bias):
-        settings = {"group_size": SIZE, "momentum": MOMENTUM, "epsilon": EPSILON}
-        y, new = whitening_batch_norm(
-            x,
-            scale,
-            bias,
-            stats,
-            iterations=iterations,
-            mask=mask,
-            **settings | dict(options),
-        )
-        return jnp.sum(y * dy), (y, new)
-
-    grads, (y, new) = jax.grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
-    return y, new, grads
+from tests.variants.whitening_oracle import (
+    EPSILON,
+    METHODS,
+    MOMENTUM,
+    SHAPE,
+    SIZE,
+    close,
+    data,
+    inverse_sqrt,
+    moments,
+    start,
+    train,
+    whitened,
+)
 
 
 @pytest.mark.parametrize("iterations", METHODS)
@@ -387,115 +315,6 @@ def test_other_feature_axes(x64):
     close((y2, new2, grads2), (turn(y), new, (turn(grads[0]), *grads[1:])))
 
 
-def shared(mapping, use_fast_variance=True):
-    """A step whose statistics eight devices share."""
-    options = (("axis_name", "data"), ("use_fast_variance", use_fast_variance))
-    step = functools.partial(train, iterations=5, options=options)
-    if mapping == "vmap":
-        return jax.vmap(step, (0, None, None, None, 0, 0), axis_name="data")
-    if mapping == "pmap":
-        return jax.pmap(step, "data", in_axes=(0, None, None, None, 0, 0))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    rows, checked = P("data"), mapping == "checked"
-
-    def one(x, scale, bias, stats, dy, mask):
-        x, dy, mask = x[0], dy[0], mask[0]
-        y, new, (dx, *dparams) = step(x, scale, bias, stats, dy, mask)
-        if not checked:
-            new, dparams = jax.tree.map(lambda leaf: leaf[None], (new, dparams))
-        return y[None], new, (dx[None], *dparams)
-
-    out = P() if checked else rows
-    return jax.jit(
-        jax.shard_map(
-            one,
-            mesh=mesh,
-            in_specs=(rows, P(), P(), P(), rows, rows),
-            out_specs=(rows, out, (rows, out, out)),
-            check_vma=checked,
-        )
-    )
-
-
-@pytest.mark.parametrize("mapping", ["pmap", "checked", "unchecked"])
-def test_devices_share_in_one_collective(mapping):
-    x, scale, bias, dy = data(shape=(16, 5, 6), dtype="float32")
-    x = x + jnp.arange(16.0).reshape(16, 1, 1) // 2
-    mask = (jnp.arange(16) % 5 != 1).reshape(16, 1, 1)
-    mask = mask.at[:2].set(False)
-    x = x.at[0].set(jnp.nan)
-    dy = dy.at[0].set(0)
-    stats = WhiteningStats(jnp.full(6, 4.0), WhiteningStats.init(6, SIZE).cov)
-    want = train(x, scale, bias, stats, dy, mask, iterations=5)
-
-    def parts(array):
-        return array.reshape(8, 2, *array.shape[1:])
-
-    run = shared(mapping)
-    arguments = parts(x), scale, bias, stats, parts(dy), parts(mask)
-    y, new, (dx, *dparams) = run(*arguments)
-    if mapping != "checked":
-        for leaf in jax.tree.leaves(new):
-            np.testing.assert_array_equal(leaf, jnp.broadcast_to(leaf[0], leaf.shape))
-        new = jax.tree.map(lambda leaf: leaf[0], new)
-        dparams = [jnp.sum(leaf, 0) for leaf in dparams]
-    got = y.reshape(x.shape), new, (dx.reshape(x.shape), *dparams)
-    close(got, want, rtol=2e-4, atol=1e-4)
-    # Covariance, mean, count and origin; and the gradients of the first two.
-    moved = collectives(run.lower(*arguments).compile())
-    assert len(moved) == 2
-    assert max(moved) <= 6 * (SIZE + 3)
-
-
-def test_devices_that_agree_on_an_origin_lose_no_digits():
-    x, scale, bias, dy = data(shape=(16, 5, 6), dtype="float32")
-    x = x + 1e5
-    stats = WhiteningStats.init(6, SIZE)
-    parts = [leaf.reshape(8, 2, *leaf.shape[1:]) for leaf in (x, dy)]
-    mask = jnp.ones((8, 1, 1, 1), bool)
-    run = shared("vmap", use_fast_variance=False)
-    y, new, _ = run(parts[0], scale, bias, stats, parts[1], mask)
-    mean, cov, count = moments(x)
-    expected = MOMENTUM * np.asarray(stats.cov) + 0.1 * cov * count / (count - 1)
-    np.testing.assert_allclose(new.cov[0], expected, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(
-        y.reshape(x.shape), whitened(x, mean, cov, 5, scale, bias), 1e-3, 1e-3
-    )
-
-
-def test_devices_with_other_running_means_are_told_by_nan():
-    x, *_ = data(shape=(8, 5, 6), dtype="float32")
-
-    def run(x, origin):
-        return whiten_batch(x, group_size=SIZE, origin=origin, axis_name="data")[1].mean
-
-    origins = jnp.zeros((8, 6)).at[3, 2].set(0.5)
-    mean = jax.vmap(run, axis_name="data")(x, origins)
-    assert np.isnan(mean[:, 2]).all()
-    assert np.isfinite(jnp.delete(mean, 2, 1)).all()
-    lost = jax.vmap(run, axis_name="data")(x, jnp.full((8, 6), jnp.inf))
-    close(lost[0], x.reshape(-1, 6).mean(0), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("axis_type", "spec"),
-    [(AxisType.Auto, P("data", "model")), (AxisType.Explicit, P("data"))],
-)
-def test_arrays_sharded_over_a_mesh(axis_type, spec):
-    x, scale, bias, dy = data(shape=(8, 4, 6), dtype="float32")
-    stats = WhiteningStats.init(6, SIZE)
-    want = train(x, scale, bias, stats, dy, iterations=None)
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(axis_type,) * 2)
-
-    def put(tree, spec=None):
-        return jax.device_put(tree, NamedSharding(mesh, spec or P()))
-
-    got = train(
-        put(x, spec), put(scale), put(bias), put(stats), put(dy, spec), iterations=None
-    )
-    close(got, want, rtol=1e-4, atol=1e-4)
-
-
 def test_a_remat_policy_keeps_statistics_and_decomposition():
     x, *_ = data(dtype="float32")
     policy = jax.checkpoint_policies.save_only_these_names(bnjax.CHECKPOINT_NAME)
@@ -507,123 +326,3 @@ def test_a_remat_policy_keeps_statistics_and_decomposition():
         return str(jax.make_jaxpr(jax.grad(loss))(x)).count("eigh")
 
     assert decompositions(jax.checkpoint(loss, policy=policy)) == decompositions(loss)
-
-
-def layers(**options):
-    return {
-        "linen": WhiteningBatchNorm(group_size=SIZE, **options),
-        "nnx": NnxWhiteningBatchNorm(6, group_size=SIZE, rngs=nnx.Rngs(0), **options),
-    }
-
-
-def test_the_layers_are_the_function():
-    x, *_ = data(dtype="float32")
-    options = {"iterations": None, "activation": "relu", "momentum": MOMENTUM}
-    mask = (jnp.arange(9) % 4 != 2).reshape(9, 1, 1)
-    both = layers(unbiased=True, epsilon=EPSILON, **options)
-    run = functools.partial(
-        whitening_batch_norm, group_size=SIZE, epsilon=EPSILON, **options
-    )
-    ones, zeros = jnp.ones(6), jnp.zeros(6)
-    y, new = run(x, ones, zeros, WhiteningStats.init(6, SIZE), mask=mask, residual=x)
-    z, _ = run(x, ones, zeros, new, use_running_average=True)
-
-    linen = both["linen"]
-    variables = linen.init(jax.random.key(0), x, use_running_average=False)
-    close(variables["batch_stats"]["cov"], WhiteningStats.init(6, SIZE).cov)
-    got, updates = linen.apply(
-        variables,
-        x,
-        use_running_average=False,
-        mask=mask,
-        residual=x,
-        mutable=["batch_stats"],
-    )
-    np.testing.assert_array_equal(got, y)
-    stats = updates["batch_stats"]
-    np.testing.assert_array_equal(stats["mean"], new.mean)
-    np.testing.assert_array_equal(stats["cov"], new.cov)
-    got = linen.apply({**variables, **updates}, x, use_running_average=True)
-    np.testing.assert_array_equal(got, z)
-
-    layer = both["nnx"]
-    np.testing.assert_array_equal(layer(x, mask=mask, residual=x), y)
-    np.testing.assert_array_equal(layer.cov[...], new.cov)
-    layer.eval()
-    np.testing.assert_array_equal(layer(x), z)
-    np.testing.assert_array_equal(layer.mean[...], new.mean)
-
-
-def test_the_layers_train_in_bfloat16_and_without_parameters():
-    x, *_ = data(dtype="bfloat16")
-    for name, layer in layers(
-        use_running_average=False, dtype=jnp.bfloat16, use_scale=False, use_bias=False
-    ).items():
-        if name == "linen":
-            variables = layer.init(jax.random.key(0), x)
-            assert set(variables) == {"batch_stats"}
-            y, updates = layer.apply(variables, x, mutable=["batch_stats"])
-            cov = updates["batch_stats"]["cov"]
-        else:
-            assert not jax.tree.leaves(nnx.state(layer, nnx.Param))
-            y, cov = layer(x), layer.cov[...]
-        assert (y.dtype, cov.dtype) == ("bfloat16", "float32")
-
-
-def test_the_linen_layer_starts_with_one_example_and_needs_its_collection():
-    layer = WhiteningBatchNorm(use_running_average=False, group_size=None)
-    variables = layer.init(jax.random.key(0), jnp.zeros((1, 5)))
-    assert variables["batch_stats"]["cov"].shape == (1, 5, 5)
-    with pytest.raises(bnjax.linen.ImmutableBatchStatsError, match="mutable="):
-        layer.apply(variables, jnp.zeros((3, 5)))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"group_size": 4}, ValueError, "group_size=4 for 6 features.*1, 2, 3, 6"),
-        ({"group_size": 0}, ValueError, "group_size=0"),
-        ({"group_size": 2.0}, TypeError, "group_size=2.0"),
-        ({"axis": (1, 2)}, ValueError, "one feature axis"),
-        ({"iterations": 0}, ValueError, "iterations=0"),
-        ({"iterations": 2.5}, TypeError, "iterations=2.5"),
-        ({"epsilon": 0.0}, ValueError, "epsilon"),
-        ({"momentum": 1.5}, ValueError, "momentum"),
-        ({"mask": jnp.ones((9, 1, 6))}, ValueError, "1 along the feature axis"),
-        ({"mask": jnp.ones(9)}, ValueError, "mask has shape"),
-        ({"residual": jnp.ones((9, 5, 1))}, ValueError, "residual has shape"),
-        ({"activation": "rleu"}, ValueError, "relu"),
-        ({"axis_name": "data"}, NameError, "is not bound"),
-        ({"dtype": jnp.complex64}, TypeError, "real"),
-        ({"dtype": jnp.int32}, TypeError, "int32"),
-    ],
-)
-def test_what_cannot_be_whitened_is_refused(options, error, message):
-    stats = WhiteningStats.init(6, SIZE)
-    settings = {"group_size": SIZE} | options
-    with pytest.raises(error, match=message):
-        whitening_batch_norm(jnp.ones(SHAPE), None, None, stats, **settings)
-
-
-def test_arrays_that_do_not_fit_are_refused():
-    stats = WhiteningStats.init(6, SIZE)
-    run = functools.partial(whitening_batch_norm, group_size=SIZE)
-    with pytest.raises(ValueError, match="one value per channel"):
-        run(jnp.ones((1, 6)), None, None, stats)
-    with pytest.raises(ValueError, match="scale has shape"):
-        run(jnp.ones((4, 6)), jnp.ones(5), None, stats)
-    with pytest.raises(TypeError, match="complex64"):
-        run(jnp.ones((4, 6), "complex64"), None, None, stats)
-    with pytest.raises(ValueError, match=r"cov has shape.*group_size"):
-        run(jnp.ones((4, 6)), None, None, WhiteningStats.init(6, 2))
-    _, batch = whiten_batch(jnp.ones((4, 6)), group_size=2)
-    with pytest.raises(ValueError, match="differ"):
-        update_whitening_stats(stats, batch)
-    with pytest.raises(ValueError, match="size, size"):
-        whitening_matrix(jnp.ones((2, 3)))
-    with pytest.raises(ValueError, match="WhiteningBatchNorm layer of 6 features"):
-        NnxWhiteningBatchNorm(6, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"WhiteningBatchNorm layer \(top level\)"):
-        WhiteningBatchNorm(use_running_average=True).init(
-            jax.random.key(0), jnp.ones((4, 6))
-        )

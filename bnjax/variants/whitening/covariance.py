@@ -247,7 +247,11 @@ def batch_moments(
         A center close to the mean, which each device has for itself, the mean's
         distance from it, both of shape (groups, size), and the moments.
     """
-    found = functional.moments(x, axis=groups.axis, mask=mask)
+    values, weights, axis = x, mask, groups.axis
+    if x.ndim == 1:
+        # One example a device: an axis of size 1 for the local mean.
+        values, weights, axis = x[None], None if mask is None else mask[None], 1
+    found = functional.moments(values, axis=axis, mask=weights)
     count = jnp.max(found.count).astype(dtype)
     center = lax.stop_gradient(groups.grouped(found.mean.astype(dtype)))
     first, second = _sums(x, mask, center, groups, reduction, dtype)

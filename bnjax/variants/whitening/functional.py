@@ -314,7 +314,19 @@ def _check_stats(batch_stats, groups, shape):
 
 
 def _whiten(
-    x, center, mean, cov, scale, bias, groups, *, iterations, epsilon, mask, **options
+    x,
+    center,
+    mean,
+    cov,
+    scale,
+    bias,
+    groups,
+    *,
+    iterations,
+    epsilon,
+    mask,
+    residual,
+    **options,
 ):
     """Return scale * W (x - center - mean) + bias, with what `normalize` adds."""
     matrix = whitening_matrix(cov, iterations=iterations, epsilon=epsilon)
@@ -359,4 +371,4 @@ def _whiten(
             **options,
         )
 
-    return affine(x, center, joined, options.pop("residual"))
+    return affine(x, center, joined, residual)

@@ -36,9 +36,9 @@ def whitening_matrix(
 
         P_k = (3 P_(k-1) - P_(k-1)^3 N) / 2,        W = P_T / sqrt(tr(S)).
 
-    It has matrix products alone, which a TPU or a GPU does many times faster than an
-    eigendecomposition. A step enlarges P by 3/2 at most. Directions whose eigenvalue
-    is below tr(S) * (4/9)^T are therefore whitened in part only.
+    It has matrix products alone, which accelerators are made for. A step enlarges P by
+    3/2 at most. Directions whose eigenvalue is below tr(S) * (4/9)^T are therefore
+    whitened in part only.
 
     Args:
         cov: covariances, symmetric, shape (..., size, size), float32 or float64. Their

@@ -98,8 +98,9 @@ def differing_replicas(
         if len(copies) > 1:
             first, *others = copies
             if not all(np.array_equal(first, o, equal_nan=True) for o in others):
-                difference = max(float(np.max(np.abs(first - o))) for o in others)
-                found[path] = len(copies), difference
+                wide = [np.float64(copy) for copy in copies]
+                apart = [np.abs(copy - wide[0]).max() for copy in wide[1:]]
+                found[path] = len(copies), float(max(apart))
     return found
 
 

@@ -107,13 +107,13 @@ def domain_batch_norm(
         if leaf is None or jnp.ndim(leaf) == len(shape):
             return leaf
         # As a sum, whose transpose is one too, and which XLA can shard by examples.
-        total = jnp.where(own, leaf, jnp.zeros_like(leaf)).sum(index.ndim)
+        rows = jnp.expand_dims(leaf, tuple(range(index.ndim)))
+        total = jnp.where(own, rows, jnp.zeros_like(rows)).sum(index.ndim)
         # Not the statistics of another domain where the index is out of range.
         return jnp.where(own.any(index.ndim), total, jnp.nan)
 
     if index.ndim:
-        names = ("axis_name", "axis_index_groups")
-        shared = {name: options.pop(name, None) for name in names}
+        shared = {o: options.pop(o, None) for o in ("axis_name", "axis_index_groups")}
         batch = None
         if update_stats or not use_running_average:
             given = {"domains": domains, "axis": features, "mask": mask}
@@ -130,19 +130,19 @@ def domain_batch_norm(
         epsilon = options.get("epsilon", 1e-5)
         _validate.check_epsilon(epsilon)
         options["epsilon"] = jnp.where(own.any(), epsilon, jnp.nan)
-    stats, scale, bias = (
-        jax.tree.map(of_domain, leaf) for leaf in (batch_stats, scale, bias)
-    )
+    stats = jax.tree.map(of_domain, batch_stats)
+    scale, bias = of_domain(scale), of_domain(bias)
     options |= flags | {"momentum": momentum}
     y, new = functional.batch_norm(x, scale, bias, stats, **options)
     if not update_stats:
         return y, batch_stats
-    return y, jax.tree.map(lambda old, new: jnp.where(own, new, old), batch_stats, new)
+    return y, jax.tree.map(lambda a, b: jnp.where(own, b[None], a), batch_stats, new)
 
 
 def _one_hot(domain: Any, domains: int, features: int) -> jax.Array:
     """Whether it is that domain, shape (..., domains, 1, ..., 1), for the features."""
-    own = jnp.expand_dims(domain, -1) == np.arange(domains)
+    known = np.arange(domains).reshape(*(1,) * domain.ndim, domains)
+    own = jnp.expand_dims(domain, -1) == known
     return jnp.expand_dims(own, tuple(range(own.ndim, own.ndim + features)))
 
 
@@ -187,7 +187,8 @@ def domain_moments(
         return jax.vmap(of_one, 1)(_one_hot(index, domains, x.ndim - 1))
     found = functional.moments(x, axis=features, mask=mask, **shared)
     own = _one_hot(index, domains, len(features))
-    return jax.tree.map(lambda leaf: jnp.where(own, leaf, jnp.zeros_like(leaf)), found)
+    rows = jax.tree.map(lambda leaf: leaf[None], found)
+    return jax.tree.map(lambda leaf: jnp.where(own, leaf, jnp.zeros_like(leaf)), rows)
 
 
 def _normalize_each(
@@ -229,7 +230,7 @@ def _check_shapes(
     ):
         if value is not None and jnp.shape(value) not in shapes:
             expected = f"(domains, {', '.join(map(str, features))})"
-            shared = f" or {features}" * (len(shapes) > 1)
+            shared = f" or {features}" if len(shapes) > 1 else ""
             raise ValueError(
                 f"batch_norm: {name} has shape {jnp.shape(value)}; expected {expected}"
                 f"{shared}. BatchStats.init({expected}) starts the statistics."
@@ -301,8 +302,7 @@ class DomainBatchNorm(_Domains, bnjax.linen.BatchNorm):
     """`bnjax.linen.BatchNorm` with running statistics for each of several domains.
 
     "mean" and "var" have shape (domains, features), and so have "scale" and "bias"
-    unless they are shared. With one domain, the layer is the one it extends but for
-    that axis.
+    unless they are shared.
 
     Attributes:
         domains: how many there are.

@@ -137,7 +137,7 @@ def test_gradients_of_the_batch_alone_are_those_of_training(x64):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
 
 
-def test_half_precision():
+def test_half_precision(strict):
     x, scale, bias, source = data(dtype="float32")
     x = jnp.asarray(x, "bfloat16")
     y, stats = traced(x, scale, bias, source, 3.0)

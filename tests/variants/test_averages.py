@@ -185,7 +185,7 @@ def test_a_mean_far_from_the_origin_is_exact_once_it_is_known():
     np.testing.assert_allclose(found.batch_stats.var[-1], var, rtol=1e-4)
 
 
-def test_half_precision_inputs_have_float32_statistics():
+def test_half_precision_inputs_have_float32_statistics(strict):
     xs = jnp.asarray(batches(20), "bfloat16")
     found = train(xs, AveragedStats.init(5), None)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}

@@ -154,6 +154,7 @@ def test_vmap_over_the_batch():
         assert_same((got, values(model)), (want, values(alone)))
 
 
+@pytest.mark.slow
 def test_scan_over_layers():
     class Layer(nnx.Module):
         def __init__(self, norm, rngs):

@@ -97,6 +97,7 @@ def test_kinds_of_a_network_have_the_same_gradients():
             assert apart < 1e-2 * np.linalg.norm(expected), (kind, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["resnet50", "inception", "mlp"])
 def test_networks_differ_in_their_normalization_alone(network):
     shapes = {

@@ -240,6 +240,7 @@ def test_what_killed_builds_left_is_cleared_away(built, fresh, monkeypatch):
     assert not list(folder.glob("build-*"))
 
 
+@pytest.mark.slow
 def test_one_process_builds_and_the_others_wait(built, fresh, monkeypatch):
     """None clears away what another one is building."""
     use_compiler(monkeypatch, fresh, "sleep 3", f"cp {built} $out")

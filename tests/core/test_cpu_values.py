@@ -259,6 +259,7 @@ def digests(program):
     return set(done.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 def test_no_digit_depends_on_the_number_of_threads():
     alone = f"import os; os.sched_setaffinity(0, {{0}})\n{PROGRAM}"

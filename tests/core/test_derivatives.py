@@ -187,6 +187,7 @@ def test_nested_vmap_and_jit_leak_nothing():
     np.testing.assert_allclose(y[2, 1], run(*args)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_scan_carries_the_statistics():
     case = cases.Case("scan", (5, 8, 3))
     xs, scale, bias, _, _ = case.arrays()

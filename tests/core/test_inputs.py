@@ -27,7 +27,9 @@ LEAK_CASES = [
 ]
 
 
-@pytest.mark.parametrize("axis_name", [None, "batch"])
+@pytest.mark.parametrize(
+    "axis_name", [None, pytest.param("batch", marks=pytest.mark.slow)]
+)
 def test_no_tracer_leaks(axis_name):
     for activation, masked, with_residual in LEAK_CASES:
 
@@ -110,6 +112,7 @@ def test_no_rows_in_inference(shape):
     assert layer.apply(variables, x).shape == shape
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("strict")
 def test_complex_inputs_under_strict_promotion():
     x = jnp.asarray(X, jnp.complex64) * (1 + 2j)

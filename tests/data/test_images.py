@@ -339,6 +339,7 @@ def test_no_padding_and_no_mirror_is_the_identity():
     np.testing.assert_array_equal(found, images)
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_own_key_alone():
     images = default_rng(2).integers(0, 256, (10, 6, 6, 3), np.uint8)
     whole = shift_and_mirror(images, keys(10))

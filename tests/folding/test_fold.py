@@ -265,6 +265,7 @@ def test_a_transposed_kernel_is_kept_as_it_was():
     np.testing.assert_allclose(loaded, folded(x), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_batches_of_any_size():
     def flatten(x):
         return x.reshape(x.shape[0], -1)

@@ -57,7 +57,7 @@ def test_one_step_is_the_same_in_float32(name, strategy, devices):
     ("sync", "virtual", "examples"),
     [
         ("per-device", None, 8),
-        ("group:2", None, 16),
+        pytest.param("group:2", None, 16, marks=pytest.mark.slow),
         pytest.param("group:4", None, None, marks=pytest.mark.slow),
         pytest.param("global", 16, 16, marks=pytest.mark.slow),
         pytest.param("global", 4, 4, marks=pytest.mark.slow),
@@ -83,6 +83,7 @@ def test_groups_of_devices_are_virtual_batches(
             networks.assert_close(state, whole, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_per_device_is_a_virtual_batch_in_float32(name):
     config = networks.configuration(parallel="pmap", sync="per-device")
@@ -94,7 +95,9 @@ def test_per_device_is_a_virtual_batch_in_float32(name):
 @pytest.mark.parametrize(
     "strategy", ["pmap", pytest.param("spmd", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("sync", ["global", "per-device"])
+@pytest.mark.parametrize(
+    "sync", ["global", pytest.param("per-device", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_micro_batches_are_the_same_on_any_devices(name, sync, strategy, x64):
     config = networks.configuration(parallel=strategy, accumulate=2, sync=sync)

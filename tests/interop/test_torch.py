@@ -479,6 +479,7 @@ def test_another_number_of_classes():
     assert len(pair_arrays(state, shapes, mapping, keep=["logits"])) == 265
 
 
+@pytest.mark.slow
 def test_the_order_of_calls_tells_layers_alike():
     # Module 3a has 1x1, reduce 3x3 and reduce double 3x3 of equal shapes, which in the
     # order of their names are others.

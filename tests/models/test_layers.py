@@ -125,6 +125,7 @@ def test_an_even_size_is_refused():
         local_response_normalization(jnp.ones((1, 8)), size=4)
 
 
+@pytest.mark.slow
 def test_its_derivative(x64):
     x = jnp.asarray(np.random.default_rng(1).normal(0, 10, (2, 7)))
     check_grads(lambda x: local_response_normalization(x, alpha=0.5), (x,), 1)

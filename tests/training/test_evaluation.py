@@ -193,6 +193,7 @@ def test_it_equals_a_plain_numpy_loop(program, state, batch_size, devices):
     assert 0.05 < found.accuracy < found.top5_accuracy < 0.95
 
 
+@pytest.mark.slow
 def test_a_pmapped_state_is_evaluated_as_it_was(program, state):
     arrays = open_source("digits").load("test", print)
     parallel = Pmap(jax.devices()[:3])
@@ -285,6 +286,7 @@ def test_on_several_devices_it_is_the_same(small_config, parallel):
     assert several.loss == pytest.approx(evaluated().loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_average(run_small, small_config, tmp_path):
     changes = {"ema": DECAY, "batch_stats_from": 3}
     workdir, whole = run_small(**changes)
@@ -319,6 +321,7 @@ def test_both_kinds_of_statistics_are_reported(run_small, capsys):
     assert printed[2] == "population:"
 
 
+@pytest.mark.slow
 def test_a_run_without_an_average_keeps_its_score(run_small):
     workdir, summary = run_small()
     found = evaluate_runs([workdir], batch_stats_from=28)
@@ -427,6 +430,7 @@ def test_crops_of_an_image_folder(train_cli, evaluate, tmp_path):
     assert (written["crops"], written["test_examples"]) == (10, 9)
 
 
+@pytest.mark.slow
 def test_runs_that_make_no_ensemble(train_cli, fails):
     one, other = train_cli("one"), train_cli("other", "--data.name", OBLONG)
     message = fails(one, other)

@@ -100,7 +100,7 @@ def bits(state):
     return tree_sha256((state.params, state.batch_stats, state.opt_state, state.rng))
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(accumulate):
     state, step = small_step(accumulate=accumulate, skip_nonfinite=True)
     _, plain = small_step(accumulate=accumulate)
@@ -307,6 +307,7 @@ def test_without_bad_steps_skipping_changes_no_bit(run_small):
     assert stop["state_sha256"] == skip["state_sha256"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_skip(small_config, poisoned, tmp_path):
     config = dataclasses.replace(
         small_config, workdir=tmp_path / "run", checkpoint_every=5, log_every=5, seed=2

@@ -199,6 +199,7 @@ def test_four_times_15_have_the_statistics_of_60(dtype, atol, x64):
     assert_close((found["mean"], found["var"]), (mean, var), atol)
 
 
+@pytest.mark.slow
 def test_deeper_layers_have_the_merged_moments_of_their_micro_batches(x64):
     _, after, _ = step(4, jnp.float64)
     virtual = dataclasses.replace(FAST, virtual_batch_size=15)
@@ -296,6 +297,7 @@ def test_statistics_start_in_the_dtype_that_training_gives_them(dtype, x64):
         assert leaf.dtype == dtype
 
 
+@pytest.mark.slow
 def test_half_precision_leaves_all_but_the_layers_in_float32(small_config):
     config = dataclasses.replace(small_config, dtype="bfloat16")
     program = Program(config, open_source("digits"))

@@ -135,6 +135,7 @@ def test_it_learns_faster_than_from_nothing(start, small_config):
     assert tuned.evaluate().loss < fresh.evaluate().loss
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_need_it_any_more(
     small_config, trained, tmp_path, capsys
 ):

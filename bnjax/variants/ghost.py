@@ -198,9 +198,11 @@ class NnxGhostBatchNorm(bnjax.nnx.BatchNorm):
         if options["use_running_average"]:
             return super()._transform(x, scale, bias, batch_stats, **options)
         del options["use_running_average"]
+        updating = options.pop("update_stats")
         _refuse_mask(options.pop("mask"))
         options["virtual_batch_size"] = self.virtual_batch_size
-        return ghost_batch_norm(x, scale, bias, batch_stats, **options)
+        y, new = ghost_batch_norm(x, scale, bias, batch_stats, **options)
+        return y, new if updating else batch_stats
 
 
 def _refuse_mask(mask: jax.Array | None) -> None:

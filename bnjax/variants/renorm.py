@@ -180,7 +180,8 @@ def batch_renorm(
             **options,
             **output,
         )
-        return y, RenormStats(new.mean, new.var, stats.step + int(update_stats))
+        moved = RenormStats(new.mean, new.var, stats.step + 1)
+        return y, moved if update_stats else stats
     x = _validate.as_input(x)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(

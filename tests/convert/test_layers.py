@@ -198,6 +198,7 @@ def test_shared_layers_have_the_statistics_of_all_devices(api):
     assert_close(stats["bn0"], {"mean": mean, "var": var})
 
 
+@pytest.mark.slow
 def test_an_axis_that_was_written_into_a_model_is_left_out_again():
     x = images()
     model = Classifier(nn.BatchNorm, axis_name="batch")
@@ -251,7 +252,7 @@ class Knot(nnx.Module):
         self.child = nnx.Linear(4, 4, rngs=rngs)
         self.child.parent = self
         make = nnx.vmap(lambda rngs: nnx.BatchNorm(4, rngs=rngs), in_axes=0)
-        self.stack = make(rngs.fork(split=3))
+        self.stack = make(rngs.split(3))
 
     def __call__(self, x):
         for layer in (self.once, *self.pair, self.again):

@@ -88,6 +88,7 @@ def test_a_model_of_linen_for_inference_trains_after_one_call():
     assert_equal(back.apply(variables, x), Fixed().apply(variables, x))
 
 
+@pytest.mark.slow
 def test_layers_under_transforms_and_in_other_methods_are_exchanged():
     model, x = Stack(), images((6, 4))
     variables = made(model, x, train=False)
@@ -109,6 +110,7 @@ def test_layers_under_transforms_and_in_other_methods_are_exchanged():
     assert_equal(stats, given["batch_stats"])
 
 
+@pytest.mark.slow
 def test_a_converted_model_initializes_the_same_variables():
     model, x = Classifier(nn.BatchNorm), images()
     variables = model.init(jax.random.key(0), x)
@@ -121,6 +123,7 @@ def test_a_converted_model_initializes_the_same_variables():
     assert new.clone() == new != model
 
 
+@pytest.mark.slow
 def test_conversions_add_up_from_the_inside_out():
     model, x = Classifier(nn.BatchNorm), images()
     variables = made(model, x)
@@ -154,6 +157,7 @@ def test_conversions_add_up_from_the_inside_out():
     )
 
 
+@pytest.mark.slow
 def test_population_statistics_of_converted_layers():
     model, x = Classifier(nn.BatchNorm), images((3, 8, 5, 5, 3))
     variables = made(model, x[0])

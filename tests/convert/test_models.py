@@ -26,7 +26,9 @@ from tests.convert.models import (
 )
 
 
-@pytest.mark.parametrize("name", NNX)
+@pytest.mark.parametrize(
+    "name", ["resnet", pytest.param("efficientnet", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("to", SAME)
 def test_a_model_of_nnx_stays_the_same_function_with_the_same_variables(name, to):
     model, x = nnx_model(name), images()
@@ -90,7 +92,7 @@ VIRTUAL = {"unbiased": True, "virtual_batch_size": 2}
 @pytest.mark.parametrize(
     ("name", "to", "same_as"),
     [
-        ("resnet", ToBatchNorm(**VIRTUAL), VIRTUAL),
+        pytest.param("resnet", ToBatchNorm(**VIRTUAL), VIRTUAL, marks=pytest.mark.slow),
         pytest.param("resnet", ToBatchNorm(), {}, marks=pytest.mark.slow),
         pytest.param("resnet", ToFrozen(), {"frozen": True}, marks=pytest.mark.slow),
         pytest.param(

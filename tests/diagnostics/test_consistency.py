@@ -191,6 +191,7 @@ def test_the_error_is_mean_and_deviation_of_the_output(x64):
     np.testing.assert_allclose(error.std, y.std(0), rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linen", "nnx"])
 def test_scores_by_each_kind_of_statistics(kind, network):
     variables, batches = network

@@ -242,6 +242,7 @@ def test_vmap_over_models(x64):
         )
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one_batch():
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(16, TIME, INPUTS)), "float32")
@@ -288,6 +289,7 @@ def network(train, cell=BatchNormLSTMCell, **options):
     return RNN(cell(FEATURES, use_running_average=not train, **own), **options)
 
 
+@pytest.mark.slow
 def test_the_linen_cell_is_the_function():
     x, variables = initial()
     params = unpack(variables["params"]["cell"])

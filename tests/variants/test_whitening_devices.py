@@ -99,6 +99,7 @@ def test_devices_that_agree_on_an_origin_lose_no_digits():
     )
 
 
+@pytest.mark.slow
 def test_one_example_a_device():
     x, *_ = data(shape=(8, 6), dtype="float32")
 

@@ -34,6 +34,7 @@ def layers(**options):
     }
 
 
+@pytest.mark.slow
 def test_the_layers_are_the_function():
     x, *_ = data(dtype="float32")
     options = {"iterations": None, "activation": "relu", "momentum": MOMENTUM}

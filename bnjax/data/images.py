@@ -98,6 +98,9 @@ def _jpeg_size(encoded: bytes) -> tuple[int, int]:
         if marker in _JPEG_FRAMES and not size:
             height, width = encoded[place + 3 : place + 5], encoded[place + 5 :][:2]
             size = int.from_bytes(height), int.from_bytes(width)
+            # Most files end so. Only where bytes follow is the end looked for.
+            if encoded.endswith(b"\xff\xd9"):
+                return size
         place += int.from_bytes(encoded[place : place + 2])
     raise ImageError("is truncated")
 

@@ -60,8 +60,8 @@ MUTATIONS = read_mutations(ROOT / "tests" / "mutations.txt")
 
 
 def run(tests: Sequence[str], folder: pathlib.Path) -> subprocess.CompletedProcess:
-    """Run the tests of a copy, up to the first that fails."""
-    options = ["-qx", "-n", "0", "-p", "no:cacheprovider"]
+    """Run the tests of a copy, slow ones too, up to the first that fails."""
+    options = ["-qx", "-n", "0", "-m", "", "-p", "no:cacheprovider"]
     return subprocess.run(
         [sys.executable, "-m", "pytest", *options, *tests],
         cwd=folder,

@@ -48,7 +48,9 @@ def test_a_model_of_nnx_stays_the_same_function_with_the_same_variables(name, to
     assert_equal(leaves(model), state)
 
 
-@pytest.mark.parametrize("name", NNX)
+@pytest.mark.parametrize(
+    "name", ["resnet", pytest.param("efficientnet", marks=pytest.mark.slow)]
+)
 def test_a_model_for_inference_trains_after_one_call(name):
     model, x = nnx_model(name), images()
     labels = jnp.arange(6) % 3

@@ -60,7 +60,17 @@ def arguments(case, dtype):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("gelu", "sigmoid")),
     ],
 )
-@cases.parametrize(CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            marks=[] if case.name in ("rows", "weights") else pytest.mark.slow,
+            id=case.name,
+        )
+        for case in CASES
+    ],
+)
 def test_both_modes_and_second_order(case, activation, frozen):
     args, mask = arguments(case, np.float64)
     # Eagerly, each operation of each derivative would be compiled by itself.

@@ -40,6 +40,7 @@ def test_merge(sizes, mean):
     assert_moments(first.merge(*others), np.concatenate(parts), rtol)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 6), min_size=2, max_size=5), st.randoms())
 def test_merge_in_any_order(sizes, random):
     parts = [bnjax.moments(p) for p in parts_of(sizes, 100.0)]

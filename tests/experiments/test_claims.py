@@ -60,6 +60,7 @@ def test_images_of_other_kinds():
     assert float(abs(noise[0] - noise[1]).max()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [smoothness.WITHOUT, smoothness.NOISY])
 def test_smoothness_along_a_short_run(name, monkeypatch):
     changes = {"steps": 40, "model.hidden": (30, 20, 10), "model.weight_std": 0.1}

@@ -330,6 +330,7 @@ def test_a_run_without_an_average_keeps_its_score(run_small):
     assert found["population"]["test_loss"] != summary["test_loss"]
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_both(run_small):
     workdirs = [run_small(seed=seed)[0] for seed in (1, 2)]
     found = evaluate_runs(workdirs, batch_stats_from=3)

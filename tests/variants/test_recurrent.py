@@ -325,6 +325,7 @@ def test_the_linen_cell_is_the_function():
     np.testing.assert_allclose(jnp.swapaxes(turned, 0, 1), y, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_nnx_cell_is_the_function():
     x = jnp.asarray(data()[0], "float32")
     cell = NnxBatchNormLSTMCell(
@@ -361,6 +362,7 @@ def test_the_nnx_cell_is_the_function():
     np.testing.assert_array_equal(norms[0].mean[...], cell.norm_x.mean[...])
 
 
+@pytest.mark.slow
 def test_gradients_through_both_frameworks():
     x, variables = initial()
 

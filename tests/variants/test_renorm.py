@@ -238,6 +238,7 @@ def test_what_a_mask_hides_may_be_nan(x64):
     jax.tree.map(np.testing.assert_array_equal, (rest, new), (rest_of, new_of))
 
 
+@pytest.mark.slow
 def test_vmap_over_models_and_other_feature_axes(x64):
     both = [data(seed=seed) for seed in (0, 1)]
     means, steps = jnp.array([[0.5] * 5, [-0.5] * 5]), jnp.array([0, 30_000], "int32")

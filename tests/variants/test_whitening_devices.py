@@ -53,7 +53,10 @@ def shared(mapping, use_fast_variance=True):
     )
 
 
-@pytest.mark.parametrize("mapping", ["pmap", "checked", "unchecked"])
+@pytest.mark.parametrize(
+    "mapping",
+    [pytest.param("pmap", marks=pytest.mark.slow), "checked", "unchecked"],
+)
 def test_devices_share_in_one_collective(mapping):
     x, scale, bias, dy = data(shape=(16, 5, 6), dtype="float32")
     x = x + jnp.arange(16.0).reshape(16, 1, 1) // 2
@@ -112,6 +115,7 @@ def test_one_example_a_device():
     close(jax.tree.map(lambda leaf: leaf[0], found), batch, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_devices_with_other_running_means_are_told_by_nan():
     x, *_ = data(shape=(8, 5, 6), dtype="float32")
 

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from bnjax.cli import main
+from bnjax.data.sources import find_data_dir
 from bnjax.doctor import Finding
 from bnjax.training.evaluation import load_run
 from bnjax.training.runs import examine_run, format_findings
@@ -117,6 +118,10 @@ def test_faults(fails, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not (find_data_dir() / "mnist").is_dir(),
+    reason="MNIST is not prepared in TFDS_DATA_DIR (see docs/data.md)",
+)
 def test_the_mnist_run_takes_five_seconds(tmp_path, run):
     """The network of the paper, with the averages of 300 steps of momentum 0.9."""
     workdir = tmp_path / "run"

@@ -44,7 +44,7 @@ from bnjax._moments import (
     safe_count,
     varying_axes,
 )
-from bnjax._primitive import OneDevice, axes_bound, operation
+from bnjax._primitive import OneDevice, operation
 
 # Bytes from which glibc's malloc maps memory for every call, whatever was freed before.
 MAPPED = 1 << 25
@@ -61,14 +61,12 @@ class Transform:
         activation: elementwise, closed over nothing; None for none.
         dtype: of the output.
         compute_dtype: of the computation: float32 or float64.
-        axis_sizes: the axis names of the reduction with sizes, for the derivative.
     """
 
     reduction: Reduction
     activation: Callable[..., jax.Array] | None
     dtype: jnp.dtype
     compute_dtype: jnp.dtype
-    axis_sizes: tuple[tuple[str, int], ...] = ()
 
     def cast(self, value: Any) -> Any:
         """`value` in the dtype of the computation; None stays None."""
@@ -132,9 +130,6 @@ def normalize_by_batch(
         The output, and the origin and Moments of `moments_about_origin`.
     """
     transform, operands = _hoist_activation(transform, operands)
-    transform = dataclasses.replace(
-        transform, axis_sizes=transform.reduction.axis_sizes()
-    )
     return _by_batch_jit(transform, operands, known_origin)
 
 
@@ -289,11 +284,6 @@ _by_batch_jit = jax.jit(_by_batch, static_argnums=0)
 
 @_by_batch.defjvp
 def _by_batch_jvp(transform, primals, tangents):
-    with axes_bound(transform.axis_sizes):
-        return _by_batch_tangents(transform, primals, tangents)
-
-
-def _by_batch_tangents(transform, primals, tangents):
     (operands, known_origin), (doperands, _) = primals, tangents
     _, *statistics = _by_batch(transform, operands, known_origin)
     origin, moments = checkpoint_named(statistics)

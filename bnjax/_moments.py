@@ -120,14 +120,6 @@ class Reduction:
     axis_name: AxisName | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
 
-    def axis_sizes(self) -> tuple[tuple[str, int], ...]:
-        """The axis names with their sizes, where all are bound."""
-        names = () if self.axis_name is None else _names(self.axis_name)
-        try:
-            return tuple((name, lax.axis_size(name)) for name in names)
-        except NameError:
-            return ()
-
     def expand(self, per_channel: jax.Array) -> jax.Array:
         """A per-channel array with the rank of the input."""
         return jnp.expand_dims(per_channel, self.axes)
@@ -221,7 +213,7 @@ def moments_about_origin(
         return origin, local
     # Where JAX tracks over which mesh axes a value varies (shard_map with its checks),
     # it tells whether the devices have one origin.
-    tracked = varying_axes(x) & set(_names(reduction.axis_name))
+    tracked = varying_axes(x) & set(axis_names(reduction.axis_name))
     if known_origin is None or varying_axes(known_origin) & tracked:
         # The local sums do not wait for this collective; only the joining does.
         offers = (count > 0).astype(dtype)
@@ -451,5 +443,6 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def _names(axis_name: AxisName) -> tuple[str, ...]:
+def axis_names(axis_name: AxisName) -> tuple[str, ...]:
+    """One axis name or several, as a tuple."""
     return tuple(axis_name) if isinstance(axis_name, tuple) else (axis_name,)

@@ -5,14 +5,12 @@ programs that XLA does not partition, with this transpose". So each operation is
 primitive of its own, and this is the one file that knows JAX's internals.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax._src.core import extend_axis_env_nd
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -93,18 +91,6 @@ def operation(
         return primitive.bind(*leaves, tree=tree, **static)
 
     return bind
-
-
-def axes_bound(
-    sizes: Sequence[tuple[Any, int]],
-) -> contextlib.AbstractContextManager[None]:
-    """A context in which axis names are bound, to the sizes that are given.
-
-    Where jit, checkpoint or scan is around `jax.vmap`, or in it, JAX calls the rule of
-    a custom derivative once the vmap has returned. It maps the rule's collectives, but
-    checks their names, in what the rule traces, against those that are bound by then.
-    """
-    return extend_axis_env_nd(sizes)
 
 
 def _flat(compute: Computation) -> Callable[..., Any]:

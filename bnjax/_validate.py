@@ -240,14 +240,15 @@ def check_epsilon(epsilon) -> None:
     )
 
 
-def check_flag(value, name: str) -> None:
-    """Refuse a traced value where Python has to choose a branch."""
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError(
-            f"batch_norm: {name} is a traced value; expected a Python bool, because "
-            "it chooses which program is compiled. Pass it through static_argnames of "
-            "jax.jit, or bind it with functools.partial."
-        )
+def check_flags(**flags) -> None:
+    """Refuse traced values where Python has to choose a branch."""
+    for name, value in flags.items():
+        if isinstance(value, jax.core.Tracer):
+            raise TypeError(
+                f"batch_norm: {name} is a traced value; expected a Python bool, "
+                "because it chooses which program is compiled. Pass it through "
+                "static_argnames of jax.jit, or bind it with functools.partial."
+            )
 
 
 def as_activation(activation: Activation | None) -> Callable | None:
@@ -263,6 +264,11 @@ def as_activation(activation: Activation | None) -> Callable | None:
         f"batch_norm: activation={activation!r} is unknown.{hint} Expected an "
         f"elementwise function or one of {', '.join(ACTIVATIONS)}."
     )
+
+
+def layer_name(path: Iterable) -> str:
+    """Return the path of a layer in its model as a name, such as "block/bn"."""
+    return "/".join(map(str, path)) or "(top level)"
 
 
 @contextlib.contextmanager

@@ -142,13 +142,12 @@ def batch_norm(
     References:
         Ioffe & Szegedy (2015), Algorithms 1 and 2, sections 3.1 and 3.2.
     """
-    for value, name in (
-        (use_running_average, "use_running_average"),
-        (update_stats, "update_stats"),
-        (unbiased, "unbiased"),
-        (use_fast_variance, "use_fast_variance"),
-    ):
-        _validate.check_flag(value, name)
+    _validate.check_flags(
+        use_running_average=use_running_average,
+        update_stats=update_stats,
+        unbiased=unbiased,
+        use_fast_variance=use_fast_variance,
+    )
     _validate.check_momentum(momentum)
     if update_stats is None:
         update_stats = not use_running_average

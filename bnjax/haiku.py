@@ -162,12 +162,11 @@ class BatchNorm(hk.Module):
                         f"batch_norm: {name} was given in a call of a module with "
                         f"create_{name}=True; expected one or the other."
                     )
-            for value, name in (
-                (is_training, "is_training"),
-                (test_local_stats, "test_local_stats"),
-                (update_stats, "update_stats"),
-            ):
-                _validate.check_flag(value, name)
+            _validate.check_flags(
+                is_training=is_training,
+                test_local_stats=test_local_stats,
+                update_stats=update_stats,
+            )
             x = _validate.as_input(inputs)
             features = _feature_axes(x.shape, self.axis, self.channel_index)
         kept = tuple(n if i in features else 1 for i, n in enumerate(x.shape))

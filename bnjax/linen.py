@@ -123,13 +123,14 @@ class BatchNorm(nn.BatchNorm):
         **variant: Any,
     ) -> jax.Array:
         """What the layer does; a variant gives `_transform` options of its own."""
-        layer = f"BatchNorm layer {'/'.join(self.path) or '(top level)'}"
+        layer = f"BatchNorm layer {_validate.layer_name(self.path)}"
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
         with _validate.naming(layer):
-            _validate.check_flag(use_running_average, "use_running_average")
-            _validate.check_flag(update_stats, "update_stats")
+            _validate.check_flags(
+                use_running_average=use_running_average, update_stats=update_stats
+            )
             x = _validate.as_input(x)
             features, _ = _validate.split_axes(x.shape, self.axis)
         shape = tuple(x.shape[axis] for axis in features)

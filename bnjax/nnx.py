@@ -115,8 +115,9 @@ class BatchNorm(nnx.BatchNorm):
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
         with _validate.naming(layer):
-            _validate.check_flag(use_running_average, "use_running_average")
-            _validate.check_flag(update_stats, "update_stats")
+            _validate.check_flags(
+                use_running_average=use_running_average, update_stats=update_stats
+            )
             if update_stats is None:
                 update_stats = not use_running_average
             x = _validate.as_input(x)

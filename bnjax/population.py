@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 import bnjax.linen
 import bnjax.nnx
 from bnjax import _validate, functional
+from bnjax._validate import layer_name
 from bnjax.functional import Moments
 
 Layers = str | Iterable[str] | Callable[[str], bool] | None
@@ -211,11 +212,6 @@ def choose_layers(layers: Layers, paths: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(path for name, path in names.items() if name in chosen)
 
 
-def layer_name(path: Path) -> str:
-    """Return the path as a name, such as "block/bn"."""
-    return "/".join(map(str, path)) or "(top level)"
-
-
 # What a layer notes.
 
 
@@ -265,6 +261,10 @@ class Record:
         return Record(old.moments.merge(found), old.weight + found.count / devices)
 
 
+# The arguments that every batch norm layer's call may have.
+_CALL = ("x", "use_running_average", "mask", "residual", "update_stats")
+
+
 def _call_and_record(
     layer: Any, name: str, call: Any, args: Any, kwargs: Any, read: Any, write: Any
 ) -> Any:
@@ -279,7 +279,8 @@ def _call_and_record(
     # A call of the class it extends, or in a transform, may have noted it already.
     if not frozen and read().weight is before.weight:
         x = args[0] if args else kwargs["x"]
-        variant = {"domain": kwargs["domain"]} if "domain" in kwargs else {}
+        # What a layer that tells its own moments is told beside what all are.
+        variant = {n: v for n, v in kwargs.items() if n not in _CALL}
         write(before.joined(layer, name, x, kwargs.get("mask"), **variant))
     return y
 
@@ -371,6 +372,13 @@ def _by_names(tree: Any) -> dict[Path, Any]:
         tree, is_leaf=lambda node: isinstance(node, Record)
     )
     return {_key_names(keys): leaf for keys, leaf in leaves}
+
+
+def array_name(keys: tuple[Any, ...]) -> str:
+    """Return the path of an array, as JAX has it, as a name, such as "bn_0/scale"."""
+    # The value of an nnx.Variable is an attribute.
+    named = (key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey))
+    return "/".join(_key_names(tuple(named)))
 
 
 def _key_names(keys: tuple[Any, ...]) -> Path:

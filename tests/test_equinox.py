@@ -367,6 +367,10 @@ def test_inference_mode_and_training_of_a_network():
     np.testing.assert_allclose(y, model.head(alone.mean((1, 2))), rtol=1e-5)
     again = eqx.nn.inference_mode(evaluation, value=False)
     assert eqx.tree_equal(again, model)
+    # The call wins over the attribute, both ways.
+    fixed = evaluation.layers[0]
+    trained = run(fixed, copy(state), x, inference=False)
+    assert_equal(trained, run(norm, copy(state), x))
 
 
 @pytest.mark.parametrize("inference", [False, True])

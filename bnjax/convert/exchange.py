@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 from flax import nnx
 
-from bnjax.convert.layers import layer_name
+from bnjax._validate import layer_name
 from bnjax.convert.linen import convert_linen
 from bnjax.convert.targets import Conversion, Layers, Target, ToGroupNorm
 

@@ -13,19 +13,12 @@ from jax import lax
 import bnjax.linen
 import bnjax.nnx
 from bnjax import _validate
-from bnjax._validate import Activation
+from bnjax._validate import Activation, layer_name
 from bnjax.functional import BatchStats
 from bnjax.variants.ghost import GhostBatchNorm, NnxGhostBatchNorm
 
-Path = tuple[Any, ...]
-
 # Classes that were made here, from a model's or a layer's own.
 EXCHANGED_KIND, OWN_MODE = "exchanged_kind", "own_mode"
-
-
-def layer_name(path: Path) -> str:
-    """The name of a layer by its path in the model."""
-    return "/".join(map(str, path)) or "(top level)"
 
 
 class LinenFrozenBatchNorm(bnjax.linen.BatchNorm):
@@ -56,9 +49,10 @@ class LinenGroupNorm(nn.GroupNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
-        """Normalize `x`; there is one mode."""
-        del use_running_average
+        """Normalize `x`; there is one mode, and there are no statistics."""
+        del use_running_average, update_stats
         _refuse_mask(mask)
         check_groups(
             layer_name(self.path), x.shape[-1], self.num_groups, self.group_size
@@ -98,9 +92,10 @@ class NnxGroupNorm(nnx.GroupNorm):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
-        """Normalize `x`; there is one mode."""
-        del use_running_average
+        """Normalize `x`; there is one mode, and there are no statistics."""
+        del use_running_average, update_stats
         _refuse_mask(mask)
         return _finished(super().__call__(x), residual, self.activation)
 

@@ -15,7 +15,8 @@ from flax import linen as nn
 from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from bnjax.convert.layers import EXCHANGED_KIND, layer_name
+from bnjax._validate import layer_name
+from bnjax.convert.layers import EXCHANGED_KIND
 from bnjax.convert.targets import Conversion, ToGroupNorm
 
 # Set on the layer that takes another's place: its own call is not exchanged again.

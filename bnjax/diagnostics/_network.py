@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from bnjax.population import array_name
+
 
 def split_params(variables: Any, caller: str) -> tuple[Any, Any, Any]:
     """Return what `join_params` needs: a hashable structure, parameters, the rest.
@@ -40,12 +42,4 @@ def join_params(structure: Any, params: Any, rest: Any) -> Any:
 def param_names(params: Any) -> list[str]:
     """Return the path of each leaf of a tree of parameters, such as "bn_0/scale"."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [
-        # The value of an nnx.Variable is an attribute.
-        jax.tree_util.keystr(
-            tuple(key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey)),
-            simple=True,
-            separator="/",
-        )
-        for keys, _ in leaves
-    ]
+    return [array_name(keys) for keys, _ in leaves]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from bnjax._validate import layer_name
 from bnjax.diagnostics._network import join_params, split_params
 from bnjax.functional import BatchStats
 from bnjax.population import (
@@ -16,7 +17,6 @@ from bnjax.population import (
     Method,
     NnxNetwork,
     choose_layers,
-    layer_name,
     recompute_batch_stats,
 )
 

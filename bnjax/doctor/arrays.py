@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from bnjax.doctor.calls import all_finite, host
-from bnjax.population import LinenNetwork, NnxNetwork
+from bnjax.population import LinenNetwork, NnxNetwork, array_name
 
 Network = LinenNetwork | NnxNetwork
 Keys = tuple[Any, ...]
@@ -40,18 +40,13 @@ def path_of(network: Network, keys: Keys) -> str:
     `keys` are those of JAX, in the variables or in the state.
     """
     keys = keys[1:] if isinstance(network, LinenNetwork) else keys
-    return _path(keys)
+    return array_name(keys)
 
 
 def params_by_path(network: Network) -> dict[str, Any]:
     """Every parameter by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(params_of(network))
-    return {_path(keys): leaf for keys, leaf in leaves}
-
-
-def _path(keys: Keys) -> str:
-    named = [key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey)]
-    return jax.tree_util.keystr(tuple(named), simple=True, separator="/")
+    return {array_name(keys): leaf for keys, leaf in leaves}
 
 
 def with_params(network: Network, params: Any) -> Network:
@@ -144,7 +139,7 @@ def decay_rates(
     found = {}
     for pull in pulls:
         for keys, leaf in jax.tree_util.tree_leaves_with_path(pull):
-            path = _path(keys)
+            path = array_name(keys)
             layer, _, name = path.rpartition("/")
             own = name in ("scale", "bias") and (layer or "(top level)") in layers
             if own and (rate := float(jnp.sum(leaf))) > 0:

@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 import bnjax.linen
 import bnjax.nnx
 from bnjax import _validate
+from bnjax._validate import layer_name
 
 MARK = "bnjax.doctor"
 _PATH = "doctor_path"
@@ -171,7 +172,8 @@ def mark(x: Any, number: int, end: str) -> Any:
 
 def _frozen(layer: Any, call: Any, x: Any, kwargs: Any) -> Any:
     """What a layer makes of x by its running statistics."""
-    keep = {n: kwargs[n] for n in ("mask", "residual") if n in kwargs}
+    modes = ("x", "use_running_average", "update_stats")
+    keep = {name: value for name, value in kwargs.items() if name not in modes}
     if isinstance(layer, nnx.BatchNorm):
         return call(x, use_running_average=True, **keep)
     alone = layer.clone(parent=None, name=None, use_running_average=True)
@@ -251,11 +253,6 @@ def _observed_class(kind: type) -> type:
         return observer.call(self, getattr(self, _PATH), plain, args, kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": call})
-
-
-def layer_name(path: tuple[Any, ...]) -> str:
-    """The path of a layer as findings have it."""
-    return "/".join(map(str, path)) or "(top level)"
 
 
 def linen_call(module: nn.Module, *, training: bool) -> Callable[[Any, Any], Any]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bnjax._validate import layer_name
 from bnjax.doctor.arrays import (
     Network,
     nonfinite_array,
@@ -22,7 +23,6 @@ from bnjax.doctor.calls import (
     NormCall,
     Observer,
     host,
-    layer_name,
     observed,
     observing,
 )

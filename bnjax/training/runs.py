@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from bnjax._validate import layer_name
 from bnjax.data.config import SettingError
 from bnjax.data.images import SUFFIXES, ImageError, printable, read_file
 from bnjax.data.pipeline import make_to_inputs
@@ -272,7 +273,7 @@ def find_layers(
             silent = np.abs(scale).reshape(-1, *var.shape).max(0) < scale_below
         layers.append(
             {
-                "path": "/".join(path) or "(top level)",
+                "path": layer_name(path),
                 "features": mean.size,
                 **ranges,
                 "scale_near_zero": int(silent.sum()),
@@ -315,7 +316,7 @@ def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         var = np.maximum(var, np.finfo(np.float64).tiny)
         ratio, moved = new_var / var, np.abs(new_mean - mean) / np.sqrt(var)
         ratios = f"{ratio.min():.2g} to {ratio.max():.2g}"
-        rows.append(("/".join(path) or "(top level)", f"{moved.max():.2g}", ratios))
+        rows.append((layer_name(path), f"{moved.max():.2g}", ratios))
     return format_table(("layer", "mean moved by (std)", "var times"), rows)
 
 

@@ -63,9 +63,9 @@ def check_memory(what: str, shapes: Any) -> None:
 
     A configuration may be a stranger's, and asks for whatever it says.
     """
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     if not hasattr(os, "sysconf"):  # Windows
         return
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise RunError(

@@ -146,13 +146,12 @@ def averaged_batch_norm(
         [6.] [-0.7071  0.7071]
     """
     _check_momentum(momentum)
-    for value, name in (
-        (use_running_average, "use_running_average"),
-        (update_stats, "update_stats"),
-        (unbiased, "unbiased"),
-        (use_fast_variance, "use_fast_variance"),
-    ):
-        _validate.check_flag(value, name)
+    _validate.check_flags(
+        use_running_average=use_running_average,
+        update_stats=update_stats,
+        unbiased=unbiased,
+        use_fast_variance=use_fast_variance,
+    )
     if update_stats is None:
         update_stats = not use_running_average
     if use_running_average:

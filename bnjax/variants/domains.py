@@ -89,16 +89,14 @@ def domain_batch_norm(
     shape = tuple(x.shape[axis] for axis in features)
     domains = _check_shapes(batch_stats, scale, bias, shape)
     index: Any = _as_domain(domain, domains, x.shape, features)
-    if update_stats is None:
-        update_stats = not use_running_average
     flags = {
         "use_running_average": use_running_average,
         "unbiased": unbiased,
-        "update_stats": update_stats,
         "use_fast_variance": use_fast_variance,
     }
-    for name, flag in flags.items():
-        _validate.check_flag(flag, name)
+    _validate.check_flags(**flags, update_stats=update_stats)
+    if update_stats is None:
+        update_stats = not use_running_average
     _validate.check_momentum(momentum)
     options |= {"axis": features, "mask": mask}
     own = _one_hot(index, domains, len(shape))
@@ -132,7 +130,7 @@ def domain_batch_norm(
         options["epsilon"] = jnp.where(own.any(), epsilon, jnp.nan)
     stats = jax.tree.map(of_domain, batch_stats)
     scale, bias = of_domain(scale), of_domain(bias)
-    options |= flags | {"momentum": momentum}
+    options |= flags | {"momentum": momentum, "update_stats": update_stats}
     y, new = functional.batch_norm(x, scale, bias, stats, **options)
     if not update_stats:
         return y, batch_stats
@@ -339,14 +337,8 @@ class DomainBatchNorm(_Domains, bnjax.linen.BatchNorm):
         `domain_batch_norm`; it may be left out where there is one domain. The others
         are those of `bnjax.linen.BatchNorm`.
         """
-        return self._call(
-            x,
-            use_running_average,
-            mask=mask,
-            residual=residual,
-            update_stats=update_stats,
-            domain=domain,
-        )
+        options = {"mask": mask, "residual": residual, "update_stats": update_stats}
+        return self._call(x, use_running_average, domain=domain, **options)
 
     @nn.nowrap
     def _variable_shapes(
@@ -385,8 +377,7 @@ class NnxDomainBatchNorm(_Domains, bnjax.nnx.BatchNorm):
         **kwargs: Any,
     ):
         super().__init__(num_features, **kwargs)
-        self.domains = domains
-        self.share_affine = share_affine
+        self.domains, self.share_affine = domains, share_affine
         params = () if share_affine else (self.scale, self.bias)
         for variable in (self.mean, self.var, *params):
             if variable is not None:
@@ -404,11 +395,5 @@ class NnxDomainBatchNorm(_Domains, bnjax.nnx.BatchNorm):
         update_stats: bool | None = None,
     ) -> jax.Array:
         """Normalize `x`, with the arguments of `DomainBatchNorm`."""
-        return self._call(
-            x,
-            use_running_average,
-            mask=mask,
-            residual=residual,
-            update_stats=update_stats,
-            domain=domain,
-        )
+        options = {"mask": mask, "residual": residual, "update_stats": update_stats}
+        return self._call(x, use_running_average, domain=domain, **options)

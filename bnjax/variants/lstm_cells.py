@@ -109,7 +109,7 @@ class BatchNormLSTMCell(nn.OptimizedLSTMCell, kw_only=True):
         Returns:
             The new carry and the output, shape (*batch, features).
         """
-        layer = f"BatchNormLSTMCell {'/'.join(self.path) or '(top level)'}"
+        layer = f"BatchNormLSTMCell {_validate.layer_name(self.path)}"
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )

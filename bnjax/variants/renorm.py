@@ -154,13 +154,12 @@ def batch_renorm(
         Batch-Normalized Models", Algorithm 1; Bhatt et al. (2024), "CrossQ: Batch
         Normalization in Deep Reinforcement Learning", for the warm-up.
     """
-    for flag, name in (
-        (use_running_average, "use_running_average"),
-        (update_stats, "update_stats"),
-        (unbiased, "unbiased"),
-        (use_fast_variance, "use_fast_variance"),
-    ):
-        _validate.check_flag(flag, name)
+    _validate.check_flags(
+        use_running_average=use_running_average,
+        update_stats=update_stats,
+        unbiased=unbiased,
+        use_fast_variance=use_fast_variance,
+    )
     if update_stats is None:
         update_stats = not use_running_average
     options |= {"axis": axis, "mask": mask}

@@ -210,6 +210,9 @@ def test_an_axis_that_was_written_into_a_model_is_left_out_again():
     )
     want = update(Classifier(nn.BatchNorm), variables, x)
     assert_close(update(new, variables, x), want, rtol=1e-4, atol=1e-5)
+    norm = nnx.BatchNorm(x.shape[-1], axis_name="batch", rngs=nnx.Rngs(0))
+    alone = convert(nnx.Sequential(norm), ToBatchNorm(axis_name=()), x)
+    assert alone.layers[0].axis_name is None
 
 
 def test_groups_of_an_axis_share_statistics():

@@ -204,6 +204,8 @@ def test_group_norm_needs_a_call_of_every_layer_and_no_mask():
     new = convert(Two(nnx.Rngs(0)), ToGroupNorm(2), x, may_change=True)
     with pytest.raises(ValueError, match=r"a mask was given.* GroupNorm"):
         new.bn0(x, mask=jnp.ones((6, 1), bool))
+    # It has no statistics, whatever becomes of them.
+    assert_equal(new.bn0(x, update_stats=True), new.bn0(x))
 
 
 class Branches(nn.Module):

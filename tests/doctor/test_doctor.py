@@ -16,6 +16,7 @@ import bnjax.linen
 from bnjax.doctor import RULES, Finding, doctor
 from bnjax.doctor.facts import Batch, Layer
 from bnjax.population import recompute_batch_stats
+from bnjax.variants.domains import DomainBatchNorm
 from tests.doctor.networks import (
     MOMENTUM,
     STATS,
@@ -43,6 +44,20 @@ def test_small_batches(norm, healthy):
         assert found(few) == [("few-values", "bn_0"), ("few-values", "bn_1")]
         assert few[0].evidence["values"] == 7
         assert doctor(Net(norm), well(Net(norm), data(8)), data(8)) == ()
+
+
+class OfDomains(nn.Module):
+    """One that normalizes by the batch in evaluation."""
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = DomainBatchNorm(domains=2, momentum=MOMENTUM, name="bn")
+        return nn.Dense(3)(norm(x, use_running_average=False, domain=x.shape[0] % 2))
+
+
+def test_layers_with_arguments_of_their_own():
+    findings = doctor(OfDomains(), well(OfDomains()), data())
+    assert ("batch-in-evaluation", "bn") in found(findings)
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx"])

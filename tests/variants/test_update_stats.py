@@ -48,6 +48,18 @@ def test_functions(name):
     jax.tree.map(np.testing.assert_array_equal, new, stats)
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("flag", ["use_running_average", "update_stats"])
+def test_flags_that_are_traced_are_refused(name, flag):
+    function, stats, options = FUNCTIONS[name]
+
+    def call(value):
+        return function(X, None, None, stats, **options, **{flag: value})
+
+    with pytest.raises(TypeError, match=f"{flag} is a traced value; expected a"):
+        jax.eval_shape(call, True)
+
+
 LAYERS = {
     "renorm": (renorm.BatchRenorm, renorm.NnxBatchRenorm, RENORM),
     "averages": (averages.AveragedBatchNorm, averages.NnxAveragedBatchNorm, {}),

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from bnjax import _validate, functional
 from bnjax._moments import (
     Reduction,
+    axis_names,
     checkpoint_named,
     mask_to_bool,
     round_once,
@@ -301,9 +302,8 @@ def _sharding_of_groups(x: jax.Array, axis: int) -> NamedSharding | None:
 
 
 def _common_origin(origin, center, count, groups, reduction):
-    names = reduction.axis_name
-    names = {names} if isinstance(names, str) else set(names)
-    if origin is not None and not varying_axes(origin) & names:
+    names = axis_names(reduction.axis_name)
+    if origin is not None and varying_axes(origin).isdisjoint(names):
         # A running mean that is lost must not make every output NaN from then on.
         origin = jnp.where(jnp.isfinite(origin), origin, 0).astype(center.dtype)
         return lax.stop_gradient(groups.grouped(origin))

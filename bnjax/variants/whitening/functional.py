@@ -4,10 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from bnjax import _validate, functional
-from bnjax._moments import AxisName, Reduction, mask_to_bool, varying_axes
+from bnjax._moments import AxisName, Reduction, mask_to_bool
 from bnjax._validate import Activation
 from bnjax.functional import AxisIndexGroups
 from bnjax.variants.whitening.covariance import (
@@ -100,13 +99,12 @@ def whitening_batch_norm(
         "Iterative Normalization: Beyond Standardization towards Efficient Whitening";
         Ioffe & Szegedy (2015), section 2, for the cost that their paper avoids.
     """
-    for value, name in (
-        (use_running_average, "use_running_average"),
-        (update_stats, "update_stats"),
-        (unbiased, "unbiased"),
-        (use_fast_variance, "use_fast_variance"),
-    ):
-        _validate.check_flag(value, name)
+    _validate.check_flags(
+        use_running_average=use_running_average,
+        update_stats=update_stats,
+        unbiased=unbiased,
+        use_fast_variance=use_fast_variance,
+    )
     _validate.check_momentum(momentum)
     x, groups, dtype = _prepare(x, axis, group_size, mask, scale, bias, dtype)
     options = {"activation": activation, "residual": residual, "dtype": dtype}
@@ -332,24 +330,15 @@ def _whiten(
     matrix = whitening_matrix(cov, iterations=iterations, epsilon=epsilon)
     if scale is not None:
         matrix = groups.grouped(scale.astype(matrix.dtype))[..., None] * matrix
-    shift = jnp.zeros_like(mean) if bias is None else groups.grouped(bias)
-    joined = jnp.concatenate(
-        [matrix, mean[..., None], shift.astype(mean.dtype)[..., None]], axis=-1
-    )
-    # Joined, so that where JAX tracks what varies over a mesh, their gradients are
-    # added up in one collective.
-    missing = tuple(varying_axes(x) - varying_axes(joined))
-    joined = lax.pcast(joined, missing, to="varying") if missing else joined
     rows, mask = groups.subscripts, _validate.as_mask(mask, x.shape)
 
     # Derived from `x` again: no centered or whitened copy of it is kept.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def affine(x, center, joined, residual):
-        matrix, mean, bias = jnp.split(joined, (groups.size, groups.size + 1), axis=-1)
+    def affine(x, center, matrix, mean, bias, residual):
         expand = Reduction(groups.rows).expand
         # Twice, because center + mean would be rounded where the mean is large.
         centered = groups.split(x).astype(matrix.dtype) - expand(center)
-        centered = centered - expand(mean[..., 0])
+        centered = centered - expand(mean)
         if mask is not None:
             hidden = ~mask_to_bool(groups.split(mask))
             lost = hidden & ~jnp.isfinite(jnp.square(centered))
@@ -363,7 +352,7 @@ def _whiten(
             zeros,
             zeros + 1,
             None,
-            bias.reshape(zeros.shape),
+            bias,
             axis=groups.axis,
             epsilon=float(jnp.finfo(z.dtype).tiny),
             mask=mask,
@@ -371,4 +360,4 @@ def _whiten(
             **options,
         )
 
-    return affine(x, center, joined, residual)
+    return affine(x, center, matrix, mean, bias, residual)

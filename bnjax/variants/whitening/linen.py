@@ -93,12 +93,12 @@ class WhiteningBatchNorm(nn.Module):
         Returns:
             The output, of the shape of `x`.
         """
-        name = f"WhiteningBatchNorm layer {'/'.join(self.path) or '(top level)'}"
+        name = f"WhiteningBatchNorm layer {_validate.layer_name(self.path)}"
         running = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
         with _validate.naming(name):
-            _validate.check_flag(running, "use_running_average")
+            _validate.check_flags(use_running_average=running)
             x = _validate.as_input(x)
             groups = ChannelGroups.of(x.shape, self.axis, self.group_size)
         shape = (x.shape[groups.axis],)

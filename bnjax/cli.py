@@ -609,6 +609,62 @@ def doctor(
         )
 
 
+def report(
+    runs: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")
+    ],
+    output: Path = Path("report.html"),
+    accuracy: tuple[float, ...] = (),
+    layers: tuple[str, ...] = (),
+    doctor: bool = True,
+    force: Flag = False,
+    trust: Flag = False,
+    data_dir: Path | None = None,
+) -> None:
+    """Write one HTML file that shows runs side by side.
+
+    It has how they ended and how their settings differ, curves of accuracy and loss,
+    the steps to an accuracy, the numbers of BN layers through training, and what the
+    doctor finds in each.
+
+    Args:
+        runs: Folders that train.py wrote; a run may still go on.
+        output: The file to write.
+        accuracy: Show how many steps each run took to these, from 0 to 1. Without:
+            to the best that every run of the same settings reached.
+        layers: Names or patterns of the layers to draw, such as bn_0 "block1/*".
+            Without: the first, a middle and the last.
+        doctor: Examine the newest checkpoint of each run.
+        force: Replace --output if it is there.
+        trust: Import the code that a run names as its network.
+        data_dir: Where tfds sets are. None: where the run had them.
+    """
+    from bnjax.report import check_layers, make_report, read_runs
+    from bnjax.training.runs import try_to_examine
+
+    check_output(output, overwrite=force)
+    if not runs:
+        raise SettingError("no run is given: name folders that train.py wrote.")
+    for value in accuracy:
+        if not 0 < value <= 1:
+            percent = f" Did you mean {value / 100:g}?" if 1 < value <= 100 else ""
+            raise SettingError(
+                f"--accuracy {value:g}: expected more than 0 and at most 1.{percent}"
+            )
+
+    read = read_runs(runs)
+    check_layers(read, layers)
+    findings: Any = ["the report was made with --no-doctor."] * len(runs)
+    for place, workdir in enumerate(runs if doctor else ()):
+        print(f"examining {workdir}", file=sys.stderr, flush=True)
+        findings[place] = try_to_examine(workdir, data_dir, trust=trust)
+    page = make_report(read, findings, accuracies=accuracy, layers=layers)
+    write_output(output, page.encode(), overwrite=force)
+    size = output.stat().st_size
+    count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
+    print(f"{output}: {count}, {size:,} bytes")
+
+
 def recompute_stats(
     run: Run,
     output: Path,
@@ -791,6 +847,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fold": fold,
     "inspect": inspect,
     "doctor": doctor,
+    "report": report,
     "recompute-stats": recompute_stats,
     "import-torch": import_torch,
 }

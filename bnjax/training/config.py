@@ -223,6 +223,9 @@ class Config:
     """Write what metrics.jsonl has to <workdir>/tensorboard too, for TensorBoard."""
     histograms: bool = False
     """For TensorBoard: scale, bias, mean and var of BN layers, when evaluating."""
+    record_inputs: bool = False
+    """When evaluating, write percentiles of each nonlinearity's inputs, Figure 1b, c,
+    to layers.jsonl too."""
     profile: bool = False
     """Trace the second dispatch with jax.profiler, to <workdir>/profile."""
     compilation_cache: Path | None = None
@@ -270,6 +273,7 @@ INCIDENTAL = frozenset(
         "keep",
         "tensorboard",
         "histograms",
+        "record_inputs",
         "profile",
         "compilation_cache",
     }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -23,6 +24,7 @@ from bnjax.data.blocks import (
 from bnjax.data.config import SettingError
 from bnjax.data.pipeline import Feed, ToInputs, make_to_inputs
 from bnjax.data.sources import Arrays, Report, Source, open_data
+from bnjax.diagnostics import nonlinearity_inputs
 from bnjax.population import Layers, Method, recompute_batch_stats
 from bnjax.training.checkpoint import CheckpointMetadata, open_checkpoints
 from bnjax.training.config import Config, RunError, is_import_path
@@ -49,6 +51,9 @@ from bnjax.training.workdir import (
     read_record,
     write_json,
 )
+
+RECORDED_VALUES = 2**17
+"""How many values of a layer its percentiles are taken of, at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +147,54 @@ class Evaluator:
             scores = self._steps(params, batch_stats, placed, self._rows)
             parts.append({n: np.asarray(scores[n])[self._mask][kept] for n in scores})
         return Evaluation.of(parts)
+
+
+class InputRecorder:
+    """Gives what each nonlinearity of a network is given, for some test images.
+
+    They are the first `count` and normalized by their own statistics, as a step of
+    training would; with fewer in memory at a time, those of the first block.
+    """
+
+    def __init__(
+        self, program: Program, test: Arrays | SplitBlocks, count: int
+    ) -> None:
+        if isinstance(test, SplitBlocks):
+            arrays, kept = next(iter(test))
+        else:
+            arrays, kept = test, np.ones(len(test.labels), bool)
+        rows = np.flatnonzero(kept)[:count]
+        device = jax.local_devices()[0]
+        arrays = jax.device_put(jax.tree.map(lambda leaf: leaf[rows], arrays), device)
+        self._images = program.gather(arrays, jnp.arange(len(rows)))["image"]
+        self._device = device
+
+        def record(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+            found = nonlinearity_inputs(program.model, variables, images, train=True)
+            return {layer: _some_of(u) for layer, u in found.items()}
+
+        self._record = jax.jit(record)
+        variables = jax.eval_shape(program.initial_state)
+        variables = {"params": variables.params, "batch_stats": variables.batch_stats}
+        try:
+            jax.eval_shape(record, variables, self._images)
+        except (TypeError, ValueError) as error:
+            raise SettingError(f"--record-inputs: {error}") from error
+
+    def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
+        """Return values of shape (values, features) by layer, for one copy of a state.
+
+        Of large feature maps they are some, at equal distances.
+        """
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        placed = jax.device_put(jax.tree.map(np.asarray, variables), self._device)
+        return jax.tree.map(np.asarray, self._record(placed, self._images))
+
+
+def _some_of(u: jax.Array) -> jax.Array:
+    values = u.reshape(-1, u.shape[-1])
+    every = math.ceil(values.size / RECORDED_VALUES)
+    return values[::every]
 
 
 Predictor = Callable[[np.ndarray], jax.Array]

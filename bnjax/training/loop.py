@@ -20,6 +20,7 @@ from bnjax.training.config import Config
 from bnjax.training.evaluation import (
     Evaluation,
     Evaluator,
+    InputRecorder,
     PopulationEstimator,
     average_needs_stats,
     average_params,
@@ -44,6 +45,7 @@ from bnjax.training.metrics import (
     ProgressBar,
     ProgressReporter,
     Record,
+    layer_record,
     read_metrics,
     train_record,
 )
@@ -149,6 +151,9 @@ class Run:
         self.step, self.seconds, self.compile_seconds = 0, 0.0, 0.0
         test = load_test(config.data, source, report)
         self._evaluator = Evaluator(program, test, config.eval_batch_size, parallel)
+        self._recorder = None
+        if config.record_inputs:
+            self._recorder = InputRecorder(program, test, config.eval_batch_size)
         hosts, host = jax.process_count(), jax.process_index()
         self._feed = make_run_feed(
             config, source, shards=hosts, shard=host, report=report
@@ -229,6 +234,10 @@ class Run:
             state = self._estimator.estimate(state)
         return self._evaluator(state)
 
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Return some of what each nonlinearity is given, if that is recorded."""
+        return {} if self._recorder is None else self._recorder(self.state)
+
     def close(self) -> None:
         """End what reads the data."""
         for feed in self._feeds:
@@ -278,6 +287,7 @@ def _take_steps(
                 _stop_on(f"{problem}{run.step:,}.", checkpoints, config)
             test = EvalRecord(run.step, evaluation.loss, evaluation.accuracy)
             records.append(test)
+            metrics.write_layers(layer_record(run.step, run.state, run.inputs()))
             if config.histograms:
                 metrics.histograms(run.step, run.state)
         for each in records:

@@ -1,4 +1,4 @@
-"""What a run measures, and where it goes: metrics.jsonl, TensorBoard, the terminal."""
+"""What a run measures, and where it goes: its two .jsonl files, TensorBoard, stderr."""
 
 import dataclasses
 import itertools
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,9 +16,13 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from bnjax._files import replacing
+from bnjax._validate import layer_name
+from bnjax.training.config import RunError
 from bnjax.training.step import TrainState
-from bnjax.training.workdir import METRICS, TENSORBOARD, writing
+from bnjax.training.workdir import LAYERS, METRICS, TENSORBOARD, writing
 
+PERCENTILES = (15, 50, 85)
+"""Of every distribution in layers.jsonl, as in Figure 1b, c of the paper."""
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
 
 
@@ -80,8 +84,40 @@ def train_record(
     )
 
 
+def layer_record(
+    step: int, state: TrainState, inputs: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Return a line of layers.jsonl: how each BN layer's numbers are distributed.
+
+    Args:
+        step: how many steps were taken.
+        state: one copy of the training state.
+        inputs: some of what each nonlinearity is given, shape (values, features), by
+            its layer; empty where that is not recorded.
+
+    Returns:
+        "layers": for each array of each BN layer, the PERCENTILES of its features.
+        "inputs": for each nonlinearity, those of all values ("all") and of the values
+        of the first feature ("first").
+    """
+
+    def percentiles(values: np.ndarray) -> list[float]:
+        found = np.percentile(values.astype(np.float32), PERCENTILES)
+        return [float(f"{value:.6g}") for value in found]
+
+    layers: dict[str, dict[str, list[float]]] = {}
+    for path, values in layer_values(state.params, state.batch_stats):
+        *layer, name = path.split("/")
+        layers.setdefault(layer_name(layer), {})[name] = percentiles(values)
+    found = {
+        layer: {"all": percentiles(u), "first": percentiles(u[:, 0])}
+        for layer, u in inputs.items()
+    }
+    return {"step": step, "layers": layers, "inputs": found}
+
+
 class MetricsWriter:
-    """Appends records to metrics.jsonl and, on request, to TensorBoard's event files.
+    """Appends records to a run's two files and, on request, to TensorBoard's.
 
     Training continues from a state of `step` steps: records of later ones that are in
     the files are dropped, since they will be written again.
@@ -90,22 +126,15 @@ class MetricsWriter:
     def __init__(
         self, workdir: Path, step: int = 0, *, tensorboard: bool = False
     ) -> None:
-        def is_kept(line: str) -> bool:
-            # The last line may not be whole.
-            return line.endswith("\n") and json.loads(line)["step"] <= step
-
         self._path = workdir / METRICS
         self._board: Any = None
-        with writing(self._path):
-            if self._path.exists():
-                lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-                with replacing(self._path) as file:
-                    file.writelines(itertools.takewhile(is_kept, lines))
-            self._file = self._path.open("a", encoding="utf-8")
-            if tensorboard:
-                # The import takes a second, and most runs do without.
-                from tensorboardX import SummaryWriter
+        self._file = _open_at(self._path, step)
+        self._layers = _open_at(workdir / LAYERS, step)
+        if tensorboard:
+            # The import takes a second, and most runs do without.
+            from tensorboardX import SummaryWriter
 
+            with writing(self._path):
                 folder = os.fspath(workdir / TENSORBOARD)
                 self._board = SummaryWriter(folder, purge_step=step + 1)
 
@@ -119,6 +148,13 @@ class MetricsWriter:
             for name, value in values.items() if self._board else ():
                 self._board.add_scalar(f"{split}/{name}", value, step)
 
+    def write_layers(self, record: Mapping[str, Any]) -> None:
+        """Append what `layer_record` gave, if there is a layer in it."""
+        if record["layers"] or record["inputs"]:
+            with writing(self._path):
+                self._layers.write(json.dumps(record) + "\n")
+                self._layers.flush()
+
     def histograms(self, step: int, state: TrainState) -> None:
         """Add histograms of each BN layer's arrays to TensorBoard."""
         with writing(self._path):
@@ -128,20 +164,54 @@ class MetricsWriter:
     def sync(self) -> None:
         """Return once everything written is on the disk."""
         with writing(self._path):
-            os.fsync(self._file.fileno())
+            for file in (self._file, self._layers):
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the files."""
         with writing(self._path):
             self._file.close()
+            self._layers.close()
             if self._board:
                 self._board.close()
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run, in the order they were written."""
-    lines = (workdir / METRICS).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+def _open_at(path: Path, step: int) -> TextIO:
+    """Open a file to append to, without its lines of later steps than this."""
+
+    def is_kept(line: str) -> bool:
+        # The last line may not be whole.
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+
+    with writing(path):
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with replacing(path) as file:
+                file.writelines(itertools.takewhile(is_kept, lines))
+        return path.open("a", encoding="utf-8")
+
+
+def read_metrics(workdir: Path, name: str = METRICS) -> list[dict[str, Any]]:
+    """Return the records of one of a run's two files, in the order they were written.
+
+    A last line without an end is left out: it is being written, or never was to the
+    end.
+    """
+    path, records = workdir / name, []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    records.append(json.loads(line))
+                    if not isinstance(records[-1].get("step"), int):
+                        raise ValueError(f"line {len(records)} has no step")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise RunError(
+            f"{path} is damaged: {error}. Restore the file, or train again."
+        ) from error
+    return records
 
 
 def layer_values(params: Any, batch_stats: Any) -> Iterator[tuple[str, np.ndarray]]:

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from bnjax._validate import layer_name
-from bnjax.data.config import SettingError
+from bnjax.data.config import DataError, SettingError
 from bnjax.data.images import SUFFIXES, ImageError, printable, read_file
 from bnjax.data.pipeline import make_to_inputs
 from bnjax.data.sources import Source
@@ -24,7 +24,12 @@ from bnjax.folding import Folded, fold_batch_norm
 from bnjax.interop.torch import natural
 from bnjax.training.checkpoint import CheckpointMetadata, open_checkpoints
 from bnjax.training.config import Config, RunError
-from bnjax.training.evaluation import LoadedRun, make_predictor, softmax
+from bnjax.training.evaluation import (
+    LoadedRun,
+    load_run,
+    make_predictor,
+    softmax,
+)
 from bnjax.training.metrics import ProgressReporter
 from bnjax.training.program import Program, make_run_feed
 from bnjax.training.sharding import Spmd
@@ -198,6 +203,16 @@ def examine_run(
         ignore=ignore,
     )
     return state, findings
+
+
+def try_to_examine(
+    workdir: Path, data_dir: Path | None = None, *, trust: bool = False
+) -> tuple[Finding, ...] | str:
+    """Return the mistakes in a run, or why it could not be looked at, in a sentence."""
+    try:
+        return examine_run(load_run(workdir, data_dir, trust=trust))[1]
+    except (DataError, RunError, SettingError) as error:
+        return str(error)
 
 
 def format_findings(findings: Sequence[Finding]) -> str:

@@ -29,13 +29,14 @@ except ImportError:  # Windows
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+LAYERS = "layers.jsonl"
 SUMMARY = "summary.json"
 EVALUATION = "eval.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 TENSORBOARD = "tensorboard"
 PROFILE = "profile"
-OURS = (CONFIG, METRICS, SUMMARY, EVALUATION, CHECKPOINTS)
+OURS = (CONFIG, METRICS, LAYERS, SUMMARY, EVALUATION, CHECKPOINTS)
 
 
 def default_workdir(preset: str, data_name: str = "") -> Path:

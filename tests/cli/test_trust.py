@@ -71,6 +71,14 @@ def test_its_code_is_not_run(name, strangers, capsys):
     assert sorted(run.iterdir()) == before
 
 
+def test_a_report_says_what_it_did_not_run(strangers, tmp_path):
+    run, marker = strangers
+    output = tmp_path / "report.html"
+    assert main(["report", str(run), "--output", str(output)]) == 0
+    assert "evil:make, which was not run. If you trust who" in output.read_text()
+    assert not marker.exists()
+
+
 def test_eval_py_and_training_do_not_run_it(strangers, tmp_path):
     run, marker = strangers
     assert eval_program.main([str(run)]) == 1

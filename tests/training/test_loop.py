@@ -59,7 +59,8 @@ def test_it_equals_one_step_after_the_other(small_config):
 def test_what_a_run_leaves(run_small, small_config):
     workdir, summary = run_small()
     names = {path.name for path in workdir.iterdir()} - {".lock"}
-    assert names == {"config.json", "metrics.jsonl", "summary.json", "checkpoints"}
+    files = {"config.json", "metrics.jsonl", "layers.jsonl", "summary.json"}
+    assert names == {*files, "checkpoints"}
     written = json.loads((workdir / "summary.json").read_text())
     assert written == {"preset": "digits", **summary}
     assert written["steps"] == 60

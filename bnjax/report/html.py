@@ -1,0 +1,78 @@
+"""Elements of an HTML page, as a tree: no text in it can become a tag."""
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+
+def tag(kind: str, /, *parts: Any, **attributes: str) -> ET.Element:
+    """Return an element: parts are text, elements, and dicts of more attributes."""
+    element = ET.Element(kind, attributes)
+    for part in parts:
+        if isinstance(part, dict):
+            element.attrib |= part
+        elif isinstance(part, str):
+            element.text = (element.text or "") + clean(part)
+        else:
+            element.append(part)
+    return element
+
+
+def table(
+    caption: str,
+    header: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    prose: Sequence[int] = (),
+) -> ET.Element:
+    """Return a table whose first column names its rows; it scrolls by itself."""
+    body = [
+        tag(
+            "tr",
+            *(
+                tag("td", str(cell), {"class": "prose"} if place in prose else {})
+                if place
+                else tag("th", str(cell), scope="row")
+                for place, cell in enumerate(row)
+            ),
+        )
+        for row in rows
+    ]
+    inner = tag(
+        "table",
+        tag("caption", caption),
+        tag("thead", tag("tr", *(tag("th", name, scope="col") for name in header))),
+        tag("tbody", *body),
+    )
+    # A keyboard can scroll only what it can reach.
+    label = {"aria-label": caption}
+    return tag("div", inner, label, {"class": "wide"}, role="region", tabindex="0")
+
+
+def clean(text: str) -> str:
+    """Return text without the characters that no page may hold."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def text(value: Any) -> str:
+    """Return a value as a cell shows it."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def percent(value: float) -> str:
+    """Return a share as a percentage."""
+    return f"{100 * value:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person reads them."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "-"
+    return (
+        f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+    )

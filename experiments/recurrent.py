@@ -8,7 +8,7 @@ the paper's 784 pixels, and the run is a few hundred steps, not the paper's 100,
 shows how fast the first steps learn. RMSProp at 1e-3, gradients clipped to a norm of 1,
 initial noise of 0.1 in training with normalization, as in the paper. Accuracies of the
 test set by the running statistics. Writes experiments/results/recurrent.json. About
-five minutes on two CPU cores; started again, it trains only what is not in
+four minutes on two CPU cores; started again, it trains only what is not in
 runs/experiments.
 """
 

@@ -9,7 +9,7 @@ proportion to the batch (0.5 for 64), and the running statistics look back over 
 (momentum 0.99 for 64). r_max and d_max rise as in the paper, at the same shares of the
 run: from 1 and 0 after a sixteenth to 3 after a half and to 5 after five sixteenths.
 Accuracies are by the running statistics. Writes experiments/results/renorm.json. About
-five minutes on two CPU cores; started again, it trains only what is not in
+three minutes on two CPU cores; started again, it trains only what is not in
 runs/experiments.
 """
 

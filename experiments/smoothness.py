@@ -8,7 +8,7 @@ its weights started at 0.1, and LeNet with ReLU on CIFAR-10 (JPEG). Twenty times
 run, on the batch of the step and before it is taken, it measures how the loss and its
 gradient change along the gradient, from half to four times the learning rate, and how
 far the step of the layers below turns the gradient of each layer. Writes
-experiments/results/smoothness.json and docs/figures/smoothness.png. About six minutes
+experiments/results/smoothness.json and docs/figures/smoothness.png. About eight minutes
 on two CPU cores; started again, it trains only what is not in runs/experiments.
 CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
 

@@ -10,7 +10,8 @@ from benchmarks.figures import WITH, WITHOUT
 from benchmarks.report import RESULTS as BENCHMARKS
 from benchmarks.report import ROOT, percent, read_result
 from benchmarks.timing import ratio
-from experiments import adabn, batch_size, cifar10, population
+from experiments import adabn, batch_size, cifar10, population, renorm, smoothness
+from experiments import domains as kinds
 from experiments.figures import RESULTS as DRAWN
 from experiments.runs import RESULTS
 
@@ -214,6 +215,80 @@ def domains(r):
         yield f"{word} {shares([row[adabn.TRAINING], row[adabn.ALL]])} %"
 
 
+def populations(r):
+    inverted, noisy = r["table"]["populations"].values()
+    yield f"inverted: {shares(inverted[kinds.TOGETHER])} % with one population"
+    yield f"{shares(inverted[kinds.APART])} % where each kind is normalized apart"
+    yield f"{shares(inverted[kinds.SHARED])} % with two and one scale and bias"
+    yield f"{shares(inverted[kinds.OWN])} % with two of each"
+    both = (noisy[name][1] for name in (kinds.TOGETHER, kinds.OWN))
+    yield "With noise, one and two populations reach {} and {} %".format(
+        *map(percent, both)
+    )
+    random, by_class = r["table"]["adaptation"].values()
+    at = {weight: r["weights"].index(weight) for weight in ("0", "64", "inf")}
+    yield f"noise: {percent(random['500'][at['inf']])} % by the statistics of training"
+    yield f"{percent(r['table'][kinds.ADABN])} % by AdaBN"
+    for size in ("500", "20", "4"):
+        yield f"{percent(random[size][at['0']])} % by batches of {size}"
+    blended = (random[size][at["64"]] for size in ("500", "20", "4"))
+    yield f"blended at N = 64 {shares(blended)} %"
+    yield f"{percent(by_class['500'][at['0']])} % by batches of one class"
+
+
+def smooth(r):
+    def three(data, name, write="{:.2f}".format):
+        rows = r["table"][data]
+        return joined([write(rows[n][name]["median"]) for n in smoothness.NETWORKS])
+
+    for name, write, end in (
+        ("range_of_loss", "{:.2f}".format, " on MNIST"),
+        ("beta_geometric_mean", "{:.2f}".format, ""),
+        ("shift_cosine", "{:.2f}".format, ""),
+        ("test_accuracy", percent, " %"),
+    ):
+        yield three(smoothness.MNIST, name, write) + end
+        yield three(smoothness.CIFAR, name, write)
+
+
+def renormalized(r):
+    yield f"after {r['examples_seen']:,} examples"
+    for case, word in (
+        ("2", "of 2"),
+        ("4", "of 4"),
+        ("32 of one class", "of 32 images of one class"),
+    ):
+        ends = [
+            middle(r["runs"][case][name], "test_accuracy")
+            for name in (WITH, renorm.RENORM, WITHOUT)
+        ]
+        yield f"{word} {shares(ends)} %"
+
+
+def recurrence(r):
+    for name, runs in r.items():
+        steps = runs[WITH][0]["steps"]
+        for at in (0, -1):
+            both = [middle(runs[n], "test_accuracy", at) for n in BOTH]
+            yield f"after {steps[at]} steps {shares(both)} %"
+        times = ([run["seconds_per_step"] for run in runs[n]] for n in BOTH)
+        yield f"{name.split()[0]} {ratio(*times):.1f} times"
+        length = re.search(r"\d+", name)[0]
+        yield f"{length} {name.split()[0]}"
+
+
+def whitened(r):
+    first, last = (
+        [row["running statistics"][at] for row in r["median"].values()]
+        for at in (0, -1)
+    )
+    yield f"after {r['steps'][0]} steps {shares(first)} %"
+    yield f"after {r['steps'][-1]:,} {shares(last)} %"
+    sizes = [re.search(r"groups of (\d+)", name) for name in r["median"]]
+    small, large = dict.fromkeys(size[1] for size in sizes if size)
+    yield f"in groups of {small} and then of {large} units"
+
+
 CLAIMS = {
     "mnist": mnist,
     "cifar10": inception,
@@ -227,6 +302,11 @@ CLAIMS = {
     "cifar10_ensemble": ensemble,
     "population": algorithm_2,
     "adabn": domains,
+    "domains": populations,
+    "smoothness": smooth,
+    "renorm": renormalized,
+    "recurrent": recurrence,
+    "whitening": whitened,
 }
 
 
@@ -241,6 +321,16 @@ def test_every_number_of_a_claim_is_derived_from_its_file(name):
         assert phrase in cell
         left = left.replace(phrase, "")
     assert not re.search(r"\d", re.sub(r"ResNet-\d+", "", left)), left
+
+
+def test_what_whitening_costs():
+    small, large = (
+        [share for name, share in row["ratios"].items() if name != "batch norm"]
+        for row in result("whitening-cpu", BENCHMARKS)["rows"]
+    )
+    text = page("docs/whitening.md")
+    assert f"{min(small):.1f} to {max(small):.1f} times as long with 64 chan" in text
+    assert f"{min(large):.1f} to {max(large):.1f} times with 256" in text
 
 
 def test_the_table_of_inception():

@@ -44,6 +44,7 @@ from bnjax.data.config import SettingError
 DTYPES = ("bfloat16", "float32")
 LIBRARIES = {"nnx": "flax", "haiku": "dm-haiku", "equinox": "equinox"}
 """Packages of the kinds that are compared on small networks alone."""
+SMALL_ONLY = {*LIBRARIES, "renorm", "ghost"}
 SHARED_BATCH = 16
 """Of each chip that shares statistics: more takes long and changes no collective."""
 DEPENDS_ON = ("jax", "jaxlib", "flax", "dm-haiku", "equinox")
@@ -71,9 +72,9 @@ def compare(
         targets: Of v5e, v6e, v5p and h200.
         networks: Of layer, chain, block, resnet50, inception and mlp.
         dtypes: Of images and activations.
-        kinds: Of none, flax, nnx, haiku, equinox, bnjax, bnjax_inside, flax_policy and
-            bnjax_policy; nnx, haiku and equinox on layer, chain and mlp, the policies
-            on chain, resnet50 and inception.
+        kinds: Of none, flax, nnx, haiku, equinox, bnjax, bnjax_inside, renorm, ghost,
+            flax_policy and bnjax_policy; other libraries and the variants on layer,
+            chain and mlp, the policies on chain, resnet50 and inception.
         chips: Sharing statistics; 1 for programs of one chip. All if not given.
         layers: Of chain and block, in place of their own; needs --output.
         batch_size: Of a chip, in place of each network's own; needs --output.
@@ -166,7 +167,7 @@ def grid(
             Program(target, name, dtype, kind, depth, batch_size or network.batch)
             for dtype in DTYPES
             for kind in KINDS
-            if (kind not in LIBRARIES or name in ("layer", "chain", "mlp"))
+            if (kind not in SMALL_ONLY or name in ("layer", "chain", "mlp"))
             and (kind != "equinox" or name != "mlp")
             and (kind not in POLICIES or name in ("chain", "resnet50", "inception"))
         ]

@@ -21,6 +21,8 @@ import numpy as np
 from flax import linen, nnx
 
 import bnjax.linen
+from bnjax.variants.ghost import GhostBatchNorm
+from bnjax.variants.renorm import BatchRenorm
 
 MOMENTUM, EPSILON = 0.99, 1e-5
 VARIATIONS = ("plain", "relu", "residual")
@@ -239,13 +241,22 @@ NORM_KINDS = {
     "equinox": "equinox",
     "bnjax": "bnjax",
     "bnjax_inside": "bnjax",
+    "renorm": "renorm",
+    "ghost": "ghost",
 }
 """What a `PeerNorm` may be, and whose layer of `PEERS` it is.
 
 "none" leaves the activation; "bnjax_inside" gives activation and residual to the layer,
-where "bnjax" and all others have them as operations after it.
+where "bnjax" and all others have them as operations after it. "renorm" and "ghost" are
+variants of ours: batch renormalization, and four virtual batches.
 """
-_LINEN = {"flax.linen": linen.BatchNorm, "bnjax": bnjax.linen.BatchNorm}
+VIRTUAL_BATCHES = 4
+_LINEN: dict[str | None, Callable[..., linen.Module]] = {
+    "flax.linen": linen.BatchNorm,
+    "bnjax": bnjax.linen.BatchNorm,
+    "renorm": BatchRenorm,
+    "ghost": GhostBatchNorm,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +295,8 @@ class PeerNorm:
                 "dtype": dtype,
                 "name": name,
             }
+            if peer == "ghost":
+                options["virtual_batch_size"] = max(len(x) // VIRTUAL_BATCHES, 1)
             if inside:
                 options["activation"] = None if activation == "identity" else activation
                 return _LINEN[peer](**options)(x, residual=residual)

@@ -1,6 +1,5 @@
 """Batch renormalization: in training, close to what inference will compute."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,8 @@ from flax import nnx
 from jax import lax
 
 from bnjax import _validate, functional
-from bnjax.functional import CHECKPOINT_NAME, BatchStats
+from bnjax._moments import checkpoint_named
+from bnjax.functional import BatchStats
 from bnjax.linen import BatchNorm
 from bnjax.nnx import BatchNorm as NnxBatchNorm
 
@@ -194,38 +194,28 @@ def batch_renorm(
     _validate.check_epsilon(epsilon)
     limits = _limits(stats.step, r_max, d_max, warmup_steps)
     output["dtype"] = _validate.as_dtype(dtype, x.dtype)
-    options["dtype"] = _validate.promoted(x.dtype, jnp.float32, output["dtype"])
     origin = stats.mean if use_fast_variance else None
 
-    # The backward pass computes xhat again, from `x` and the moments that are kept.
-    @functools.partial(jax.checkpoint, prevent_cse=False, policy=_save_moments)
-    def renormalize(x, scale, bias, residual):
-        xhat, batch = functional.normalize_batch(
-            x, origin=origin, epsilon=epsilon, **options
-        )
-        r, d = _corrections(batch, stats, epsilon, *limits)
-        multiplier = r if scale is None else r * scale.astype(r.dtype)
-        shift = d if scale is None else d * scale.astype(r.dtype)
-        shift = shift if bias is None else shift + bias.astype(r.dtype)
-        # By mean 0 and variance 0 + 1, the affine map alone, to the last bit.
-        zero = jnp.zeros_like(r)
-        statistics = zero, zero, multiplier, shift
-        output["residual"] = residual
-        y = functional.normalize(
-            xhat, *statistics, axis=axis, mask=mask, epsilon=1.0, **output
-        )
-        return y, batch
-
-    y, batch = renormalize(x, scale, bias, residual)
+    # r and d are constants to the derivative: what is left is batch norm with another
+    # scale and bias. XLA takes the moments once.
+    _, batch = functional.normalize_batch(x, origin=origin, epsilon=epsilon, **options)
+    r, d = checkpoint_named(_corrections(batch, stats, epsilon, *limits))
+    shift = d if scale is None else d * scale.astype(r.dtype)
+    y, batch = functional.normalize_batch(
+        x,
+        r if scale is None else r * scale.astype(r.dtype),
+        shift if bias is None else shift + bias.astype(r.dtype),
+        origin=origin,
+        epsilon=epsilon,
+        **options,
+        **output,
+    )
     if not update_stats:
         return y, stats
     new = functional.update_batch_stats(
         BatchStats(stats.mean, stats.var), batch, momentum=momentum, unbiased=unbiased
     )
     return y, RenormStats(new.mean, new.var, stats.step + 1)
-
-
-_save_moments = jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
 
 
 def _check_features(shape, axis, arrays):

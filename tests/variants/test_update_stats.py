@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from bnjax.functional import BatchStats
-from bnjax.variants import adaptation, averages, domains, ghost, renorm
+from bnjax.variants import adaptation, averages, domains, ghost, renorm, whitening
+from bnjax.variants.whitening.linen import WhiteningBatchNorm
+from bnjax.variants.whitening.nnx import WhiteningBatchNorm as NnxWhiteningBatchNorm
 
 X = jnp.asarray(np.random.default_rng(0).normal(3, 2, (6, 5)), jnp.float32)
 RENORM = {"r_max": 1.5, "d_max": 0.5}
@@ -27,6 +29,11 @@ FUNCTIONS = {
     "averages": (averages.averaged_batch_norm, averages.AveragedStats.init(5), {}),
     "domains": (in_domains, BatchStats.init((2, 5)), {}),
     "one domain": (in_one_domain, BatchStats.init((2, 5)), {}),
+    "whitening": (
+        whitening.whitening_batch_norm,
+        whitening.WhiteningStats.init(5, 5),
+        {"group_size": 5},
+    ),
 }
 
 
@@ -64,6 +71,7 @@ LAYERS = {
     "renorm": (renorm.BatchRenorm, renorm.NnxBatchRenorm, RENORM),
     "averages": (averages.AveragedBatchNorm, averages.NnxAveragedBatchNorm, {}),
     "domains": (domains.DomainBatchNorm, domains.NnxDomainBatchNorm, {}),
+    "whitening": (WhiteningBatchNorm, NnxWhiteningBatchNorm, {"group_size": 5}),
     "ghost": (ghost.GhostBatchNorm, ghost.NnxGhostBatchNorm, {"virtual_batch_size": 3}),
 }
 

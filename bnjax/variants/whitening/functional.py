@@ -32,7 +32,7 @@ def whitening_batch_norm(
     momentum: float | jax.Array = 0.99,
     epsilon: float | jax.Array = 1e-5,
     unbiased: bool = True,
-    update_stats: bool = True,
+    update_stats: bool | None = None,
     use_fast_variance: bool = True,
     mask: jax.Array | None = None,
     axis_name: AxisName | None = None,
@@ -58,12 +58,13 @@ def whitening_batch_norm(
             of them. The covariance of a batch with fewer values than that is singular.
         iterations: steps of Newton's method (IterNorm); None for ZCA by an
             eigendecomposition.
-        use_running_average: whiten by `batch_stats` and leave them as they are.
+        use_running_average: whiten by `batch_stats`.
         axis: the feature axis of `x`; the statistics are over the others.
         momentum: weight of the old statistics, in [0, 1].
         epsilon: added to the diagonal of the covariance; positive.
         unbiased: the running covariance has the factor m / (m - 1).
-        update_stats: False returns `batch_stats` as they are.
+        update_stats: whether `batch_stats` move; None for in training alone. True with
+            `use_running_average` whitens by the old ones and moves them.
         use_fast_variance: with `axis_name`, True joins the devices' statistics about
             the running mean, in one collective; it loses digits while that is hundreds
             of standard deviations off. False is exact, for a second collective.
@@ -110,6 +111,10 @@ def whitening_batch_norm(
     options = {"activation": activation, "residual": residual, "dtype": dtype}
     options |= {"mask": mask, "epsilon": epsilon}
     _check_stats(batch_stats, groups, x.shape)
+    if update_stats is None:
+        update_stats = not use_running_average
+    sharing = {"axis_name": axis_name, "axis_index_groups": axis_index_groups}
+    origin = batch_stats.mean if use_fast_variance else None
     if use_running_average:
         compute_dtype = _validate.promoted(x.dtype, jnp.float32, dtype)
         center = groups.grouped(jnp.asarray(batch_stats.mean, compute_dtype))
@@ -118,19 +123,28 @@ def whitening_batch_norm(
         y = _whiten(
             x, center, mean, cov, scale, bias, groups, iterations=iterations, **options
         )
-        return y, batch_stats
-    y, batch = whiten_batch(
-        x,
-        scale,
-        bias,
-        group_size=group_size,
-        iterations=iterations,
-        origin=batch_stats.mean if use_fast_variance else None,
-        axis=axis,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        **options,
-    )
+        if not update_stats:
+            return y, batch_stats
+        *_, batch = batch_moments(
+            x,
+            _validate.as_mask(mask, x.shape),
+            origin,
+            groups,
+            _reduction(groups, **sharing),
+            compute_dtype,
+        )
+    else:
+        y, batch = whiten_batch(
+            x,
+            scale,
+            bias,
+            group_size=group_size,
+            iterations=iterations,
+            origin=origin,
+            axis=axis,
+            **sharing,
+            **options,
+        )
     if not update_stats:
         return y, batch_stats
     return y, update_whitening_stats(
@@ -198,11 +212,7 @@ def whiten_batch(
     """
     x, groups, dtype = _prepare(x, axis, group_size, mask, scale, bias, dtype)
     _validate.check_features(origin, "origin", (x.shape[groups.axis],), x.shape)
-    if axis_index_groups is not None:
-        axis_index_groups = tuple(tuple(group) for group in axis_index_groups)
-    if isinstance(axis_name, list):
-        axis_name = tuple(axis_name)
-    reduction = Reduction(groups.rows, axis_name, axis_index_groups)
+    reduction = _reduction(groups, axis_name, axis_index_groups)
     values = x.size // x.shape[groups.axis]
     if values * reduction.devices() < 2:
         raise ValueError(
@@ -297,6 +307,14 @@ def _prepare(x, axis, group_size, mask, scale, bias, dtype):
             f"axis {groups.axis}: a covariance needs all channels of a value."
         )
     return x, groups, dtype
+
+
+def _reduction(groups, axis_name, axis_index_groups):
+    if axis_index_groups is not None:
+        axis_index_groups = tuple(tuple(group) for group in axis_index_groups)
+    if isinstance(axis_name, list):
+        axis_name = tuple(axis_name)
+    return Reduction(groups.rows, axis_name, axis_index_groups)
 
 
 def _check_stats(batch_stats, groups, shape):

@@ -80,6 +80,7 @@ class WhiteningBatchNorm(nn.Module):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Whiten `x` and, in training, move the running statistics.
 
@@ -89,6 +90,7 @@ class WhiteningBatchNorm(nn.Module):
             mask: which values count: booleans or weights that broadcast to `x`, alike
                 for all channels.
             residual: added before the activation; shape of `x`.
+            update_stats: as in `bnjax.linen.BatchNorm`.
 
         Returns:
             The output, of the shape of `x`.
@@ -98,7 +100,9 @@ class WhiteningBatchNorm(nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         with _validate.naming(name):
-            _validate.check_flags(use_running_average=running)
+            _validate.check_flags(
+                use_running_average=running, update_stats=update_stats
+            )
             x = _validate.as_input(x)
             groups = ChannelGroups.of(x.shape, self.axis, self.group_size)
         shape = (x.shape[groups.axis],)
@@ -113,7 +117,9 @@ class WhiteningBatchNorm(nn.Module):
         initializing = self.is_initializing()
         # Too little to train on, but enough to make the variables from.
         single = initializing and x.size <= shape[0]
-        updating = not (running or initializing)
+        if update_stats is None:
+            update_stats = not running
+        updating = update_stats and not initializing
         if updating and not self.is_mutable_collection("batch_stats"):
             raise ImmutableBatchStatsError(name)
         with _validate.naming(name):

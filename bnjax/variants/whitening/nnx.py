@@ -93,6 +93,7 @@ class WhiteningBatchNorm(nnx.Module):
         *,
         mask: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update_stats: bool | None = None,
     ) -> jax.Array:
         """Whiten `x` and, in training, move the running statistics.
 
@@ -101,6 +102,7 @@ class WhiteningBatchNorm(nnx.Module):
             use_running_average: wins over the attribute.
             mask: as in `whitening_batch_norm`, broadcast to `x`.
             residual: added before the activation; shape of `x`.
+            update_stats: as in `bnjax.nnx.BatchNorm`.
 
         Returns:
             The output, of the shape of `x`.
@@ -118,6 +120,7 @@ class WhiteningBatchNorm(nnx.Module):
                 bias,
                 WhiteningStats(self.mean[...], self.cov[...]),
                 use_running_average=running,
+                update_stats=update_stats,
                 mask=_validate.broadcast_mask(mask, x.shape),
                 residual=residual,
                 axis_name=self.axis_name,
@@ -132,7 +135,7 @@ class WhiteningBatchNorm(nnx.Module):
                 use_fast_variance=self.use_fast_variance,
                 activation=self.activation,
             )
-        if not running:
+        if not running if update_stats is None else update_stats:
             for kept, value in ((self.mean, new.mean), (self.cov, new.cov)):
                 kept[...] = lax.stop_gradient(value).astype(kept.dtype)
         return y

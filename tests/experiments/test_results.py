@@ -4,6 +4,7 @@ import importlib
 import re
 import statistics
 
+import numpy as np
 import pytest
 
 from benchmarks.figures import WITH, WITHOUT
@@ -321,6 +322,36 @@ def test_every_number_of_a_claim_is_derived_from_its_file(name):
         assert phrase in cell
         left = left.replace(phrase, "")
     assert not re.search(r"\d", re.sub(r"ResNet-\d+", "", left)), left
+
+
+def test_what_the_variants_cost_on_a_tpu_and_a_gpu():
+    over = {}
+    for target, figure in (
+        ("v5e", "cycles"),
+        ("v5e", "traffic_bytes"),
+        ("h200", "traffic_bytes"),
+    ):
+        rows = {
+            (row["network"], row["dtype"], row["kind"]): row[figure]
+            for row in result(f"compiled-{target}", BENCHMARKS)["rows"]
+            if row["chips"] == 1 and "failed" not in row
+        }
+        for (network, dtype, kind), value in rows.items():
+            if kind in ("renorm", "ghost") and network != "mlp":
+                share = value / rows[network, dtype, "bnjax"]
+                over.setdefault((kind, target, figure, network), []).append(share)
+    for (kind, *_), shares in over.items():
+        if kind == "renorm":
+            np.testing.assert_allclose(shares, 1, atol=1e-3)
+    text = page("docs/compiled.md")
+    alone = over["ghost", "v5e", "cycles", "layer"]
+    low, high = min(alone), max(alone)
+    assert f"take {low:.2f} to {high:.2f} times the plain layer's cycles alone" in text
+    traffic = over["ghost", "h200", "traffic_bytes", "layer"]
+    assert f"H200 up to {max(traffic):.2f} times its traffic" in text
+    chain = over["ghost", "v5e", "cycles", "chain"]
+    assert [round(share) for share in chain] == [2, 2]
+    assert "Between convolutions on a TPU they take twice the cycles" in text
 
 
 def test_what_whitening_costs():

@@ -34,7 +34,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from bnjax import _cpu
-from bnjax._cpu import blocks
 from bnjax._moments import (
     Moments,
     Reduction,
@@ -42,6 +41,7 @@ from bnjax._moments import (
     mask_to_bool,
     moments_about_origin,
     safe_count,
+    sum_in_blocks,
     varying_axes,
 )
 from bnjax._primitive import OneDevice, operation
@@ -322,10 +322,7 @@ def _tangent_map_reference(operands, origin, moments, doperands, *, transform):
     first, second = (total / safe_count(moments.count) for total in sums)
     covariance = second - moments.mean * first
 
-    inv_std, multiplier = (
-        lax.squeeze(value, reduction.axes)
-        for value in (params.inv_std, params.multiplier)
-    )
+    inv_std, multiplier = map(reduction.squeeze, (params.inv_std, params.multiplier))
     dbias, dscale = (
         jnp.zeros_like(multiplier) if tangent is None else transform.cast(tangent)
         for tangent in (doperands.bias, doperands.scale)
@@ -402,7 +399,7 @@ _vjp = operation("batch_norm_vjp", _vjp_reference, cpu=OneDevice(_vjp_on_cpu))
 
 
 def _kernel_supports(transform, operands, residual):
-    return _cpu.kernel_supports(
+    return transform.reduction.group_size is None and _cpu.kernel_supports(
         operands.x,
         transform.reduction.axes,
         transform.compute_dtype,
@@ -428,8 +425,7 @@ def _tangent_sums_reference(operands, params, dx, *, transform):
     if operands.mask is not None:
         weight = operands.mask.astype(transform.compute_dtype)
         dx = jnp.where(mask_to_bool(operands.mask), weight * dx, 0)
-    axes = transform.reduction.axes
-    return [jnp.sum(dx, axes), jnp.sum(dx * distance, axes)]
+    return [transform.reduction.sum(dx), transform.reduction.sum(dx * distance)]
 
 
 def _tangent_sums_transpose(cotangents, operands, params, dx, *, transform):
@@ -529,13 +525,10 @@ def _elementwise_vjp_reference(
     if transform.activation is None and on_gpu and dz.dtype.itemsize < 4:
         alone = lax.optimization_barrier(dz)
     centered = _centered(transform, operands, params)
-    axes = transform.reduction.axes
-    sums = [
-        jnp.sum(transform.cast(alone), axes),
-        jnp.sum(transform.cast(dz) * centered, axes),
-    ]
+    terms = transform.cast(alone), transform.cast(dz) * centered
+    sums = map(transform.reduction.expanded_sum, terms)
     dx, *dresidual = _arrays_vjp(transform, operands, params, dz, residual_dtype)
-    return [dx, *map(transform.reduction.expand, sums), *dresidual, *dconsts]
+    return [dx, *sums, *dresidual, *dconsts]
 
 
 def _arrays_vjp(transform, operands, params, dz, residual_dtype):
@@ -573,7 +566,8 @@ def _preactivation_vjp(transform, dy, operands, params, on_gpu=False):
 
 def _elementwise_vjp_on_cpu(cotangents, operands, params, *, transform, residual_dtype):
     # What is neither a row nor a channel cannot be cut into blocks.
-    if operands.mask is not None or operands.consts or operands.residual is not None:
+    whole = operands.mask, operands.residual, transform.reduction.group_size
+    if operands.consts or any(each is not None for each in whole):
         return _elementwise_vjp_reference(
             cotangents,
             operands,
@@ -589,9 +583,9 @@ def _elementwise_vjp_on_cpu(cotangents, operands, params, *, transform, residual
             transform, part, params
         )
 
-    (dy,), axes = cotangents, transform.reduction.axes
+    (dy,) = cotangents
     rows = dy, operands.x, operands.output
-    sums = blocks.sum_in_blocks(terms, rows, params, axes)
+    sums = sum_in_blocks(terms, rows, params, transform.reduction)
     (dz,) = _preactivation_vjp(transform, dy, operands, params)
     dx, *dresidual = _arrays_vjp(transform, operands, params, dz, residual_dtype)
     return [dx, *map(transform.reduction.expand, sums), *dresidual]

@@ -114,19 +114,56 @@ class Moments:
 
 @dataclass(frozen=True)
 class Reduction:
-    """Which values share statistics: axes of the array, and devices."""
+    """Which values share statistics: axes of the array, and devices.
+
+    With `group_size`, so many consecutive rows of axis 0, one of the axes, share them:
+    what is per channel then has a leading axis of the groups. `x` itself keeps its
+    shape, and is reshaped only to be summed: XLA for a TPU fuses no convolution with
+    what has gone through a reshape.
+    """
 
     axes: tuple[int, ...]
     axis_name: AxisName | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+    group_size: int | None = None
 
     def expand(self, per_channel: jax.Array) -> jax.Array:
         """A per-channel array with the rank of the input."""
-        return jnp.expand_dims(per_channel, self.axes)
+        if self.group_size is None:
+            return jnp.expand_dims(per_channel, self.axes)
+        by_row = jnp.repeat(per_channel, self.group_size, axis=0)
+        return jnp.expand_dims(by_row, self.axes[1:])
+
+    def squeeze(self, expanded: jax.Array) -> jax.Array:
+        """The array that `expand` was given."""
+        if self.group_size is None:
+            return lax.squeeze(expanded, self.axes)
+        return lax.squeeze(expanded, self.axes[1:])[:: self.group_size]
+
+    def sum(self, values: jax.Array) -> jax.Array:
+        """The sum of the values of each channel."""
+        if self.group_size is None:
+            return jnp.sum(values, self.axes)
+        grouped = values.reshape(-1, self.group_size, *values.shape[1:])
+        return jnp.sum(grouped, tuple(axis + 1 for axis in self.axes))
+
+    def expanded_sum(self, values: jax.Array) -> jax.Array:
+        """A cotangent for `expand`, whose transpose makes the sum of it.
+
+        Each row has its share of the sum of its group. Sums of the rows themselves
+        would do too, and cost a GPU a pass over memory (docs/compiled.md).
+        """
+        expanded = self.expand(self.sum(values))
+        return expanded if self.group_size is None else expanded / self.group_size
 
     def local_count(self, shape: tuple[int, ...]) -> int:
         """Values per channel in this device's array."""
-        return math.prod(shape[axis] for axis in self.axes)
+        rows = shape if self.group_size is None else (self.group_size, *shape[1:])
+        return math.prod(rows[axis] for axis in self.axes)
+
+    def on_this_device(self) -> "Reduction":
+        """The part of it that is over the array's axes."""
+        return Reduction(self.axes, group_size=self.group_size)
 
     def devices(self) -> int:
         """How many devices share statistics."""
@@ -206,7 +243,7 @@ def moments_about_origin(
         shares them.
     """
     origin, mean, var, count = _local_moments(
-        x, mask, known_origin, axes=reduction.axes, dtype=dtype
+        x, mask, known_origin, reduction=reduction.on_this_device(), dtype=dtype
     )
     local = Moments(mean, var, count)
     if reduction.axis_name is None:
@@ -329,49 +366,60 @@ def sum_terms(
     terms: Callable[..., Sequence[jax.Array]],
     rows: Sequence[jax.Array | None],
     channels: Sequence[jax.Array | None],
-    axes: tuple[int, ...],
+    reduction: Reduction,
 ) -> list[jax.Array]:
     """Sum over a batch the terms of an elementwise function of arrays and channels."""
-    return [jnp.sum(term, axes) for term in terms(*rows, *channels)]
+    return [reduction.sum(term) for term in terms(*rows, *channels)]
 
 
-def _moments_reference(x, mask, known_origin, *, axes, dtype):
+def _moments_reference(x, mask, known_origin, *, reduction, dtype):
     """Origin, mean, var and count about `known_origin`, else about the batch's mean."""
     if known_origin is not None:
         least = _least_digit(dtype)
-        return _moments_about(x, mask, known_origin, axes, dtype, least)
-    count, total, _ = _sums_about(x, mask, None, axes, dtype)
+        return _moments_about(x, mask, known_origin, reduction, dtype, least)
+    count, total, _ = _sums_about(x, mask, None, reduction, dtype)
     mean = round_once(total / safe_count(count))
-    return _moments_about(x, mask, mean, axes, dtype)
+    return _moments_about(x, mask, mean, reduction, dtype)
 
 
 def _moments_on_one_device(
-    x, mask, _, *, axes, dtype, cut=lambda x, part: part(x), sums=sum_terms
+    x, mask, _, *, reduction, dtype, cut=lambda x, part: part(x), sums=sum_terms
 ):
     """The same about the first row, which lies in memory where sums do not fuse."""
     if mask is not None:
-        return _moments_reference(x, mask, None, axes=axes, dtype=dtype)
+        return _moments_reference(x, mask, None, reduction=reduction, dtype=dtype)
+    axes, strides = reduction.axes, None
     sizes = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
-    first_row = cut(x, lambda x: lax.slice(x, [0] * x.ndim, sizes))
+    if reduction.group_size is not None:
+        axes, strides = axes[1:], [reduction.group_size] + [1] * (x.ndim - 1)
+        sizes[0] = x.shape[0]
+    first_row = cut(x, lambda x: lax.slice(x, [0] * x.ndim, sizes, strides))
     # A copy of its own: read from `x` again, it would keep `x` from being replaced.
     first_row = lax.optimization_barrier(lax.squeeze(first_row, axes).astype(dtype))
-    return _moments_about(x, None, first_row, axes, dtype, sums=sums)
+    return _moments_about(x, None, first_row, reduction, dtype, sums=sums)
 
 
-def _moments_on_cpu(x, mask, _, *, axes, dtype):
-    if _cpu.kernel_supports(x, axes, dtype, mask=mask):
-        origin, mean, var = _cpu.moments(x, axes)
-        count = jnp.full_like(origin, Reduction(axes).local_count(x.shape))
+def _moments_on_cpu(x, mask, _, *, reduction, dtype):
+    if reduction.group_size is not None:
+        return _moments_on_one_device(x, mask, None, reduction=reduction, dtype=dtype)
+    if _cpu.kernel_supports(x, reduction.axes, dtype, mask=mask):
+        origin, mean, var = _cpu.moments(x, reduction.axes)
+        count = jnp.full_like(origin, reduction.local_count(x.shape))
         return [origin, mean, var, count]
     return _moments_on_one_device(
         x,
         mask,
         None,
-        axes=axes,
+        reduction=reduction,
         dtype=dtype,
         cut=blocks.cut_of,
-        sums=blocks.sum_in_blocks,
+        sums=sum_in_blocks,
     )
+
+
+def sum_in_blocks(terms, rows, channels, reduction):
+    """`sum_terms` for a CPU; without groups."""
+    return blocks.sum_in_blocks(terms, rows, channels, reduction.axes)
 
 
 _local_moments = operation(
@@ -382,16 +430,16 @@ _local_moments = operation(
 )
 
 
-def _moments_about(x, mask, origin, axes, dtype, least_digit=0.0, sums=sum_terms):
+def _moments_about(x, mask, origin, reduction, dtype, least_digit=0.0, sums=sum_terms):
     origin = lax.stop_gradient(origin)
-    found = _sums_about(x, mask, origin, axes, dtype, sums)
+    found = _sums_about(x, mask, origin, reduction, dtype, sums)
     moments = _from_sums(*found, least_digit)
     # Whichever the origin is, it varies over the mesh axes that the moments vary over.
     origin = origin + jnp.zeros_like(moments.count)
     return [origin, moments.mean, moments.var, moments.count]
 
 
-def _sums_about(x, mask, origin, axes, dtype, sums=sum_terms):
+def _sums_about(x, mask, origin, reduction, dtype, sums=sum_terms):
     """The sums of the weights w, of w * (x - origin) and of w * (x - origin)^2."""
 
     def powers(x, origin):
@@ -405,16 +453,16 @@ def _sums_about(x, mask, origin, axes, dtype, sums=sum_terms):
         distance = jnp.where(counted, powers(x, origin)[0], 0)
         return weights * distance, weights * jnp.square(distance)
 
-    origin = None if origin is None else jnp.expand_dims(origin, axes)
-    count = math.prod(x.shape[axis] for axis in axes)
+    origin = None if origin is None else reduction.expand(origin)
+    count = reduction.local_count(x.shape)
     if mask is None:
-        first, second = sums(powers, [x], [origin], axes)
+        first, second = sums(powers, [x], [origin], reduction)
         return jnp.full_like(first, count), first, second
     counted = mask_to_bool(mask)
     weights = jnp.where(counted, mask, jnp.zeros_like(mask)).astype(dtype)
-    first, second = sums(weighted_powers, [x], [origin], axes)
-    repeats = count // math.prod(mask.shape[axis] for axis in axes)
-    return jnp.sum(weights, axes) * repeats + jnp.zeros_like(first), first, second
+    first, second = sums(weighted_powers, [x], [origin], reduction)
+    repeats = count // reduction.local_count(mask.shape)
+    return reduction.sum(weights) * repeats + jnp.zeros_like(first), first, second
 
 
 def complex_moments(
@@ -422,14 +470,12 @@ def complex_moments(
 ) -> Moments:
     """The complex mean and the real variance of |x - mean|, in two passes."""
     dtype = jnp.promote_types(x.dtype, jnp.complex64)
-    count, total, _ = _sums_about(x, mask, None, reduction.axes, dtype)
+    count, total, _ = _sums_about(x, mask, None, reduction, dtype)
     count, total = reduction.total(jnp.stack([count, total]))
     count = count.real
     mean = total / safe_count(count).astype(dtype)
     distance = jnp.abs(x.astype(dtype) - reduction.expand(mean))
-    _, var, _ = _sums_about(
-        jnp.square(distance), mask, None, reduction.axes, count.dtype
-    )
+    _, var, _ = _sums_about(jnp.square(distance), mask, None, reduction, count.dtype)
     return Moments(mean, reduction.total(var) / safe_count(count), count)
 
 

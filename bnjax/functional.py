@@ -194,6 +194,7 @@ def normalize_batch(
     axis_index_groups: AxisIndexGroups | None = None,
     activation: Activation | None = None,
     residual: jax.Array | None = None,
+    virtual_batch_size: int | None = None,
     dtype=None,
 ) -> tuple[jax.Array, Moments]:
     """Normalize by the moments of the batch, and return these too.
@@ -217,11 +218,14 @@ def normalize_batch(
         axis_index_groups: groups of that axis, as in `batch_norm`.
         activation: as in `batch_norm`.
         residual: added before the activation; shape of `x`.
+        virtual_batch_size: so many consecutive examples are normalized together, a
+            divisor of the first axis of `x`, which is not a feature axis; None for all.
         dtype: of the output; that of `x` if None.
 
     Returns:
         The output, of the shape of `x`, and the Moments of the batch: of all devices
-        that share, where there are several.
+        that share, where there are several. With `virtual_batch_size` those of each
+        group, of shape (groups, features).
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as `batch_norm`.
@@ -252,9 +256,14 @@ def normalize_batch(
         axis_index_groups=axis_index_groups,
         activation=activation,
         residual=residual,
+        virtual_batch_size=virtual_batch_size,
         dtype=dtype,
     )
-    origin = None if origin is None else jnp.asarray(origin)
+    if origin is not None:
+        origin = jnp.asarray(origin)
+        if transform.reduction.group_size is not None:
+            groups = operands.x.shape[0] // transform.reduction.group_size
+            origin = jnp.broadcast_to(origin, (groups, *origin.shape))
     return _normalize_batch(transform, operands, origin)
 
 
@@ -515,6 +524,7 @@ def _prepare(
     axis_index_groups=None,
     activation=None,
     residual=None,
+    virtual_batch_size=None,
     dtype=None,
 ) -> tuple[Transform, Operands]:
     """Check every argument and sort them into static ones and arrays."""
@@ -539,18 +549,39 @@ def _prepare(
         axis_index_groups = tuple(tuple(group) for group in axis_index_groups)
     if isinstance(axis_name, list):
         axis_name = tuple(axis_name)
+    group_size = _group_size(virtual_batch_size, x.shape, axis, reduction_axes)
     transform = Transform(
-        Reduction(reduction_axes, axis_name, axis_index_groups),
+        Reduction(reduction_axes, axis_name, axis_index_groups, group_size),
         _validate.as_activation(activation),
         dtype,
         compute_dtype,
     )
+    mask = _validate.as_mask(mask, x.shape)
+    if mask is not None and group_size is not None:
+        mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
     operands = Operands(
         x=x,
         epsilon=jnp.asarray(epsilon, compute_dtype),
-        mask=_validate.as_mask(mask, x.shape),
+        mask=mask,
         scale=None if scale is None else _validate.as_input(scale, "scale"),
         bias=None if bias is None else _validate.as_input(bias, "bias"),
         residual=_validate.check_residual(residual, x.shape),
     )
     return transform, operands
+
+
+def _group_size(virtual_batch_size, shape, axis, reduction_axes) -> int | None:
+    """The examples in a group; None where all are in one."""
+    if virtual_batch_size is None:
+        return None
+    if 0 not in reduction_axes:
+        raise ValueError(
+            f"batch_norm: axis={axis!r} makes the first axis of x a feature axis; "
+            "expected the examples there, to be put into groups."
+        )
+    if virtual_batch_size < 1 or shape[0] % virtual_batch_size:
+        raise ValueError(
+            f"batch_norm: virtual_batch_size={virtual_batch_size} for a batch of "
+            f"{shape[0]}; expected a divisor of it."
+        )
+    return virtual_batch_size

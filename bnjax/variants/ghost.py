@@ -1,6 +1,5 @@
 """Ghost batch normalization: the batch in groups, each with statistics of its own."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import bnjax.nnx
-from bnjax import _validate, functional
+from bnjax import functional
 from bnjax.functional import BatchStats, Moments
 from bnjax.linen import BatchNorm
 
@@ -72,8 +71,6 @@ def normalize_groups(
     bias: jax.Array | None,
     *,
     virtual_batch_size: int | None,
-    axis: _validate.Axes = -1,
-    residual: jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array, Moments]:
     """Return the output of `ghost_batch_norm` and the joined Moments of the groups.
@@ -81,35 +78,13 @@ def normalize_groups(
     Their count is that of this device alone, also where `axis_name` shares a group
     between several: merging the devices' moments counts every value once.
     """
-    features, reduction = _validate.split_axes(x.shape, axis)
-    if 0 not in reduction:
-        raise ValueError(
-            f"batch_norm: axis={axis!r} makes the first axis of x a feature axis; "
-            "expected the examples there, to be put into groups."
-        )
-    size = x.shape[0] if virtual_batch_size is None else virtual_batch_size
-    if size < 1 or x.shape[0] % size:
-        raise ValueError(
-            f"batch_norm: virtual_batch_size={virtual_batch_size} for a batch of "
-            f"{x.shape[0]}; expected a divisor of it."
-        )
-
-    def one_group(x, residual):
-        y, found = functional.normalize_batch(
-            x, scale, bias, axis=features, residual=residual, **options
-        )
-        count = jnp.full_like(found.count, values)
-        return y, Moments(found.mean, found.var, count)
-
-    groups = x.shape[0] // size
-    values = x.size // (groups * math.prod(x.shape[axis] for axis in features))
-    if groups == 1:
-        return one_group(x, residual)
-    split = jax.tree.map(
-        lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), (x, residual)
-    )
-    y, found = jax.vmap(one_group)(*split)
-    return y.reshape(x.shape), merge_stacked(found)
+    if virtual_batch_size == x.shape[0]:
+        virtual_batch_size = None
+    options["virtual_batch_size"] = virtual_batch_size
+    y, found = functional.normalize_batch(x, scale, bias, **options)
+    count = jnp.full_like(found.count, x.size // found.count.size)
+    found = Moments(found.mean, found.var, count)
+    return y, found if virtual_batch_size is None else merge_stacked(found)
 
 
 def merge_stacked(moments: Moments) -> Moments:

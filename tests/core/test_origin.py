@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bnjax
-from bnjax._moments import _moments_reference
+from bnjax._moments import Reduction, _moments_reference
 from tests import oracle
 
 FEATURES = 5
@@ -174,8 +174,10 @@ def test_the_documented_bound(distance, run):
         )
         var = shared(x.reshape(8, 125, -1), dy.reshape(8, 125, -1))[3]
     else:
-        reference = jax.jit(_moments_reference, static_argnames=("axes", "dtype"))
-        _, _, var, _ = reference(x, None, mean, axes=(0,), dtype=jnp.float32.dtype)
+        reference = jax.jit(_moments_reference, static_argnames=("reduction", "dtype"))
+        _, _, var, _ = reference(
+            x, None, mean, reduction=Reduction((0,)), dtype=jnp.float32.dtype
+        )
     exact = x.astype(np.float64).var(0)
     limit = BOUND * (1 + distance**2 / exact) * exact
     assert (np.abs(np.asarray(var, np.float64) - exact) <= limit).all()

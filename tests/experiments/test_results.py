@@ -343,15 +343,25 @@ def test_what_the_variants_cost_on_a_tpu_and_a_gpu():
     for (kind, *_), shares in over.items():
         if kind == "renorm":
             np.testing.assert_allclose(shares, 1, atol=1e-3)
+    cycles, traffic, on_gpu = (
+        [
+            share
+            for (kind, *cell, _), shares in over.items()
+            for share in shares
+            if (kind, *cell) == ("ghost", target, figure)
+        ]
+        for target, figure in (
+            ("v5e", "cycles"),
+            ("v5e", "traffic_bytes"),
+            ("h200", "traffic_bytes"),
+        )
+    )
     text = page("docs/compiled.md")
-    alone = over["ghost", "v5e", "cycles", "layer"]
-    low, high = min(alone), max(alone)
-    assert f"take {low:.2f} to {high:.2f} times the plain layer's cycles alone" in text
-    traffic = over["ghost", "h200", "traffic_bytes", "layer"]
-    assert f"H200 up to {max(traffic):.2f} times its traffic" in text
-    chain = over["ghost", "v5e", "cycles", "chain"]
-    assert [round(share) for share in chain] == [2, 2]
-    assert "Between convolutions on a TPU they take twice the cycles" in text
+    assert f"take {min(cycles):.2f} to {max(cycles):.2f} times the cycles" in text
+    most = (
+        f"at most {max(traffic):.2f} times the traffic there and {max(on_gpu):.2f} on"
+    )
+    assert most in text
 
 
 def test_what_whitening_costs():

@@ -642,9 +642,9 @@ def report(
     from bnjax.report import check_layers, make_report, read_runs
     from bnjax.training.runs import try_to_examine
 
-    check_output(output, overwrite=force)
     if not runs:
         raise SettingError("no run is given: name folders that train.py wrote.")
+    check_output(output, overwrite=force)
     for value in accuracy:
         if not 0 < value <= 1:
             percent = f" Did you mean {value / 100:g}?" if 1 < value <= 100 else ""

@@ -19,7 +19,7 @@ CASES = [
     cases.Case("weighted", (12, 3, 4), mask="weights"),
     cases.Case("one row masked", (12, 6, 4), mask="one row"),
 ]
-INSIDE = [(2, None), (3, None), (12, None), (3, "relu"), (6, "residual")]
+GROUPS = [(2, None, False), (12, None, True), (3, "relu", False), (6, "residual", True)]
 
 
 def given(case, dtype):
@@ -44,8 +44,7 @@ def parts(function, size, *arrays):
     return found
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["own origin", "known origin"])
-@pytest.mark.parametrize(("size", "inside"), INSIDE)
+@pytest.mark.parametrize(("size", "inside", "known"), GROUPS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_each_group_is_normalized_by_itself(case, size, inside, known, x64):
     x, scale, bias, dy, mask = given(case, np.float64)

@@ -113,6 +113,20 @@ def split_axes(shape: tuple[int, ...], axis: Axes) -> tuple[tuple[int, ...], ...
     return features, tuple(a for a in range(ndim) if a not in features)
 
 
+def check_groups(virtual_batch_size: int, shape: tuple[int, ...], axis: Axes) -> None:
+    """Refuse virtual batches that the first axis cannot be cut into."""
+    if 0 not in split_axes(shape, axis)[1]:
+        raise ValueError(
+            f"batch_norm: axis={axis!r} makes the first axis of x a feature axis; "
+            "expected the examples there, to be put into groups."
+        )
+    if virtual_batch_size < 1 or shape[0] % virtual_batch_size:
+        raise ValueError(
+            f"batch_norm: virtual_batch_size={virtual_batch_size} for a batch of "
+            f"{shape[0]}; expected a divisor of it."
+        )
+
+
 def check_batch(
     shape: tuple[int, ...], axis: Axes, axes: tuple[int, ...], axis_name: Any
 ) -> None:

@@ -654,10 +654,13 @@ def report(
 
     read = read_runs(runs)
     check_layers(read, layers)
-    findings: Any = ["the report was made with --no-doctor."] * len(runs)
-    for place, workdir in enumerate(runs if doctor else ()):
-        print(f"examining {workdir}", file=sys.stderr, flush=True)
-        findings[place] = try_to_examine(workdir, data_dir, trust=trust)
+    findings = []
+    for workdir in runs:
+        found = "the report was made with --no-doctor."
+        if doctor:
+            print(f"examining {workdir}", file=sys.stderr, flush=True)
+            found = try_to_examine(workdir, data_dir, trust=trust)
+        findings.append(found)
     page = make_report(read, findings, accuracies=accuracy, layers=layers)
     write_output(output, page.encode(), overwrite=force)
     size = output.stat().st_size

@@ -549,7 +549,9 @@ def _prepare(
         axis_index_groups = tuple(tuple(group) for group in axis_index_groups)
     if isinstance(axis_name, list):
         axis_name = tuple(axis_name)
-    group_size = _group_size(virtual_batch_size, x.shape, axis, reduction_axes)
+    group_size = virtual_batch_size
+    if group_size is not None:
+        _validate.check_groups(group_size, x.shape, axis)
     transform = Transform(
         Reduction(reduction_axes, axis_name, axis_index_groups, group_size),
         _validate.as_activation(activation),
@@ -568,20 +570,3 @@ def _prepare(
         residual=_validate.check_residual(residual, x.shape),
     )
     return transform, operands
-
-
-def _group_size(virtual_batch_size, shape, axis, reduction_axes) -> int | None:
-    """The examples in a group; None where all are in one."""
-    if virtual_batch_size is None:
-        return None
-    if 0 not in reduction_axes:
-        raise ValueError(
-            f"batch_norm: axis={axis!r} makes the first axis of x a feature axis; "
-            "expected the examples there, to be put into groups."
-        )
-    if virtual_batch_size < 1 or shape[0] % virtual_batch_size:
-        raise ValueError(
-            f"batch_norm: virtual_batch_size={virtual_batch_size} for a batch of "
-            f"{shape[0]}; expected a divisor of it."
-        )
-    return virtual_batch_size

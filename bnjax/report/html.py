@@ -73,6 +73,6 @@ def duration(seconds: float) -> str:
     """Return seconds as a person reads them."""
     if not math.isfinite(seconds) or seconds < 0:
         return "-"
-    return (
-        f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
-    )
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return str(timedelta(seconds=round(seconds)))

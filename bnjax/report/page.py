@@ -240,21 +240,21 @@ def _layers(runs: Sequence[RunReport], patterns: Sequence[str]) -> Iterator[ET.E
             yield _figures(charts, "small")
         low, middle, high = PERCENTILES
         units = "the features" if kind == "layers" else "the values, of test images"
-        text = f"Line: percentile {middle} of {units}; band: {low} to {high}. "
+        about = f"Line: percentile {middle} of {units}; band: {low} to {high}. "
         if left := [name for name in names if name not in chosen]:
-            text += (
+            about += (
                 f"{len(chosen)} of {len(names)} layers are drawn; --layers draws "
                 f"others: {_list(left)}. "
             )
-        text += f"Drawn: {_list([run.name for run in drawn])}. "
-        yield tag("p", text + _about_groups(runs, "The first of them is drawn."))
+        about += f"Drawn: {_list([run.name for run in drawn])}. "
+        yield tag("p", about + _about_groups(runs, "The first of them is drawn."))
 
 
 def check_layers(runs: Sequence[RunReport], patterns: Sequence[str]) -> None:
     """Refuse a pattern that no layer has."""
     names = list(dict.fromkeys(itertools.chain(*_layer_names(runs).values())))
     for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
+        if not _choose(names, [pattern]):
             raise SettingError(
                 f"--layers {pattern}: no layer of these runs is called so. Expected "
                 f"some of: {', '.join(names) or 'none was recorded'}."

@@ -32,7 +32,6 @@ class RunReport:
         ended: whether it took all its steps.
     """
 
-    workdir: Path
     name: str
     settings: dict[str, str]
     group: int
@@ -58,7 +57,7 @@ def read_runs(workdirs: Sequence[Path]) -> list[RunReport]:
         if own not in groups:
             groups.append(own)
         records = _read(workdir, METRICS)
-        train = _columns(records, "train", ("loss", "accuracy", "steps_per_second"))
+        train = _columns(records, "train", ("loss", "steps_per_second"))
         taken = np.diff(train["step"], prepend=0)
         rates = np.maximum(train["steps_per_second"], np.finfo(np.float64).tiny)
         train["seconds"] = np.cumsum(taken / rates)
@@ -67,7 +66,6 @@ def read_runs(workdirs: Sequence[Path]) -> list[RunReport]:
         test["seconds"] = np.concatenate([[0.0], train["seconds"]])[past]
         runs.append(
             RunReport(
-                workdir=workdir,
                 name=name,
                 settings=settings,
                 group=groups.index(own),

@@ -24,12 +24,7 @@ from bnjax.folding import Folded, fold_batch_norm
 from bnjax.interop.torch import natural
 from bnjax.training.checkpoint import CheckpointMetadata, open_checkpoints
 from bnjax.training.config import Config, RunError
-from bnjax.training.evaluation import (
-    LoadedRun,
-    load_run,
-    make_predictor,
-    softmax,
-)
+from bnjax.training.evaluation import LoadedRun, load_run, make_predictor, softmax
 from bnjax.training.metrics import ProgressReporter
 from bnjax.training.program import Program, make_run_feed
 from bnjax.training.sharding import Spmd

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import bnjax.nnx
-from bnjax import functional
+from bnjax import _validate, functional
 from bnjax.functional import BatchStats, Moments
 from bnjax.linen import BatchNorm
 
@@ -71,6 +71,7 @@ def normalize_groups(
     bias: jax.Array | None,
     *,
     virtual_batch_size: int | None,
+    axis: _validate.Axes = -1,
     **options: Any,
 ) -> tuple[jax.Array, Moments]:
     """Return the output of `ghost_batch_norm` and the joined Moments of the groups.
@@ -78,13 +79,16 @@ def normalize_groups(
     Their count is that of this device alone, also where `axis_name` shares a group
     between several: merging the devices' moments counts every value once.
     """
-    if virtual_batch_size == x.shape[0]:
-        virtual_batch_size = None
-    options["virtual_batch_size"] = virtual_batch_size
-    y, found = functional.normalize_batch(x, scale, bias, **options)
+    size = x.shape[0] if virtual_batch_size is None else virtual_batch_size
+    _validate.check_groups(size, x.shape, axis)
+    # One group is the plain layer, with its kernels on a CPU.
+    groups = None if size == x.shape[0] else size
+    y, found = functional.normalize_batch(
+        x, scale, bias, axis=axis, virtual_batch_size=groups, **options
+    )
     count = jnp.full_like(found.count, x.size // found.count.size)
     found = Moments(found.mean, found.var, count)
-    return y, found if virtual_batch_size is None else merge_stacked(found)
+    return y, found if groups is None else merge_stacked(found)
 
 
 def merge_stacked(moments: Moments) -> Moments:

@@ -23,6 +23,15 @@ def data(shape=(12, 3, 4), seed=0):
     return (jnp.asarray(a) for a in (x, rng.normal(size=4), rng.normal(size=4)))
 
 
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_batch_in_one_group_has_its_examples_first(size):
+    x = jnp.ones((4, 6))
+    with pytest.raises(ValueError, match="makes the first axis of x a feature axis"):
+        ghost_batch_norm(
+            x, None, None, bnjax.BatchStats.init(4), axis=0, virtual_batch_size=size
+        )
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 6, 12])
 def test_each_group_is_a_batch_of_its_own(size, x64):
     x, scale, bias = data()

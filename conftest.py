@@ -7,4 +7,4 @@ MISSING = [name for name in FRAMEWORKS if importlib.util.find_spec(name) is None
 
 collect_ignore = [FRAMEWORKS[name] for name in MISSING]
 if MISSING:
-    collect_ignore.append("docs/equinox-haiku.md")
+    collect_ignore.append("docs/library/equinox-haiku.md")

@@ -5,7 +5,7 @@ python eval.py RUN --crops 144   averaged over GoogLeNet's crops of each image
 python eval.py RUN1 RUN2         each, and their ensemble
 python eval.py --help            every flag
 
-docs/evaluation.md says more.
+docs/programs/evaluation.md says more.
 """
 
 import sys

@@ -5,7 +5,7 @@ python train.py mnist                  section 4.1 of the paper
 python train.py mnist --no-batch-norm  the same without normalization
 python train.py --help                 every flag
 
-docs/training.md says what a run writes.
+docs/programs/training.md says what a run writes.
 """
 
 import sys

@@ -8,7 +8,7 @@ Programs are compiled and never run: forward and backward of one layer with a Re
 gradients of a chain of convolutions, of bottleneck blocks and of whole networks; and
 layer and chain over several chips that share statistics. Each has the same network
 without BN, with each library's layer, and with activations computed again in the
-backward pass. docs/compiled.md says what can be read off and what cannot,
+backward pass. docs/library/compiled.md says what can be read off and what cannot,
 `benchmarks.hlo` what each figure counts, `benchmarks.aot` what a program is.
 
 All targets take hours. Each program is compiled in a process of its own, and is in

@@ -8,7 +8,7 @@ turn, round after round, the order rotating, so that whatever else the machine d
 falls on all of them. Compiling is left out. The result is
 benchmarks/results/mnist_steps_per_second.json; ours is asked to make at least 0.95 of
 the steps that Flax's makes. It takes about a minute and needs MNIST prepared (see
-docs/training.md).
+docs/programs/training.md).
 """
 
 import dataclasses

@@ -8,7 +8,7 @@ mirroring, changes of colour), then the share of the time of a step that is spen
 waiting for input where the model needs 5 ms. The model is a wait: like a device, it
 leaves the processor to the input. `memory` draws 20,000 batches and follows the memory
 of the process and its workers. Results go to benchmarks/results/streaming_*.json. Each
-takes a minute or two and needs the data set prepared (see docs/data.md).
+takes a minute or two and needs the data set prepared (see docs/programs/data.md).
 """
 
 import os

@@ -3,8 +3,9 @@
     python -m benchmarks.table
     python -m benchmarks.table --write
 
-Without --write those of docs/performance.md and docs/compiled.md are printed; with it
-all take the place of what the pages and the README have between their two markers.
+Without --write, prints the tables of docs/library/performance.md and
+docs/library/compiled.md. With it, replaces what the README and the pages of docs have
+between their two markers.
 """
 
 from collections import Counter
@@ -329,9 +330,9 @@ def _collectives(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 PAGES = {
-    ROOT / "docs" / "performance.md": tables,
-    ROOT / "docs" / "compiled.md": compiled,
-    ROOT / "docs" / "memory.md": memory,
+    ROOT / "docs" / "library" / "performance.md": tables,
+    ROOT / "docs" / "library" / "compiled.md": compiled,
+    ROOT / "docs" / "library" / "memory.md": memory,
     ROOT / "README.md": readme,
 }
 TABLES: dict[str, Tables] = {

@@ -11,7 +11,7 @@ waits while the others work. train.py is asked to make at least 1.2 times the st
 the Flax loop and 3.5 times those of the PyTorch loop. "products" takes the matrix
 products of such a step and nothing else: what no loop of the same arithmetic gets past.
 The result is benchmarks/results/training_rate.json. It needs MNIST prepared (see
-docs/training.md).
+docs/programs/training.md).
 """
 
 import dataclasses

@@ -505,7 +505,7 @@ def _elementwise_vjp_reference(
     Two sums and the gradient of `x` need the gradient dz of the preactivation. Which
     form lets XLA fuse it into both, without writing it to memory or keeping anything
     of the forward pass for it, differs between platforms, and is read off compiled
-    programs (docs/compiled.md).
+    programs (docs/library/compiled.md).
 
     With a residual, dz is written in any case: it is the residual's gradient. A TPU
     selects in the dtype of `dy` what is positive, and so does a GPU, for which the

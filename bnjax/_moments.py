@@ -151,7 +151,7 @@ class Reduction:
         """A cotangent for `expand`, whose transpose makes the sum of it.
 
         Each row has its share of the sum of its group. Sums of the rows themselves
-        would do too, and cost a GPU a pass over memory (docs/compiled.md).
+        would do too, and cost a GPU a pass over memory (docs/library/compiled.md).
         """
         expanded = self.expand(self.sum(values))
         return expanded if self.group_size is None else expanded / self.group_size

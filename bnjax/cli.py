@@ -4,7 +4,8 @@ bnjax --help            every command
 bnjax COMMAND --help    its flags
 
 `python -m bnjax`, train.py and eval.py call the same functions. What only a command
-needs is imported in it, so that help comes at once. docs/command-line.md says more.
+needs is imported in it, so that help comes at once. docs/programs/command-line.md says
+more.
 """
 
 import contextlib
@@ -573,7 +574,8 @@ def doctor(
     """Find the mistakes with batch normalization in a run.
 
     The newest checkpoint is given the run's first training batch. The exit status is 1
-    where there is an error among the findings; docs/doctor.md says what each means.
+    where there is an error among the findings; docs/library/doctor.md says what
+    each means.
 
     Args:
         run: A folder that train.py wrote.

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from bnjax import _validate, functional
 from bnjax._validate import Activation
 
+__all__ = ["BatchNorm"]
+
 
 class BatchNorm(eqx.nn.StatefulLayer):
     """Batch normalization, in place of equinox.nn.BatchNorm.

@@ -14,6 +14,8 @@ from bnjax import _validate, functional
 from bnjax._validate import Activation
 from bnjax.functional import BatchStats, Moments
 
+__all__ = ["BatchNorm"]
+
 
 class BatchNorm(hk.Module):
     """Batch normalization, in place of haiku.BatchNorm.

@@ -12,6 +12,8 @@ from flax.linen import dtypes
 from bnjax import _validate, functional
 from bnjax._validate import Activation
 
+__all__ = ["BatchNorm", "ImmutableBatchStatsError"]
+
 
 class ImmutableBatchStatsError(errors.ModifyScopeVariableError):
     """The running statistics were to change in a call that does not let them."""

@@ -9,6 +9,8 @@ from jax import lax
 from bnjax import _validate, functional
 from bnjax._validate import Activation
 
+__all__ = ["BatchNorm"]
+
 
 class BatchNorm(nnx.BatchNorm):
     """Batch normalization, in place of flax.nnx.BatchNorm.

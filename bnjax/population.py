@@ -28,6 +28,8 @@ from bnjax import _validate, functional
 from bnjax._validate import layer_name
 from bnjax.functional import Moments
 
+__all__ = ["recompute_batch_stats"]
+
 Layers = str | Iterable[str] | Callable[[str], bool] | None
 Method = Literal["paper", "pooled"]
 Path = tuple[Any, ...]

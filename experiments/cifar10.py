@@ -8,7 +8,7 @@ the network without normalization; the headline networks once for each of three 
 Then BN-x5 and BN-x5-Sigmoid in a fifth of the steps, with a decay as much faster.
 Writes experiments/results/cifar10.json and docs/figures/cifar10.png. About 85 minutes
 on one CPU core; started again, it trains only what is not in runs/experiments.
-CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
+CIFAR-10 (JPEG) has to be prepared: see docs/programs/data.md.
 """
 
 import functools

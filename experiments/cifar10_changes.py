@@ -8,7 +8,7 @@ photometric distortion is measured with the crops and colours of ImageNet's pres
 that it stands beside a BN-x5 of its own. Writes
 experiments/results/cifar10_changes.json and docs/figures/cifar10_changes.png. Started
 again, it trains only what is not in runs/experiments. CIFAR-10 (JPEG) has to be
-prepared: see docs/data.md.
+prepared: see docs/programs/data.md.
 """
 
 from typing import Any

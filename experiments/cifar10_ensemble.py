@@ -6,7 +6,7 @@ Trains the presets `cifar10-ensemble-1` to `-6` and evaluates each of them and a
 them together on one crop, on ten and on 144. Writes
 experiments/results/cifar10_ensemble.json; the runs stay in
 runs/experiments/cifar10-ensemble-*, and one that is there is not trained again.
-CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
+CIFAR-10 (JPEG) has to be prepared: see docs/programs/data.md.
 """
 
 import tempfile

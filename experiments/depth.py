@@ -6,7 +6,7 @@ Trains the presets `cifar10-resnet20` and `cifar10-resnet110` with and without b
 normalization for as many steps of 32 examples, without at a tenth and a hundredth of
 the learning rate too. Writes experiments/results/depth.json and
 docs/figures/depth.png. Started again, it trains only what is not in runs/experiments.
-CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
+CIFAR-10 (JPEG) has to be prepared: see docs/programs/data.md.
 """
 
 import functools

@@ -5,7 +5,7 @@
 Trains the preset `lenet-mnist` for 10 epochs with bnjax's layer, with Flax's in its
 place, and without one. Writes experiments/results/lenet.json. The example of Dive into
 Deep Learning, which compares a layer written from scratch with its framework's, is on
-Fashion-MNIST: `--preset lenet` where that is prepared (docs/data.md).
+Fashion-MNIST: `--preset lenet` where that is prepared (docs/programs/data.md).
 """
 
 import functools

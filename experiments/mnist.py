@@ -7,8 +7,8 @@ seeds (Figure 1a); records the percentiles of the inputs of the last hidden laye
 sigmoids (Figure 1b, c); and trains both networks at other learning rates and standard
 deviations of the weights, neither of which the paper states. Writes
 experiments/results/mnist.json and docs/figures/mnist.png. MNIST has to be prepared
-(docs/training.md). About ten minutes on two CPU cores; started again, it trains only
-what is not in runs/experiments.
+(docs/programs/training.md). About ten minutes on two CPU cores; started again, it
+trains only what is not in runs/experiments.
 """
 
 import functools

@@ -10,7 +10,7 @@ gradient change along the gradient, from half to four times the learning rate, a
 far the step of the layers below turns the gradient of each layer. Writes
 experiments/results/smoothness.json and docs/figures/smoothness.png. About eight minutes
 on two CPU cores; started again, it trains only what is not in runs/experiments.
-CIFAR-10 (JPEG) has to be prepared: see docs/data.md.
+CIFAR-10 (JPEG) has to be prepared: see docs/programs/data.md.
 
 References:
     Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?".

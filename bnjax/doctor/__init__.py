@@ -5,7 +5,7 @@
         print(finding)
 
 The network goes through one call of training, traced and compiled once, and one trace
-of evaluation. docs/doctor.md says what each finding means.
+of evaluation. docs/library/doctor.md says what each finding means.
 """
 
 import dataclasses

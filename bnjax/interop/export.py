@@ -15,6 +15,8 @@ import numpy as np
 from bnjax._files import OutputError, check_output, write_output
 from bnjax._validate import did_you_mean, first_line
 
+__all__ = ["PLATFORMS", "ExportError", "Loaded", "export_inference", "load", "save"]
+
 
 class ExportError(ValueError):
     """A function that cannot be exported, or a file of one that cannot be read."""

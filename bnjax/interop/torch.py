@@ -21,6 +21,18 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from bnjax._validate import did_you_mean, first_line
 
+__all__ = [
+    "RESNET",
+    "Layer",
+    "LayerMapping",
+    "TorchError",
+    "batch_norm_options",
+    "from_torch",
+    "known_mapping",
+    "to_torch",
+    "torch_batch_norm_options",
+]
+
 
 class TorchError(ValueError):
     """Weights of PyTorch that cannot be read, or that do not fit a network."""

@@ -28,6 +28,8 @@ from bnjax.interop.torch import (
     natural,
 )
 
+__all__ = ["format_mapping", "read_mapping", "read_state_dict", "write_state_dict"]
+
 SAFETENSORS = (".safetensors",)
 PICKLES = (".pt", ".pth", ".bin")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "params")

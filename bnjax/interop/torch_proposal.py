@@ -20,6 +20,8 @@ from bnjax.interop.torch import (
     natural,
 )
 
+__all__ = ["alike", "propose_mapping", "trace"]
+
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ...]:
     """Return the layers of a linen model in the order of their first calls.

@@ -12,6 +12,8 @@ from bnjax import _validate, functional
 from bnjax._moments import AxisName
 from bnjax.functional import AxisIndexGroups, BatchStats
 
+__all__ = ["AdaptiveBatchNorm", "NnxAdaptiveBatchNorm", "adaptive_batch_norm"]
+
 # Options of the layers that have no part in it.
 _OF_TRAINING = (
     "use_running_average",

@@ -14,6 +14,14 @@ import bnjax.nnx
 from bnjax import _validate, functional
 from bnjax.functional import BatchStats, Moments
 
+__all__ = [
+    "AveragedBatchNorm",
+    "AveragedStats",
+    "NnxAveragedBatchNorm",
+    "averaged_batch_norm",
+    "update_averaged_stats",
+]
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -13,6 +13,13 @@ import bnjax.nnx
 from bnjax import _validate, functional
 from bnjax.functional import BatchStats, Moments
 
+__all__ = [
+    "DomainBatchNorm",
+    "NnxDomainBatchNorm",
+    "domain_batch_norm",
+    "domain_moments",
+]
+
 
 def domain_batch_norm(
     x: jax.Array,

@@ -11,6 +11,8 @@ from bnjax import _validate, functional
 from bnjax.functional import BatchStats, Moments
 from bnjax.linen import BatchNorm
 
+__all__ = ["GhostBatchNorm", "NnxGhostBatchNorm", "ghost_batch_norm"]
+
 MOMENTS = "batch_moments"
 
 

@@ -19,6 +19,8 @@ from bnjax.functional import AxisIndexGroups, BatchStats
 from bnjax.linen import ImmutableBatchStatsError
 from bnjax.variants.recurrent import LSTMCarry, LSTMParams, LSTMStats, batch_norm_lstm
 
+__all__ = ["RNN", "BatchNormLSTMCell", "NnxBatchNormLSTMCell", "NnxRNN"]
+
 NORMS = ("norm_x", "norm_h", "norm_c")
 _STATS = "batch_stats"
 _SCALE_INIT = initializers.constant(0.1)

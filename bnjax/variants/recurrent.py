@@ -11,6 +11,14 @@ from jax import lax
 from bnjax import _validate, functional
 from bnjax.functional import BatchStats
 
+__all__ = [
+    "LSTMCarry",
+    "LSTMParams",
+    "LSTMStats",
+    "batch_norm_at_step",
+    "batch_norm_lstm",
+]
+
 
 def batch_norm_at_step(
     x: jax.Array,

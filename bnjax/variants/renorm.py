@@ -16,6 +16,15 @@ from bnjax.functional import BatchStats
 from bnjax.linen import BatchNorm
 from bnjax.nnx import BatchNorm as NnxBatchNorm
 
+__all__ = [
+    "BatchRenorm",
+    "NnxBatchRenorm",
+    "RenormStats",
+    "batch_renorm",
+    "d_max_schedule",
+    "r_max_schedule",
+]
+
 Limit = float | jax.Array | Callable[[jax.Array], float | jax.Array]
 """A number, or a function of the step such as a schedule of Optax's."""
 

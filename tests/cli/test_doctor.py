@@ -120,7 +120,7 @@ def test_faults(fails, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (find_data_dir() / "mnist").is_dir(),
-    reason="MNIST is not prepared in TFDS_DATA_DIR (see docs/data.md)",
+    reason="MNIST is not prepared in TFDS_DATA_DIR (see docs/programs/data.md)",
 )
 def test_the_mnist_run_takes_five_seconds(tmp_path, run):
     """The network of the paper, with the averages of 300 steps of momentum 0.9."""

@@ -139,7 +139,7 @@ def test_the_second_reading_is_from_the_cache(request, kind):
 
 @pytest.mark.skipif(
     not (find_data_dir() / "cifar10_jpeg").is_dir(),
-    reason="cifar10_jpeg is not prepared in TFDS_DATA_DIR (see docs/data.md)",
+    reason="cifar10_jpeg is not prepared in TFDS_DATA_DIR (see docs/programs/data.md)",
 )
 def test_colour_images_are_those_that_tfds_decodes():
     import tensorflow_datasets as tfds

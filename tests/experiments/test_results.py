@@ -313,7 +313,7 @@ CLAIMS = {
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_number_of_a_claim_is_derived_from_its_file(name):
-    lines = (ROOT / "experiments" / "README.md").read_text("utf-8").splitlines()
+    lines = (ROOT / "docs/programs/experiments.md").read_text("utf-8").splitlines()
     (at,) = (i for i, line in enumerate(lines) if f"](results/{name}.json)" in line)
     row, below = (line.split("|") for line in lines[at : at + 2])
     cell = row[3] + (below[3] if " the same " in below[2:3] else "")
@@ -356,7 +356,7 @@ def test_what_the_variants_cost_on_a_tpu_and_a_gpu():
             ("h200", "traffic_bytes"),
         )
     )
-    text = page("docs/compiled.md")
+    text = page("docs/library/compiled.md")
     assert f"take {min(cycles):.2f} to {max(cycles):.2f} times the cycles" in text
     most = (
         f"at most {max(traffic):.2f} times the traffic there and {max(on_gpu):.2f} on"
@@ -369,13 +369,13 @@ def test_what_whitening_costs():
         [share for name, share in row["ratios"].items() if name != "batch norm"]
         for row in result("whitening-cpu", BENCHMARKS)["rows"]
     )
-    text = page("docs/whitening.md")
+    text = page("docs/variants/whitening.md")
     assert f"{min(small):.1f} to {max(small):.1f} times as long with 64 chan" in text
     assert f"{min(large):.1f} to {max(large):.1f} times with 256" in text
 
 
 def test_the_table_of_inception():
-    text, r = page("experiments/README.md"), result("cifar10")
+    text, r = page("docs/programs/experiments.md"), result("cifar10")
     for name, row in r["table"].items():
         steps, share = row["steps_to_best_of_inception"], row["over_steps_of_inception"]
         chance = " (chance)" * (row["best_accuracy"] == 0.1)
@@ -394,7 +394,7 @@ def test_the_table_of_inception():
 
 
 def test_the_table_of_other_settings():
-    text, rows = page("experiments/README.md"), result("mnist")["settings"]
+    text, rows = page("docs/programs/experiments.md"), result("mnist")["settings"]
     for both in zip(rows[1::2], rows[::2], strict=True):
         cells = [f"| {both[0]['weight_std']:g} | {both[0]['learning_rate']:g} |"]
         for row, name in zip(both, (WITHOUT, WITH), strict=True):
@@ -426,7 +426,8 @@ def test_the_two_rates_of_the_mnist_network():
     over = {
         name: f"{ratio(loops['train.py'], each):.2f}" for name, each in loops.items()
     }
-    for name in ("README.md", "docs/performance.md", "docs/training.md"):
+    pages = "docs/library/performance.md", "docs/programs/training.md"
+    for name in ("README.md", *pages):
         text = page(name)
         assert over_flax in text
         assert f"{over['flax loop']} times" in text
@@ -439,7 +440,7 @@ def test_the_two_rates_of_the_mnist_network():
 
 
 def test_the_text_beside_the_tables_of_performance():
-    text = page("docs/performance.md")
+    text = page("docs/library/performance.md")
     rows = result("kernels-cpu", BENCHMARKS)["rows"]
     (step,) = (r for r in rows if r["shape"][:4] == "step" and r["library"] == "bnjax")
     (calls, us), *_ = (
@@ -481,6 +482,6 @@ def test_the_text_of_a_figure_is_inside_and_apart(name):
         assert not near, (texts[i], near)
     if name == "scaling":
         shown = {text.get_text() for axes in figure.axes for text in axes.texts}
-        cells = page("docs/performance.md").split(" | ")
+        cells = page("docs/library/performance.md").split(" | ")
         assert len(shown) > 20
         assert shown <= set(cells)

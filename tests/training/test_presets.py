@@ -141,7 +141,7 @@ class TestHelp:
         assert f"{opening} {preset.expectation} {preset.time}".strip() in shown
         assert preset.name == name
         assert len(f"  {name}: {preset.summary}") <= 80
-        assert re.search(r"\d %|experiments/README.md", preset.expectation)
+        assert re.search(r"\d %|docs/programs/experiments.md", preset.expectation)
 
     def test_the_list_has_a_line_for_each(self, capsys):
         with pytest.raises(SystemExit):

@@ -122,7 +122,7 @@ PRESETS = (
         summary="The paper's baseline on ImageNet: no normalization.",
         expectation=(
             "The paper: 72.2 % after 31 million steps of 32. Here it is too long to "
-            "have been run; experiments/README.md has what was measured on CIFAR-10."
+            "have been run; docs/programs/experiments.md has results on CIFAR-10."
         ),
         config=INCEPTION,
     ),

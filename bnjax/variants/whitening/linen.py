@@ -16,6 +16,8 @@ from bnjax.linen import ImmutableBatchStatsError
 from bnjax.variants.whitening.covariance import ChannelGroups, WhiteningStats
 from bnjax.variants.whitening.functional import whitening_batch_norm
 
+__all__ = ["WhiteningBatchNorm"]
+
 
 class WhiteningBatchNorm(nn.Module):
     """`whitening_batch_norm` as a layer of flax.linen.

@@ -15,6 +15,8 @@ from bnjax.functional import AxisIndexGroups
 from bnjax.variants.whitening.covariance import WhiteningStats
 from bnjax.variants.whitening.functional import whitening_batch_norm
 
+__all__ = ["WhiteningBatchNorm"]
+
 
 class WhiteningBatchNorm(nnx.Module):
     """`whitening_batch_norm` as a layer of flax.nnx.

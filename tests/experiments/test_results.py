@@ -314,7 +314,7 @@ CLAIMS = {
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_number_of_a_claim_is_derived_from_its_file(name):
     lines = (ROOT / "docs/programs/experiments.md").read_text("utf-8").splitlines()
-    (at,) = (i for i, line in enumerate(lines) if f"](results/{name}.json)" in line)
+    (at,) = (i for i, line in enumerate(lines) if f"/results/{name}.json)" in line)
     row, below = (line.split("|") for line in lines[at : at + 2])
     cell = row[3] + (below[3] if " the same " in below[2:3] else "")
     left = re.sub(r"\[.*?\]\(.*?\)|CIFAR-10", "", cell)

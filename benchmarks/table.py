@@ -47,36 +47,21 @@ def replaced(page: Path, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
 
 
-def shortest(folder: Path) -> str:
-    """Return the means over the shapes of training and inference, as Markdown."""
-    record = read_result(folder / "layer-cpu.json")
-    plain = [g for g in record["result"]["summary"] if "plain" in g.values()]
-    others = list(plain[0]["ratios"])
-    names = {"train": "forward and backward", "inference": "inference"}
+def readme(folder: Path) -> str:
+    """Return the table of the README: what the others take over what bnjax takes."""
     return markdown(
-        ["", "buffers", *others],
-        (
-            [
-                f"{names[group['pass']]}, {group['dtype']}",
-                "new" if group["setting"] == "fresh" else "used again",
-                *(f"{group['ratios'][name]['mean']:.2f}" for name in others),
-            ]
-            for group in sorted(plain, key=lambda g: names[g["pass"]])
-        ),
+        ["what", "device", *_PEERS.values()],
+        [*_layer_on_a_cpu(folder), *_resnet50(folder)],
     )
 
 
-def readme(folder: Path) -> str:
-    """Return what the README shows: compiled programs, then one layer on a CPU."""
-    return "\n\n".join([_on_devices(folder), _ON_A_CPU, shortest(folder)])
-
-
-_ON_A_CPU = """\
-One layer alone on two CPU cores: how many times as long as bnjax the others take,
-geometric mean over 13 shapes from 4x4x4x8 to 32x112x112x64
-([file](benchmarks/results/layer-cpu.json)):"""
-
-
+_PEERS = {
+    "flax.linen": "Flax linen",
+    "flax.nnx": "Flax nnx",
+    "haiku": "Haiku",
+    "equinox": "Equinox",
+    "torch": "PyTorch",
+}
 _FIGURES = {
     "cycles": "cycles",
     "traffic": "traffic_bytes",
@@ -84,35 +69,49 @@ _FIGURES = {
 }
 
 
-def _on_devices(folder: Path) -> str:
-    """Return ResNet-50's figures on each device over those of Flax's, as Markdown."""
-    names = {
-        "bnjax": "activation and addition after the layer",
-        "bnjax_inside": "`activation=` and `residual=` in the layer",
-        "bnjax_policy": "the same under `bnjax.checkpoint_policy`",
-    }
-    columns = {}
+def _layer_on_a_cpu(folder: Path) -> list[list[str]]:
+    """Return the times of one layer with new buffers, means over the shapes."""
+    record = read_result(folder / "layer-cpu.json")
+    names = {"train": "forward and backward", "inference": "inference"}
+    return [
+        [
+            f"one layer, {names[group['pass']]}, {group['dtype']}: time",
+            f"{record['machine']['cores']} CPU cores",
+            *(f"{group['ratios'][peer]['mean']:.2f}" for peer in _PEERS),
+        ]
+        for wanted in names
+        for group in record["result"]["summary"]
+        if (group["pass"], group["setting"]) == (wanted, "fresh")
+        and group["variation"] == "plain"
+    ]
+
+
+def _resnet50(folder: Path) -> list[list[str]]:
+    """Return compiled training steps of ResNet-50 in bfloat16, Flax's over ours."""
+    rows = []
     for path in sorted(folder.glob("compiled-*.json")):
         kinds = _kinds(path, "resnet50")
         if (flax := kinds.get("flax")) is None:
             continue
+        device = path.stem.removeprefix("compiled-").replace("h", "H")
         # Traffic tells of a GPU what cycles tell of a TPU.
         first = "cycles" if flax["cycles"] is not None else "traffic"
-        target = path.stem.removeprefix("compiled-")
-        for word in (first, "memory"):
-            figure = _FIGURES[word]
-            columns[f"{target}: {word}"] = {
-                kind: f"{kinds[kind][figure] / flax[figure]:.3f}"
-                for kind in names
-                if kind in kinds
-            }
-    return markdown(
-        ["", *columns],
-        (
-            [name, *(column.get(kind, "") for column in columns.values())]
-            for kind, name in names.items()
-        ),
-    )
+        pairs = [("", "bnjax_inside", first), ("", "bnjax_inside", "memory")]
+        policy = " under `checkpoint_policy`"
+        pairs += [(policy, "bnjax_policy", first), (policy, "bnjax_policy", "memory")]
+        for note, kind, word in pairs:
+            if kind in kinds:
+                figure = _FIGURES[word]
+                share = flax[figure] / kinds[kind][figure]
+                rows.append(
+                    [
+                        f"ResNet-50 training step{note}: {word}",
+                        f"{'TPU ' if device[0] == 'v' else ''}{device}, compiled",
+                        f"{share:.3f}",
+                        *[""] * (len(_PEERS) - 1),
+                    ]
+                )
+    return rows
 
 
 def tables(folder: Path) -> str:

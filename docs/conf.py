@@ -1,10 +1,11 @@
-"""The site: `sphinx-build -W --keep-going docs docs/_build`."""
+"""The site: `sphinx-build -W --keep-going docs build/site`."""
 
 import os
+import re
 import sys
 from pathlib import Path
 
-# The notebooks lay a mesh over eight devices, as the tests do.
+# The notebooks lay out a mesh over eight devices, as the tests do.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,13 +27,10 @@ extensions = [
     "sphinx_design",
     "sphinx_math_dollar",
 ]
-exclude_patterns = ["_build"]
-nitpicky = False
 
 # Pages.
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
-myst_fence_as_directive = {"mermaid"}
 nb_execution_mode = "force"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
@@ -48,6 +46,9 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_preprocess_types = False
+# Fields in one list, as arguments are, and not as entries of the index.
+napoleon_custom_sections = [("Attributes", "params_style")]
+python_maximum_signature_line_length = 88
 
 # Look.
 html_theme = "sphinx_book_theme"
@@ -64,3 +65,16 @@ html_theme_options = {
 }
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
+
+
+def _readable(app, what, name, obj, options, signature, return_annotation):
+    """Write the defaults of a signature as in the source, without Flax's own fields."""
+    if signature:
+        signature = re.sub(r", (parent|name)=[^,()]*(?=[,)])", "", signature)
+        signature = re.sub(r"<[^<>]*\bfunction (\w+)[^<>]*>+", r"\1", signature)
+        signature = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature)
+    return signature, return_annotation
+
+
+def setup(app):
+    app.connect("autodoc-process-signature", _readable)

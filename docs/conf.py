@@ -10,6 +10,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from sphinx.util import inspect
+
 import bnjax
 
 project = "bnjax"
@@ -51,6 +53,8 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 python_maximum_signature_line_length = 88
 
 # Look.
+# An example ends with an empty line for doctest, which is not shown.
+highlight_options = {"python": {"stripnl": True}}
 html_theme = "sphinx_book_theme"
 html_title = "bnjax"
 html_copy_source = False
@@ -59,6 +63,7 @@ html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_theme_options = {
     "home_page_in_toc": True,
+    "navbar_persistent": [],  # the sidebar has the search already
     "show_navbar_depth": 1,
     "use_download_button": False,
     "use_fullscreen_button": False,
@@ -67,8 +72,12 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
 
-def _readable(app, what, name, obj, options, signature, return_annotation):
+def _readable(_app, what, _name, obj, _options, signature, return_annotation):
     """Write the defaults of a signature as in the source, without Flax's own fields."""
+    if what == "class" and signature == "(*args, **kwargs)":
+        # That of a metaclass.
+        own = inspect.signature(obj.__init__, bound_method=True)
+        signature = inspect.stringify_signature(own, show_annotation=False)
     if signature:
         signature = re.sub(r", (parent|name)=[^,()]*(?=[,)])", "", signature)
         signature = re.sub(r"<[^<>]*\bfunction (\w+)[^<>]*>+", r"\1", signature)
@@ -77,4 +86,5 @@ def _readable(app, what, name, obj, options, signature, return_annotation):
 
 
 def setup(app):
+    """Connect what this file defines, as Sphinx asks of an extension."""
     app.connect("autodoc-process-signature", _readable)

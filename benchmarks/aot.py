@@ -1,14 +1,15 @@
-"""One program, compiled ahead of time for a TPU or a GPU that is not here.
+"""Compile one program ahead of time for a TPU or a GPU that this machine lacks.
 
     python -m benchmarks.aot '{"target": "v5e", "network": "chain", ...}'
 
-`benchmarks.compiled` calls it so for each of its programs, in a process of its own with
-the environment of the target, and reads the figures that it prints.
+`benchmarks.compiled` runs this command for each of its programs, in a separate process
+with the environment of the target, and reads the figures that it prints.
 
-A program is the training pass of one layer with a ReLU, from x and a given gradient of
-y to y, the gradients and the new statistics; or the gradients of a network's loss with
-respect to its parameters, and the new statistics. Images and activations have the dtype
-of the program, parameters and statistics are float32.
+A program is the training pass of one layer with a ReLU: from x and a given gradient of
+y, it computes y, the gradients and the new statistics. Or a program computes the
+gradients of a network's loss with respect to its parameters, and the new statistics.
+Images and activations have the dtype of the program; parameters and statistics are
+float32.
 """
 
 import dataclasses

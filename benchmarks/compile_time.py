@@ -1,13 +1,13 @@
-"""Seconds to trace, lower and compile a deep network: our layer, Flax's, and none.
+"""Time to trace, lower and compile a deep network with our layer, Flax's, and none.
 
     python -m benchmarks.compile_time
     python -m benchmarks.compile_time --quick
 
-The network is 100 layers of a dense layer (or a convolution, of small or of larger
-images), BN and ReLU; the program its gradient, with the new statistics. Every repeat
-begins with cleared caches, and the kinds take turns. The result is
-benchmarks/results/compile_time-<platform>.json; with --quick nothing is written unless
---output says where.
+The network has 100 layers of a dense layer (or a convolution, of small or of larger
+images), BN and ReLU. The program computes its gradient and the new statistics. Every
+repetition starts with cleared caches, and the kinds take turns. Writes
+benchmarks/results/compile_time-<platform>.json; with --quick it writes only to
+--output, if that is given.
 """
 
 import itertools
@@ -125,7 +125,7 @@ def tables(result: dict[str, Any]) -> list[str]:
         ).items()
     ]
     return [
-        f"{result['layers']} layers, seconds:",
+        f"Seconds for {result['layers']} layers:",
         markdown(["network", "kind", *stages], rows),
     ]
 

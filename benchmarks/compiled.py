@@ -1,22 +1,22 @@
-"""What XLA compiles for TPUs and GPUs that are not here: cycles, traffic, memory.
+"""Cycles, traffic and memory of programs compiled for TPUs and GPUs, without running.
 
     pip install -r requirements-compiled.txt
     python -m benchmarks.compiled
     python -m benchmarks.compiled --targets v5e --networks chain --kinds none flax bnjax
 
-Programs are compiled and never run: forward and backward of one layer with a ReLU; the
-gradients of a chain of convolutions, of bottleneck blocks and of whole networks; and
-layer and chain over several chips that share statistics. Each has the same network
-without BN, with each library's layer, and with activations computed again in the
-backward pass. docs/library/compiled.md says what can be read off and what cannot,
-`benchmarks.hlo` what each figure counts, `benchmarks.aot` what a program is.
+The programs are compiled and never run: forward and backward of one layer with a ReLU;
+the gradients of a chain of convolutions, of bottleneck blocks and of whole networks;
+and the layer and the chain over several chips that share statistics. Each program
+exists without BN, with each library's layer, and with activations recomputed in the
+backward pass. docs/library/compiled.md says what the results show and what they do not
+show, `benchmarks.hlo` what each figure counts, `benchmarks.aot` what a program is.
 
-All targets take hours. Each program is compiled in a process of its own, and is in
-benchmarks/results/compiled-<target>.json as soon as it is done; one that fails or takes
-too long is there with the reason. The command goes on where it was stopped: a program
-that the file has from the same commit is left out, and one that is the same for the
-compiler as it was at another commit is not compiled, except with --again. What failed
-is tried again. A file of other versions is begun anew.
+All targets take hours. Each program is compiled in a separate process and written to
+benchmarks/results/compiled-<target>.json as soon as it is done; the entry of a program
+that fails or takes too long has the reason. A second start continues: it skips a
+program that the file has from the same commit, and does not compile a program that is
+unchanged for the compiler since another commit, except with --again. It tries failed
+programs again. It replaces a file of other versions.
 """
 
 import collections
@@ -208,7 +208,7 @@ class ResultFile:
             was = record["versions"].get(package)
             if was != now[package]:
                 print(
-                    f"{path.name} is begun anew: it is of {package} {was}, installed "
+                    f"{path.name} is replaced: it is of {package} {was}, installed "
                     f"is {now[package]}"
                 )
                 return

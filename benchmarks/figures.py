@@ -1,4 +1,4 @@
-"""What the figures share: colours, axes, and how they are saved."""
+"""Shared code of the figures: colors, axes, and saving."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,12 +1,13 @@
-"""Inference of a network folded, with this project's BN and with Flax's, in turn.
+"""Inference time of a folded network, with this project's BN and with Flax's.
 
     python -m benchmarks.folding
 
-All are the same network with the same variables, compiled with the variables as an
-argument; "folded, constant" has them in the program instead. They run in turn, round
-after round, the order rotating, so that whatever else the machine does falls on all of
-them. FLOPs and bytes accessed are XLA's own count for the compiled program. The result
-is benchmarks/results/folding.json. Inception of full width takes some minutes on a CPU.
+All programs are the same network with the same variables, compiled with the variables
+as an argument; "folded, constant" has the variables in the program instead. The
+programs run in turns, in rounds with a rotating order, so that other work on the
+machine affects all of them. FLOPs and bytes accessed are XLA's count for the compiled
+program. Writes benchmarks/results/folding.json. Inception of full width takes some
+minutes on a CPU.
 """
 
 import functools

@@ -1,22 +1,22 @@
-"""What XLA compiled, read off the program's text.
+"""Read the figures of a compiled program from its text.
 
-`parse` reads the text of `compiled.as_text()`, `figures` counts in it. Most figures are
-of ENTRY, the computation that the device runs from top to bottom: one operation of it
-is one kernel, or one call of a library. What they count:
+`parse` reads the text of `compiled.as_text()`, and `figures` counts in it. Most figures
+are of ENTRY, the computation that the device runs from top to bottom: one of its
+operations is one kernel, or one call of a library. The figures are:
 
-- cycles: the compiler's own estimate, `estimated_cycles`, that a TPU's fusions carry.
-- traffic: what operations read and write, each operand and each result once. Of an
-  operand a fusion reads the elements that it needs: where it slices a row out, the row.
-  Operations that move nothing (tuples, bitcasts) do not count, nor do those that bring
-  to fast memory what the operation after them reads (a TPU's `copy-start` and
-  `slice-start`). Which memory an array lies in makes no difference.
-- fusions: of ENTRY, and of these the ones that read an array of at least a given size.
-- fused sums: fusions of ENTRY into whose main operation (`kind=kOutput`: a convolution)
-  sums were fused: beside an array they write two or more float32 vectors of one value
-  for each of its channels.
-- convolutions, and calls of libraries by their name: in the whole program.
+- cycles: the compiler's estimate, `estimated_cycles`, in the fusions of a TPU program.
+- traffic: the bytes that operations read and write, each operand and each result once.
+  A fusion reads only the elements that it needs: if it slices out a row, it reads the
+  row. Operations that move no data (tuples, bitcasts) do not count. Operations that
+  bring the operands of the next operation to fast memory (a TPU's `copy-start` and
+  `slice-start`) do not count either. The memory in which an array lies does not matter.
+- fusions: the fusions of ENTRY, and those that read an array of at least a given size.
+- fused sums: fusions of ENTRY with sums fused into their main operation
+  (`kind=kOutput`, a convolution). Beside an array they write two or more float32
+  vectors with one value for each of its channels.
+- convolutions, and calls of libraries by name: in the whole program.
 - collectives: in the whole program, with the bytes of the operands of one device.
-- control flow: branches, loops and calls of ENTRY. What they run is in no other figure.
+- control flow: branches, loops and calls of ENTRY. No other figure counts their bodies.
 """
 
 import dataclasses

@@ -1,14 +1,14 @@
-"""Where the time of a layer's pass goes, kernel by kernel, and that of a step.
+"""The time of each kernel in a layer's pass and in a training step.
 
     python -m benchmarks.kernels
     python -m benchmarks.kernels --shapes 32x56x56x256 --dtypes bfloat16 --networks mlp
 
-The training pass of a layer, iterated in buffers that are used again as in
-benchmarks.layer, is run under the profiler of JAX, and what the kernels of the compiled
-program took is added up. So are the steps of benchmarks.step, where kernels whose names
-differ by a number alone are taken together. The profiler takes up to half a microsecond
-a kernel: read which kernels there are and how they compare, not their sum. The result
-is benchmarks/results/kernels-<platform>.json.
+Runs the training pass of a layer under JAX's profiler, iterated in reused buffers as in
+benchmarks.layer, and adds up the times of the kernels of the compiled program. Does the
+same for the steps of benchmarks.step, and joins kernels whose names differ only by a
+number. The profiler takes up to half a microsecond for each kernel: the results show
+which kernels there are and how they compare, but not their sum. Writes
+benchmarks/results/kernels-<platform>.json.
 """
 
 import collections
@@ -145,9 +145,15 @@ def tables(result: dict[str, Any]) -> list[str]:
         ]
         for row in result["rows"]
     ]
-    header = ["shape", "dtype", "library", "kernels", "the longest"]
+    header = [
+        "shape",
+        "dtype",
+        "library",
+        "number of kernels",
+        "those that take longest",
+    ]
     return [
-        "Microseconds of a training pass, and of a step, by kernel:",
+        "Microseconds by kernel, in a training pass and in a step:",
         markdown(header, rows),
     ]
 

@@ -1,22 +1,22 @@
-"""One batch-normalization layer alone, beside its peers and the memory floor.
+"""The time of one batch normalization layer, its peers, and the memory floor.
 
     python -m benchmarks.layer
     python -m benchmarks.layer --quick
 
 Passes: "train" is forward and backward, with the output, the gradients of x, scale and
 bias and the new statistics; "forward" is forward in training; "inference" normalizes by
-the running statistics. Settings: "fresh" calls the pass by itself, its outputs in new
-buffers from the default malloc; "reused" iterates it so that every buffer is used
-again, and tells glibc to keep memory, for PyTorch's sake: allocation is in the one and
-not in the other. The floor is the time of a copy, measured in the same rounds, times
-the number of times that the pass must read or write an array of the input's size (8 in
-train, 3 in forward, 2 in inference).
+the running statistics. Settings: "fresh" calls the pass by itself, with its outputs in
+new buffers from the default malloc, so that its time includes allocation. "reused"
+iterates the pass so that every buffer is reused, and tells glibc to keep memory, for
+PyTorch; its time does not include allocation. The floor is the time of a copy, measured
+in the same rounds, times the number of times that the pass must read or write an array
+of the input's size (8 in train, 3 in forward, 2 in inference).
 
-The programs run in turn, round after round, in an order that rotates. A ratio is the
-median of the rounds' ratios, a mean over shapes is geometric. Outputs and gradients
-are compared first, so that nobody is timed on other work. A library that is not
-installed is named as absent. The result is benchmarks/results/layer-<platform>.json;
-with --quick nothing is written unless --output says where.
+The programs run in turns, in rounds with a rotating order. A ratio is the median of the
+rounds' ratios; a mean over shapes is geometric. Outputs and gradients are compared
+first, so that all programs do the same work. A library that is not installed is
+reported as absent. Writes benchmarks/results/layer-<platform>.json; with --quick it
+writes only to --output, if that is given.
 """
 
 import dataclasses
@@ -384,16 +384,17 @@ def tables(result: dict[str, Any]) -> list[str]:
         if (row["pass"], row["variation"]) == ("train", "plain")
     ]
     reading = (
-        f"Times as long as {ours}: geometric mean over the shapes, in brackets the "
-        f"lowest; {ours} over the memory floor, and in inference over a bare affine "
-        "map of the channels, in brackets the highest. "
-        f"Libraries absent: {', '.join(result['absent']) or 'none'}."
+        f"How many times as long as {ours} each library takes: the geometric mean over "
+        "the shapes, and in brackets the lowest ratio. The last two columns are "
+        f"{ours} over the memory floor and, in inference, over a bare affine map of "
+        "the channels, and in brackets the highest ratio. "
+        f"Absent libraries: {', '.join(result['absent']) or 'none'}."
     )
     header = [*GROUP, "shapes", *others, "over the floor", "over an affine map"]
     found = [reading, markdown(header, means)]
     if each:
         header = ["shape", "dtype", "setting", ours, *others, "floor"]
-        title = "Milliseconds of a training forward and backward:"
+        title = "Forward and backward in training, in milliseconds:"
         found += [title, markdown(header, each)]
     return found
 

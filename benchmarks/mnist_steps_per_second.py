@@ -2,12 +2,12 @@
 
     python -m benchmarks.mnist_steps_per_second
 
-All three are train.py's own loop: they differ in the layer alone. What train.py gains
-over another loop is in benchmarks.training_rate. One process trains the networks in
-turn, round after round, the order rotating, so that whatever else the machine does
-falls on all of them. Compiling is left out. The result is
-benchmarks/results/mnist_steps_per_second.json; ours is asked to make at least 0.95 of
-the steps that Flax's makes. It takes about a minute and needs MNIST prepared (see
+All three use the loop of train.py and differ only in the layer.
+benchmarks.training_rate compares train.py with other loops. One process trains the
+networks in turns, in rounds with a rotating order, so that other work on the machine
+affects all of them. The rates exclude compilation. Writes
+benchmarks/results/mnist_steps_per_second.json; our layer is expected to make at least
+0.95 of the steps of Flax's layer. Takes about a minute, and MNIST must be prepared (see
 docs/programs/training.md).
 """
 

@@ -1,4 +1,4 @@
-"""Networks to measure batch normalization in, and their training step."""
+"""Networks to measure batch normalization in, and their training steps."""
 
 import dataclasses
 import functools

@@ -1,13 +1,14 @@
 """The passes of a layer as compiled programs, and the memory floor beside them.
 
-A pass is compiled twice. "fresh" is the pass by itself, its outputs in new buffers.
-"reused" iterates it in one program: each iteration writes its outputs over those of the
-one before, and the donated carry comes back as the result and goes in again, so that no
-buffer is new. A barrier ties the inputs to the number of the iteration, so that no work
-can leave the loop, and the running statistics go from one iteration to the next.
+A pass is compiled twice. "fresh" is the pass by itself, with its outputs in new
+buffers. "reused" iterates the pass in one program: each iteration overwrites the
+outputs of the previous one, and the donated carry returns as the result and goes in
+again, so that no buffer is new. A barrier ties the inputs to the index of the
+iteration, so that no work can leave the loop. Each iteration passes its running
+statistics to the next.
 
-In "train" a barrier makes the gradient wait for the output, as a network's does: the
-two halves cannot share a pass over memory.
+In "train" a barrier makes the gradient wait for the output, as in a network: the two
+halves cannot share a pass over memory.
 """
 
 import dataclasses

@@ -1,11 +1,10 @@
-"""The batch-normalization layer of each library: as a function, and in a network.
+"""The batch normalization layer of each library, as a function and in a network.
 
-Every layer is called as its library's users call it: in mixed precision with float32
-parameters and statistics and an output of the input's dtype, Equinox per example under
-vmap with the channels first, a ReLU and a residual as operations after the layer where
-the layer has none of its own. `make` returns one layer as a pure function of its
-variables; `PeerNorm` stands in a network of `bnjax.models` where its `Normalization`
-would.
+Every layer is called as in its library: in mixed precision with float32 parameters and
+statistics and an output of the input's dtype. Equinox's layer is called per example
+under vmap, with the channels first. If a layer has no ReLU or residual, these are
+operations after the layer. `make` returns one layer as a pure function of its
+variables; `PeerNorm` replaces the `Normalization` of a network of `bnjax.models`.
 """
 
 import dataclasses

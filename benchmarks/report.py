@@ -1,4 +1,4 @@
-"""A result as a file, with all that is needed to repeat it; tables and the command.
+"""Result files with all information to repeat a measurement; tables and commands.
 
 Benchmarks and experiments share this module and `benchmarks.figures`; no benchmark
 imports an experiment.
@@ -102,7 +102,7 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def percent(share: float) -> str:
     """Return a share in percent with one digit, halves rounded up.
 
-    Example:
+    Examples:
         >>> percent(0.5625)
         '56.3'
     """

@@ -3,13 +3,13 @@
     python -m benchmarks.scaling
     python -m benchmarks.scaling --quick
 
-Batch and channels grow on one device, in buffers that are used again. Over 1, 2, 4 and
-8 devices each device has the same share of the batch, and the layer shares its
-statistics (axis_name) or not: the difference is what the collectives cost, beside their
-count and bytes in the compiled program and the time of as many bare all-reduces of as
-many bytes. A CPU is asked for eight devices that share its cores. Ours and Flax's run
-in turn. The result is benchmarks/results/scaling-<platform>.json, the figure
-docs/figures/scaling.png; with --quick nothing is written unless --output says where.
+Batch and channels grow on one device, in reused buffers. On 1, 2, 4 and 8 devices, each
+device has the same number of examples, and the layer shares its statistics (axis_name)
+or not: the difference is the cost of the collectives. The result also has their count
+and bytes in the compiled program, and the time of as many bare all-reduces of as many
+bytes. A CPU is split into eight devices that share its cores. Our layer and Flax's run
+in turns. Writes benchmarks/results/scaling-<platform>.json and
+docs/figures/scaling.png; with --quick it writes only to --output, if that is given.
 """
 
 import statistics
@@ -200,7 +200,7 @@ def tables(result: dict[str, Any]) -> list[str]:
             for row in result["rows"][name]
         ]
         if lines:
-            title = f"Milliseconds against {name}, one device:"
+            title = f"Milliseconds by {name}, on one device:"
             found += [title, markdown(["shape", *LIBRARIES], lines)]
     lines = [
         [
@@ -218,7 +218,7 @@ def tables(result: dict[str, Any]) -> list[str]:
     header = ["devices", "library", "ms", "added by sharing", "predicted"]
     return [
         *found,
-        "Milliseconds over devices, the same input on each, and the all-reduces:",
+        "Milliseconds by devices, with the same input on each, and the all-reduces:",
         markdown([*header, "count", "bytes"], lines),
     ]
 

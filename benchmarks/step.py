@@ -1,20 +1,20 @@
-"""What batch normalization adds to a training step: ours, Flax's, and none.
+"""The time that batch normalization adds to a training step: ours, Flax's, and none.
 
     python -m benchmarks.step
     python -m benchmarks.step --quick
 
 The networks are the MNIST network, Inception at the size of CIFAR-10, and ResNet-50 on
-a few small images. A step is forward, backward and SGD with momentum, its state
-donated. The kinds run in turn, round after round; what a kind adds is the time of its
-step less that of the network without BN in the same round. "arrays" is the network
-without BN whose state has the arrays of one with BN beside its own, each multiplied by
-a number: what they cost to hand in and out, which no layer can change. Bytes are XLA's
-for the compiled step.
+a few small images. A step is forward, backward and SGD with momentum, with a donated
+state. The kinds run in turns, in rounds. The added time of a kind is the time of its
+step minus the time of the network without BN in the same round. "arrays" is the network
+without BN, with the arrays of BN added to its state, each multiplied by a number: it
+shows the cost of passing these arrays in and out, which no layer can change. Bytes are
+XLA's count for the compiled step.
 
-"kept" is what a stack of convolution, BN and ReLU in bfloat16 keeps between forward and
-backward: the distinct arrays that the function of `jax.vjp` holds, less the parameters.
-The result is benchmarks/results/step-<platform>.json; with --quick nothing is written
-unless --output says where.
+"kept" is the memory that a stack of convolution, BN and ReLU in bfloat16 keeps between
+forward and backward: the distinct arrays in the function of `jax.vjp`, without the
+parameters. Writes benchmarks/results/step-<platform>.json; with --quick it writes only
+to --output, if that is given.
 """
 
 import dataclasses
@@ -245,17 +245,21 @@ def tables(result: dict[str, Any]) -> list[str]:
     kept = result["kept"]
     stack = (
         f"{kept['layers']} layers of convolution, BN and ReLU on "
-        f"{'x'.join(map(str, kept['shape']))} in bfloat16, in MB:"
+        f"{'x'.join(map(str, kept['shape']))} in bfloat16, memory in MB:"
     )
     memory = [
         [kind, *(f"{kept[kind][of] / 1e6:.0f}" for of in ("kept", "temporary"))]
         for kind in ("bnjax", "flax")
     ]
     header = ["network", "batch", "kind", "ms", "BN adds", "temporary", "peak"]
+    compared = (
+        "bnjax over Flax: what BN adds, what it adds beyond the kind `arrays`, and the "
+        "whole step:"
+    )
     return [
-        "A training step: milliseconds, what BN adds, and XLA's MiB:",
+        "A training step: milliseconds, what BN adds to them, and XLA's memory in MiB:",
         markdown(header, rows),
-        "bnjax over Flax: what BN adds, that beyond the kind `arrays`, and the step:",
+        compared,
         markdown(["network", "added", "beyond its arrays", "step"], shares),
         stack,
         markdown(["kind", "kept for backward", "temporary of the step"], memory),

@@ -3,12 +3,12 @@
     python -m benchmarks.streaming rate
     python -m benchmarks.streaming memory
 
-`rate` measures images a second and core (decoding, random crop, random interpolation,
-mirroring, changes of colour), then the share of the time of a step that is spent
-waiting for input where the model needs 5 ms. The model is a wait: like a device, it
-leaves the processor to the input. `memory` draws 20,000 batches and follows the memory
-of the process and its workers. Results go to benchmarks/results/streaming_*.json. Each
-takes a minute or two and needs the data set prepared (see docs/programs/data.md).
+`rate` measures the images per second and core (decoding, random crop, random
+interpolation, mirroring, color changes), then the fraction of a step that waits for
+input if the model needs 5 ms. The model is a sleep: like a device, it leaves the
+processor to the input. `memory` draws 20,000 batches and records the memory of the
+process and its workers. Both write to benchmarks/results/streaming_*.json. Each takes a
+minute or two, and the data set must be prepared (see docs/programs/data.md).
 """
 
 import os

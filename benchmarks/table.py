@@ -238,9 +238,8 @@ def _compiled(result: dict[str, Any]) -> list[str]:
         if "failed" in row:
             notes.append(f"{' '.join(words)} failed: {row['failed']}.")
         elif row["control_flow"]:
-            notes.append(
-                f"{' '.join(words)}: without {row['control_flow']} branches or loops."
-            )
+            count = row["control_flow"]
+            notes.append(f"{' '.join(words)}: branches or loops not counted: {count}.")
     commits = Counter((row["commit"] or "unknown")[:10] for row in result["rows"])
     if len(commits) > 1:
         each = (f"{count} of {commit}" for commit, count in commits.items())
@@ -270,8 +269,8 @@ def _by_kind(
     kinds = [kind for kind in KINDS if any(kind in values for values in lines.values())]
     beside = (
         "",
-        ": in brackets the ratio to Flax's",
-        ", then the ratio of what BN adds to what Flax's adds",
+        ": in brackets the ratio to flax",
+        ", then the ratio of what BN adds to what it adds with flax",
     )
     return [
         f"{name}{''.join(beside[: ratios + 1])}.",
@@ -317,7 +316,7 @@ def _collectives(rows: Sequence[dict[str, Any]]) -> list[str]:
         cell = "failed" if found is None else f"{found['count']} ({found['bytes']})"
         lines.setdefault(line, {})[row["backward"]] = cell
     return [
-        "Collectives over chips that share statistics, in brackets their bytes.",
+        "Collectives of chips that share statistics, and in brackets their bytes.",
         markdown(
             ["network", "shared by", "chips", "kind", "forward", "with gradients"],
             (

@@ -1,4 +1,4 @@
-"""How programs are timed: in turn, so that the rest of the machine falls on all."""
+"""Time programs in turns, so that other work on the machine affects all of them."""
 
 import ctypes
 import os

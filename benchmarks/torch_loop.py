@@ -1,9 +1,9 @@
-"""The mnist network in plain PyTorch, for training_rate.py: needs torch and numpy.
+"""The mnist network in plain PyTorch, for training_rate.py; needs torch and numpy.
 
     python torch_loop.py DATA.npz SEED BATCH RATE
 
-Each line "N" on standard input takes N steps and answers with the seconds it took, on
-one thread or on all, whichever is faster at the start.
+For each line "N" on standard input, it takes N steps and prints the seconds. It uses
+one thread or all threads, whichever is faster at the start.
 """
 
 import itertools

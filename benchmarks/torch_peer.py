@@ -1,4 +1,4 @@
-"""PyTorch's batch normalization, channels last, with the passes of `passes`."""
+"""PyTorch's batch normalization with channels last, in the passes of `passes`."""
 
 import importlib
 from collections.abc import Callable

@@ -2,15 +2,15 @@
 
     python -m benchmarks.training_rate --torch-python PATH
 
-All train the network of the mnist preset on MNIST with batches of 60, in turn, round
-after round, the order rotating, so that whatever else the machine does falls on all of
-them. Compiling is left out. The loops differ, not the layer alone, which is what
+All loops train the network of the mnist preset on MNIST with batches of 60. They run in
+turns, in rounds with a rotating order, so that other work on the machine affects all of
+them. The rates exclude compilation. The loops differ, and not only the layer, which
 benchmarks.mnist_steps_per_second compares. The Flax loop calls one jitted step for each
-batch, taken from a NumPy array; so does the PyTorch loop, in a process of its own that
-waits while the others work. train.py is asked to make at least 1.2 times the steps of
-the Flax loop and 3.5 times those of the PyTorch loop. "products" takes the matrix
-products of such a step and nothing else: what no loop of the same arithmetic gets past.
-The result is benchmarks/results/training_rate.json. It needs MNIST prepared (see
+batch, taken from a NumPy array. The PyTorch loop does the same, in a separate process
+that waits while the other loops work. train.py is expected to make at least 1.2 times
+the steps of the Flax loop and 3.5 times those of the PyTorch loop. "products" computes
+only the matrix products of such a step: no loop of the same arithmetic can be faster.
+Writes benchmarks/results/training_rate.json. MNIST must be prepared (see
 docs/programs/training.md).
 """
 

@@ -1,14 +1,14 @@
-"""What whitening costs beside batch normalization.
+"""The cost of whitening compared with batch normalization.
 
     python -m benchmarks.whitening
     python -m benchmarks.whitening --channels 64 --groups 16 --output whitening.json
 
-A training pass, forward and backward, with the gradients of x, scale and bias and the
-new statistics, of `bnjax.batch_norm` and of `whitening_batch_norm` by ZCA and by five
-steps of Newton's method. The programs run in turn, round after round; a ratio is the
-median of the rounds' ratios. Beside the times are the floating point operations that
-XLA counts in each compiled program; an eigendecomposition is a call that it does not
-count. The result is benchmarks/results/whitening-<platform>.json.
+Measures a training pass, forward and backward, with the gradients of x, scale and bias
+and the new statistics, of `bnjax.batch_norm` and of `whitening_batch_norm` by ZCA and
+by five steps of Newton's method. The programs run in turns, in rounds; a ratio is the
+median of the rounds' ratios. The result also has the floating point operations that XLA
+counts in each compiled program; XLA does not count an eigendecomposition, which is a
+call. Writes benchmarks/results/whitening-<platform>.json.
 """
 
 import functools

@@ -9,8 +9,9 @@ import importlib
 from benchmarks.figures import save
 from benchmarks.report import ROOT, read_result, run_command
 
-DRAWN = ("adabn", "batch_size", "bias_drift", "cifar10", "cifar10_changes", "depth")
-DRAWN += ("jacobian", "mnist", "population", "scale_invariance", "smoothness")
+DRAWN = ("adabn", "batch_size", "bias_drift", "cancellation", "cifar10")
+DRAWN += ("cifar10_changes", "depth", "jacobian", "mnist", "population")
+DRAWN += ("scale_invariance", "smoothness")
 RESULTS = {name: ROOT / f"experiments/results/{name}.json" for name in DRAWN}
 RESULTS["scaling"] = ROOT / "benchmarks/results/scaling-cpu.json"
 

@@ -225,7 +225,7 @@ def test_a_file_of_other_versions_is_begun_anew(result_file, capsys):
     record["versions"]["flax"] = "0.1"
     path.write_text(json.dumps(record))
     assert result_file().rows == {}
-    assert "begun anew: it is of flax 0.1, installed is" in capsys.readouterr().out
+    assert "is replaced: it is of flax 0.1, installed is" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ def test_the_table_has_ratios_failures_and_collectives(result_file, tmp_path):
         "| chain | arrays | 4 | flax | 1 (64) | 3 (64) |",
         "- haiku is left out: dm-haiku is not installed.",
         "- chain float32 equinox failed: exit status 1: no.",
-        "- mlp float32 flax: without 1 branches or loops.",
+        "- mlp float32 flax: branches or loops not counted: 1.",
         "- Programs by commit: 6 of abc, 1 of def.",
     ):
         assert line in text

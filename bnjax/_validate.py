@@ -1,4 +1,4 @@
-"""What a caller may pass, and the messages for what they may not."""
+"""Checks of arguments, and the error messages for arguments that are not accepted."""
 
 import contextlib
 import difflib
@@ -45,9 +45,9 @@ _COMPLEX = ("complex64", "complex128")
 
 
 def did_you_mean(given: str, choices: Iterable[str]) -> str:
-    """Return a sentence naming the choice closest to `given`, or nothing.
+    """Return a sentence with the choice closest to `given`, or an empty string.
 
-    Example:
+    Examples:
         >>> did_you_mean("mnits", ["digits", "mnist"])
         " Did you mean 'mnist'?"
         >>> did_you_mean("xyz", ["digits", "mnist"])
@@ -58,7 +58,7 @@ def did_you_mean(given: str, choices: Iterable[str]) -> str:
 
 
 def as_input(x, name: str = "x") -> jax.Array:
-    """`x` as an array, or an error if its dtype is none batch norm can take."""
+    """`x` as an array, or an error if batch norm does not support its dtype."""
     return _of_dtype(jnp.asarray(x), name, (*_REAL, *_COMPLEX))
 
 
@@ -72,18 +72,18 @@ def _of_dtype(array: jax.Array, name: str, dtypes: Sequence[str]) -> jax.Array:
 
 
 def as_dtype(dtype, default) -> jnp.dtype:
-    """The output's dtype, or an error if it is none batch norm can give."""
+    """The output's dtype, or an error if batch norm does not support it."""
     dtype = jnp.dtype(default if dtype is None else dtype)
     if dtype.name not in (*_REAL, *_COMPLEX):
         raise TypeError(
-            f"batch_norm: dtype={dtype.name} was asked for; the output can be one of "
-            f"{', '.join((*_REAL, *_COMPLEX))}."
+            f"batch_norm: dtype={dtype.name}; expected a dtype that the output can "
+            f"have: {', '.join((*_REAL, *_COMPLEX))}."
         )
     return dtype
 
 
 def promoted(*dtypes) -> jnp.dtype:
-    """The dtype that holds all of them, also where promotion is an error for users."""
+    """The dtype that holds all of them, even if promotion is an error for the user."""
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
 
@@ -114,16 +114,16 @@ def split_axes(shape: tuple[int, ...], axis: Axes) -> tuple[tuple[int, ...], ...
 
 
 def check_groups(virtual_batch_size: int, shape: tuple[int, ...], axis: Axes) -> None:
-    """Refuse virtual batches that the first axis cannot be cut into."""
+    """Refuse virtual batches that do not divide the first axis."""
     if 0 not in split_axes(shape, axis)[1]:
         raise ValueError(
             f"batch_norm: axis={axis!r} makes the first axis of x a feature axis; "
-            "expected the examples there, to be put into groups."
+            "expected the examples along it, which virtual_batch_size groups."
         )
     if virtual_batch_size < 1 or shape[0] % virtual_batch_size:
         raise ValueError(
             f"batch_norm: virtual_batch_size={virtual_batch_size} for a batch of "
-            f"{shape[0]}; expected a divisor of it."
+            f"{shape[0]} examples; expected a divisor of that number."
         )
 
 
@@ -135,8 +135,8 @@ def check_batch(
     Args:
         shape: of the input.
         axis: the feature axes as they were given.
-        axes: of the reduction. There are none for one example, whose statistics are
-            those of the devices.
+        axes: of the reduction. There are none for one example per device, whose
+            statistics are those of the devices.
         axis_name: of the devices that share statistics, or None.
     """
     if 0 in shape:
@@ -179,19 +179,23 @@ def as_mask(mask, shape: tuple[int, ...]) -> jax.Array | None:
         _of_dtype(mask, "mask", _REAL)
     pairs = list(zip(mask.shape, shape, strict=False))
     if mask.ndim != len(shape) or any(m not in (1, n) for m, n in pairs):
-        like = tuple(n if i == 0 else 1 for i, n in enumerate(shape))
+        # The leading dimensions of x that the mask has already: of examples, of steps.
+        known = mask.shape if mask.shape == shape[: mask.ndim] else shape[:1]
+        of = "example" if len(known) < 2 else "position"
+        like = known + (1,) * (len(shape) - len(known))
         raise ValueError(
             f"batch_norm: mask has shape {mask.shape}; expected the rank of x, each "
             f"dimension 1 or that of x, whose shape is {shape}. A mask of one entry "
-            f"per example has shape {like}: use mask.reshape({like})."
+            f"per {of} has shape {like}: use mask.reshape({like})."
         )
     return jax.lax.stop_gradient(mask)
 
 
 def broadcast_mask(mask, shape: tuple[int, ...]):
-    """A mask of lower rank with that of the input, by the rule of NumPy and of Flax.
+    """A mask of lower rank with the rank of the input, by the rule of NumPy and Flax.
 
-    One that could as well hold an entry per example is left to `as_mask` to refuse.
+    A mask that could also hold one entry per example is returned unchanged, for
+    `as_mask` to refuse.
     """
     if mask is None:
         return None
@@ -220,7 +224,7 @@ def check_residual(residual, shape: tuple[int, ...]) -> jax.Array | None:
 def check_number(
     value, name: str, accept: Callable[[np.ndarray], np.ndarray], expected: str
 ) -> None:
-    """Check a number where its value is known; traced values pass unseen."""
+    """Check a number if its value is known; traced values are not checked."""
     if isinstance(value, jax.core.Tracer):
         return
     try:
@@ -228,7 +232,7 @@ def check_number(
         number = np.asarray(value).astype(np.float64, casting="same_kind")
     except (TypeError, ValueError):
         raise TypeError(
-            f"batch_norm: {name}={value!r} is no number; expected {expected}."
+            f"batch_norm: {name}={value!r} is not a number; expected {expected}."
         ) from None
     if not np.all(accept(number)):
         raise ValueError(f"batch_norm: {name}={value}; expected {expected}.")
@@ -255,7 +259,7 @@ def check_epsilon(epsilon) -> None:
 
 
 def check_flags(**flags) -> None:
-    """Refuse traced values where Python has to choose a branch."""
+    """Refuse traced values for flags that choose a branch in Python."""
     for name, value in flags.items():
         if isinstance(value, jax.core.Tracer):
             raise TypeError(
@@ -266,7 +270,7 @@ def check_flags(**flags) -> None:
 
 
 def as_activation(activation: Activation | None) -> Callable | None:
-    """The elementwise function named or given."""
+    """The elementwise function, given as such or by its name."""
     if activation is None or activation == "identity":
         return None
     if callable(activation):
@@ -287,7 +291,7 @@ def layer_name(path: Iterable) -> str:
 
 @contextlib.contextmanager
 def naming(layer: str):
-    """Say which layer an error of the functional core comes from."""
+    """Name the layer in errors of the functional core."""
     try:
         yield
     except (TypeError, ValueError, NameError, NotImplementedError) as error:
@@ -298,9 +302,9 @@ def naming(layer: str):
 
 
 def first_line(error: BaseException) -> str:
-    r"""Return what another library's error says, in one line.
+    r"""Return the first line of another library's error message.
 
-    Example:
+    Examples:
         >>> first_line(ValueError("no such file\n\nTraceback: ..."))
         'no such file'
         >>> first_line(EOFError())

@@ -298,3 +298,22 @@ def test_forgetting_mutable():
         layer.apply(variables, X)
     _, updates = layer.apply(variables, X, mutable=["batch_stats"])
     np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.01 * X.mean(0), 1e-4)
+
+
+def test_gradients_with_nan_behind_the_mask():
+    """What a mask hides makes no gradient NaN (jax#26328)."""
+    x = jnp.asarray(X).at[3].set(jnp.nan).at[7, 1].set(jnp.inf)
+    mask = jnp.isfinite(x)
+
+    def loss(layer, x):
+        return jnp.sum(jnp.square(layer(x, mask=mask)), where=mask)
+
+    layer = bnjax.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    gradients = nnx.grad(loss)(layer, x)
+    known = np.where(mask, x, 0)
+    mean = known.sum(0) / mask.sum(0)
+    var = np.where(mask, np.square(known - mean), 0).sum(0) / mask.sum(0)
+    x_hat = np.where(mask, (known - mean) / np.sqrt(var + 1e-5), 0)
+    wanted = {"scale": 2 * np.square(x_hat).sum(0), "bias": 2 * x_hat.sum(0)}
+    for name, value in wanted.items():
+        np.testing.assert_allclose(gradients[name][...], value, rtol=1e-4, atol=1e-4)

@@ -1,16 +1,21 @@
 """What the pages say of results is what the result files hold."""
 
+import functools
 import importlib
 import re
 import statistics
 
+import jax
 import numpy as np
 import pytest
 
+import experiments.mnist
 from benchmarks.figures import WITH, WITHOUT
 from benchmarks.report import RESULTS as BENCHMARKS
 from benchmarks.report import ROOT, percent, read_result
 from benchmarks.timing import ratio
+from bnjax.models import create
+from bnjax.training.presets import PRESETS
 from experiments import adabn, batch_size, cifar10, population, renorm, smoothness
 from experiments import domains as kinds
 from experiments.figures import RESULTS as DRAWN
@@ -48,33 +53,111 @@ def span(values):
     return f"{percent(min(values))} to {percent(max(values))}"
 
 
+def row(label, *cells):
+    """Return a row of a table of the page."""
+    return " ".join(f"| {' | '.join([label, *cells])} |".split())
+
+
+def shared_row(label, values):
+    """Return a row of shares: | label | 1.0 % | 2.0 % |."""
+    return row(label, *(f"{percent(value)} %" for value in values))
+
+
 def mnist(r):
     runs, compared = r["runs"], r["comparison"]
     steps = runs[WITH][0]["steps"]
-    early, late = (
-        [percent(middle(runs[n], "test_accuracy", steps.index(step))) for n in BOTH]
-        for step in (10_000, 50_000)
-    )
-    yield "after 10,000 steps {} % with, {} % without".format(*early)
-    yield "after 50,000 {} % and {} %".format(*late)
+    for step in (10_000, 50_000):
+        at = steps.index(step)
+        ends = (middle(runs[n], "test_accuracy", at) for n in BOTH)
+        yield shared_row(f"{step:,}", ends)
     assert compared["steps_where_median_with_is_not_above"] == []
     below = compared["steps_where_with_is_not_above_by_seed"]
     ((seed, (step,)),) = ((seed, at) for seed, at in below.items() if at)
     every = len(steps) * len(below)
-    yield f"all {len(steps)} evaluations in the medians, at {every - 1} of {every} seed"
-    yield f"not seed {seed} at step {step:,}"
+    yield f"at all {len(steps)} evaluations"
+    yield f"at {every - 1} of {every}: the exception is seed {seed} at step {step:,}"
     yield f"after {compared['steps_with_to_reach_final_without']:,} steps"
     inputs = [r["inputs_of_the_last_hidden_layer"][name] for name in BOTH]
     spans = (each["all_units_median_span"]["50"] for each in inputs)
     share = (f"{each['all_units_span_over_mean_width']['50']:.2f}" for each in inputs)
-    yield f"over {steps[-1]:,} steps, from its lowest to its highest"
-    yield "{:.2f} with, {:.2f} without".format(*spans)
+    yield f"over {steps[-1]:,} steps"
+    yield "by {:.2f} with batch normalization and by {:.2f} without".format(*spans)
     yield f"{joined(share)} of the distance between the 15th and 85th percentile"
+    yield f"first {experiments.mnist.EXAMPLES:,} test examples"
+    yield f"every {experiments.mnist.EVERY} steps of seed {inputs[0]['seed']}"
+    costs = [100 * each["recording_share_of_training_time"] for each in inputs]
+    yield f"took {min(costs):.1f} to {max(costs):.1f} % of the time"
+    yield from other_settings(r["settings"])
+    ends = [100 * run["test_accuracy"][-1] for run in runs[WITHOUT]]
+    yield f"five seeds range from {min(ends):.2f} to {max(ends):.2f}"
+
+
+def other_settings(rows):
+    config = PRESETS["mnist"].config
+    yield (
+        f"a learning rate of {config.learning_rate} and a standard deviation of "
+        f"{config.model.weight_std}"
+    )
+    yield "after 10,000 and after 50,000 steps"
+    for both in zip(rows[1::2], rows[::2], strict=True):
+        cells = [f"{both[0]['learning_rate']:g}"]
+        for each, name in zip(both, (WITHOUT, WITH), strict=True):
+            assert each["network"] == name
+            for now, then in (("at_10000", "at_10000"), ("at_end", "at_50000")):
+                values = each[f"accuracy_{now}"], each[f"known_{then}"]
+                cells += ["{:.2f} ({:.2f})".format(*values)]
+        yield row(f"{both[0]['weight_std']:g}", *cells)
+    far = [each for each in rows if abs(each["difference_at_end"]) > 0.3]
+    assert (len(rows) - len(far), len(rows)) == (9, 12)
+    yield "Nine of the twelve are within 0.3 points"
+    for each in far:
+        name = "with" if each["network"] == WITH else "without"
+        std, rate = f"{each['weight_std']:g}", f"{each['learning_rate']:g}"
+        yield f"{name} at {std} and {rate} ({-each['difference_at_end']:.2f} lower"
 
 
 def inception(r):
     last = r["runs"]["Inception"][0]["steps"][-1]
-    yield f"{last:,} steps of {r['examples_in_a_step']}"
+    yield f"{last:,} steps of {r['examples_in_a_step']} examples"
+    sweep = r["sweep_of_inception"]
+    best = max(sweep, key=lambda run: run["test_accuracy"][-1])["learning_rate"]
+    config = PRESETS["cifar10-inception"].config
+    assert config.learning_rate == best
+    rates = joined([f"{run['learning_rate']}" for run in sweep])
+    yield f"a rate of {best}, the best of {rates}"
+    yield f"after {sweep[0]['steps'][-1]:,} steps"
+    for name, each in r["table"].items():
+        steps = each["steps_to_best_of_inception"]
+        chance = " (chance)" * (each["best_accuracy"] == 0.1)
+        cells = [f"{percent(each['best_accuracy'])} %{chance}", "never", ""]
+        if steps:
+            over = each["over_steps_of_inception"]
+            cells[1:] = f"{steps:,}", f"{round(over, 2):g}"
+        share, accuracy = cifar10.PAPER[name]
+        if accuracy and accuracy > 1:
+            cells += [f"{round(share, 2):g}" if share else "never", f"{accuracy} %"]
+        else:
+            cells += ["", "chance" if accuracy else "overflows"]
+        yield row(name, *cells)
+    fifth = r["in_a_fifth_of_the_steps"]
+    ours, sigmoids = (fifth[name] for name in ("BN-x5", "BN-x5-Sigmoid"))
+    decay = PRESETS["cifar10-bn-x5"].config.optim.schedule_options["decay_rate"]
+    yield f"({ours['steps']:,} steps, {decay} every {ours['decay_steps']})"
+    best = percent(r["table"]["Inception"]["best_accuracy"])
+    yield f"{shares(sigmoids['accuracy'])} % for three seeds, above Inception's {best}"
+    yield f"BN-x5 reaches {shares(ours['accuracy'])} % in them"
+    paper = PRESETS["inception"].config.learning_rate
+    assert config.learning_rate == pytest.approx(20 * paper)
+    network = create("inception", classes=10, width=0.125, stem="small")
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")
+    init = functools.partial(network.init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    sizes = [
+        leaf.size
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if "scale" in jax.tree_util.keystr(path)
+    ]
+    yield f"{min(sizes)} to {max(sizes)} channels"
 
 
 def scale_invariance(r):
@@ -82,9 +165,10 @@ def scale_invariance(r):
     large = max(e for of in usual for e, a in zip(of, r["a"], strict=True) if a >= 1)
     assert (r["a"][0], r["a"][-1], f"{large:.0e}") == (1e-3, 1e3, "1e-05")
     yield "for a from 1e-3 to 1e3 in float32"
-    yield f"to {1e7 * max(map(max, exact)):.1f}e-7, with an epsilon of 1e-20"
-    yield "With 1e-5 only for a of 1 and above (1e-5)"
-    yield f"at 1e-3 the weights' scale is lost to epsilon ({next(iter(usual))[0]:.2f})"
+    yield f"to {1e7 * max(map(max, exact)):.1f}e-7 with an epsilon of 1e-20"
+    yield "With an epsilon of 1e-5 the equations hold for a of 1 and above (to 1e-5)"
+    small = next(iter(usual))[0]
+    yield f"at a = 1e-3 the weights' scale is lost to epsilon ({small:.2f})"
 
 
 def jacobian(r):
@@ -93,11 +177,14 @@ def jacobian(r):
         for each in (r["weight_std 0.01"], r["weight_std 0.1"])
     )
     (start,) = {f"{values[0]:.1f}" for values in small + large}
-    with_, without = small[0][-1], small[1][-1]
-    yield f"at the start their median is {start} with and without"
-    yield f"After {r['steps'][-1]:,} steps {with_:.2f} with and {without:.3f} without"
-    end = joined(f"{values[-1]:.2f}" for values in large)
-    yield f"{end} where the weights start at 0.1: closer to 1 with, close to 1 only"
+    yield "are close to 1 with batch normalization"
+    yield f"is {start} with and without batch normalization"
+    yield f"after {r['steps'][-1]:,} steps"
+    for std, ends in (("0.01", small), ("0.1", large)):
+        with_, without = (values[-1] for values in ends)
+        yield row(std, f"{with_:.2f}", f"{without:.{2 if without > 0.01 else 3}f}")
+    yield "are closer to 1 with batch normalization than without"
+    yield "only the largest are close to 1"
 
 
 def bias_drift(r):
@@ -106,188 +193,173 @@ def bias_drift(r):
     inside = r["mean inside the gradient"], r["batch normalization (both inside)"]
     assert max(abs(b) for each in inside for b in each["bias"]) < 1e-4
     each, final = found["bias_per_step_in_second_half"], found["final_bias"]
-    yield f"by {each:.4f} in each of {steps:,} steps, to {final:.0f}, while"
+    yield f"by {each:.4f} in each of {steps:,} steps, to {final:.0f}"
     yield "the loss moves by 1e-4 in the second half"
-    yield "inside the gradient the bias stays below 1e-4"
+    yield "the bias stays below 1e-4"
 
 
 def small_batches(r):
-    with_, without, tested = (
+    columns = [
         [middle(runs, mode) for runs in r[name].values()]
         for name, mode in (
             (WITH, batch_size.INFERENCE),
             (WITHOUT, batch_size.INFERENCE),
             (WITH, batch_size.TRAINING),
         )
-    )
-    (low,) = {percent(accuracy) for accuracy in without[:3]}
+    ]
     yield f"after {r['examples_seen']:,} examples"
-    yield f"with batches of 16 and more {span(with_[3:])} % with"
-    yield f"and {span(without[3:])} % without"
+    for size, values in zip(r[WITH], zip(*columns, strict=True), strict=True):
+        yield shared_row(size, values)
+    with_, without = (span(column[3:]) for column in columns[:2])
+    yield "With batches of 16 and more"
+    yield f"{with_} % with batch normalization and {without} % without"
     of_2 = span([run[batch_size.INFERENCE] for run in r[WITH]["2"]])
-    yield f"of 8, 4 and 2 {shares(with_[2::-1])} % with (of 2 from {of_2}), {low} %"
-    yield f"{percent(tested[3])} % for 16, {percent(tested[0])} % for 2. A batch of 1"
+    yield f"of 2, the three seeds range from {of_2} %"
+    assert "1" not in r[WITH]
+    yield "A batch of 1 is refused"
 
 
 def changes(r):
-    points = {
-        name: f"{abs(row['points_from_reference']):.1f}"
-        for name, row in r["table"].items()
-    }
-    ours, crops = (r["table"][n]["accuracy"] for n in ("BN-x5", "BN-x5 on crops"))
-    yield f"of BN-x5's {percent(ours)} %, dropout costs {points['dropout']} points"
-    for name in ("batches that always meet", "local response normalization"):
-        yield f"{name} {points[name]}"
-    yield f"the slower decay {points['the slower decay']}"
-    yield f"the lower rate {points['the lower learning rate']}"
-    yield f"the larger L2 weight gains {points['the larger L2 weight']}"
-    full = points["crops with the full distortion"]
-    yield f"colours costs {full} of the {percent(crops)} % on crops"
+    reference = ""
+    for name, each in r["table"].items():
+        reference = name if name.startswith("BN-x5") else reference
+        points = f"{each['points_from_reference']:+.1f}"
+        cells = f"{percent(each['accuracy'])} %", points
+        yield row(name, *(cells if name != reference else (cells[0], "")))
+    yield "except the smaller L2 weight"
 
 
 def depth(r):
-    def losses(number, name):
-        return [
-            f"{row['train_loss_of_last_tenth']:.2f}"
-            for key, row in r["table"].items()
-            if key.startswith(f"ResNet-{number} {name},")
-        ]
-
     yield f"after {r['steps']} steps"
-    for number in (110, 20):
-        (loss,), row = losses(number, WITH), r["table"][f"ResNet-{number} {WITH}, 0.1"]
-        yield f"{loss} for ResNet-{number}"
-        yield f"({percent(row['test_accuracy'])} % of the test set)"
-    yield "at rates of 0.1, 0.01 and 0.001"
-    yield f"ResNet-20 is at {joined(losses(20, WITHOUT))} (chance is 2.303)"
-    lost = [row["diverged"] for key, row in r["table"].items() if "110 without" in key]
-    assert all("not finite" in why for why in lost)
+    yield "More than 100 layers"
+    for name, each in r["table"].items():
+        network, rate = name.split(", ")
+        network, _, how = network.partition(" ")
+        cells = [network, how.partition(" ")[0], rate]
+        cells += [f"{each['train_loss_of_last_tenth']:.2f}"]
+        accuracy = each["test_accuracy"]
+        cells += ["not finite" if accuracy is None else f"{percent(accuracy)} %"]
+        yield row(*cells)
+        assert (accuracy is None) == ("not finite" in (each["diverged"] or ""))
+    yield f"chance is {np.log(10):.3f}"
 
 
 def lenet(r):
     ours, flax, without = r["table"].values()
     assert ours["test_accuracy"] == flax["test_accuracy"]
     rates = [rate for row in r["table"].values() for rate in row["examples_per_second"]]
+    yield "a learning rate of 1"
     yield f"{len(r['runs']['bnjax'][0]['steps'])} epochs"
     both = (percent(each["median_test_accuracy"]) for each in (ours, without))
-    yield "{} % with, {} % without".format(*both)
+    yield "{} % with batch normalization, {} % without".format(*both)
     yield f"about {round(statistics.median(rates), -3):,.0f} examples/s"
 
 
 def ensemble(r):
-    for crops, words in {
-        "1": "on one crop the six reach {} % and together {} %",
-        "10": "on ten crops {} % and {} %",
-        "144": "on GoogLeNet's 144, made for larger images, {} % and {} %",
-    }.items():
-        found = r["by_crops"][crops]
+    for crops, found in r["by_crops"].items():
         members = [member["test_accuracy"] for member in found["members"]]
-        yield words.format(span(members), percent(found["test_accuracy"]))
+        together = percent(found["test_accuracy"])
+        yield row(crops, f"{span(members)} %", f"{together} %")
+    yield "GoogLeNet's 144 crops"
     yield "144 crops of a 32x32 image lose"
 
 
 def algorithm_2(r):
     names = (population.MOVING, population.PAPER, population.POOLED)
-    yield "by Algorithm 2 and by its pooled variant"
-    for step, word in (
-        (100, "100 steps"),
-        (200, "200"),
-        (500, "500"),
-    ):
+    for step in (100, 200, 500):
         at = r["steps"].index(step)
-        yield f"after {word} {shares(middle(r['after_steps'], n, at) for n in names)} %"
+        yield shared_row(f"{step}", (middle(r["after_steps"], n, at) for n in names))
     at, runs = r["averaged_steps"].index(100), r["averaged_parameters"]
     stale, own = (middle(runs, n, at) for n in (population.STALE, population.OWN))
-    yield f"after 100 steps: {percent(stale)} % with the network's moving averages"
+    yield f"After 100 steps, averaged parameters reach {percent(stale)} %"
     yield f"{percent(own)} % with pooled statistics of their own"
     sizes = r["batch_sizes"].values()
     moving, paper, pooled = ([middle(runs, n) for runs in sizes] for n in names)
-    yield f"After {r['examples_seen']:,} examples with batches of 4 to 256"
+    first, *_, last = r["batch_sizes"]
+    yield f"After {r['examples_seen']:,} examples with batches of {first} to {last}"
     gains = (
         span([new - old for new, old in zip(each, moving, strict=True)])
         for each in (paper, pooled)
     )
-    yield "{} points by Algorithm 2 and {} pooled".format(*gains)
+    yield "gains {} points and its pooled variant {} points".format(*gains)
 
 
 def domains(r):
-    words = ("", "faint images", "noisy", "blurred", "inverted")
-    for word, row in list(zip(words, r["median"].values(), strict=True))[1:]:
-        yield f"{word} {shares([row[adabn.TRAINING], row[adabn.ALL]])} %"
+    words = ("", "faint", "noisy", "blurred", "inverted")
+    for word, each in list(zip(words, r["median"].values(), strict=True))[1:]:
+        yield shared_row(word, [each[adabn.TRAINING], each[adabn.ALL]])
 
 
 def populations(r):
     inverted, noisy = r["table"]["populations"].values()
-    yield f"inverted: {shares(inverted[kinds.TOGETHER])} % with one population"
-    yield f"{shares(inverted[kinds.APART])} % where each kind is normalized apart"
-    yield f"{shares(inverted[kinds.SHARED])} % with two and one scale and bias"
-    yield f"{shares(inverted[kinds.OWN])} % with two of each"
+    for label, name in (
+        ("one population", kinds.TOGETHER),
+        ("one population, each kind normalized apart in training", kinds.APART),
+        ("two populations, one scale and bias", kinds.SHARED),
+        ("two populations, two scales and biases", kinds.OWN),
+    ):
+        yield shared_row(label, inverted[name])
     both = (noisy[name][1] for name in (kinds.TOGETHER, kinds.OWN))
-    yield "With noise, one and two populations reach {} and {} %".format(
-        *map(percent, both)
-    )
+    yield "{} and {} % of the noisy images".format(*map(percent, both))
     random, by_class = r["table"]["adaptation"].values()
     at = {weight: r["weights"].index(weight) for weight in ("0", "64", "inf")}
-    yield f"noise: {percent(random['500'][at['inf']])} % by the statistics of training"
-    yield f"{percent(r['table'][kinds.ADABN])} % by AdaBN"
+    trained, adapted = random["500"][at["inf"]], r["table"][kinds.ADABN]
+    yield f"{percent(trained)} % by the statistics of training"
+    yield f"{percent(adapted)} % by AdaBN"
     for size in ("500", "20", "4"):
-        yield f"{percent(random[size][at['0']])} % by batches of {size}"
-    blended = (random[size][at["64"]] for size in ("500", "20", "4"))
-    yield f"blended at N = 64 {shares(blended)} %"
-    yield f"{percent(by_class['500'][at['0']])} % by batches of one class"
+        yield shared_row(size, [random[size][at[weight]] for weight in ("0", "64")])
+    yield "blended at N = 64"
+    yield f"batches of 500 of one class it is {percent(by_class['500'][at['0']])} %"
 
 
 def smooth(r):
-    def three(data, name, write="{:.2f}".format):
-        rows = r["table"][data]
-        return joined([write(rows[n][name]["median"]) for n in smoothness.NETWORKS])
-
-    for name, write, end in (
-        ("range_of_loss", "{:.2f}".format, " on MNIST"),
-        ("beta_geometric_mean", "{:.2f}".format, ""),
-        ("shift_cosine", "{:.2f}".format, ""),
-        ("test_accuracy", percent, " %"),
-    ):
-        yield three(smoothness.MNIST, name, write) + end
-        yield three(smoothness.CIFAR, name, write)
+    for data, table in r["table"].items():
+        for network in smoothness.NETWORKS:
+            cells = [
+                write(table[network][name]["median"])
+                for name, write in (
+                    ("range_of_loss", "{:.2f}".format),
+                    ("beta_geometric_mean", "{:.2f}".format),
+                    ("shift_cosine", "{:.2f}".format),
+                    ("test_accuracy", lambda share: f"{percent(share)} %"),
+                )
+            ]
+            yield row(data, network, *cells)
+    yield "theirs had up to 25"
 
 
 def renormalized(r):
     yield f"after {r['examples_seen']:,} examples"
     for case, word in (
-        ("2", "of 2"),
-        ("4", "of 4"),
-        ("32 of one class", "of 32 images of one class"),
+        ("2", "2"),
+        ("4", "4"),
+        ("32 of one class", "32, all of one class"),
     ):
         ends = [
             middle(r["runs"][case][name], "test_accuracy")
             for name in (WITH, renorm.RENORM, WITHOUT)
         ]
-        yield f"{word} {shares(ends)} %"
+        yield shared_row(word, ends)
 
 
 def recurrence(r):
     for name, runs in r.items():
         steps = runs[WITH][0]["steps"]
+        label = f"{re.search(r'[0-9]+', name)[0]} {name.split()[0]}"
         for at in (0, -1):
             both = [middle(runs[n], "test_accuracy", at) for n in BOTH]
-            yield f"after {steps[at]} steps {shares(both)} %"
+            cells = f"{steps[at]}", *(f"{percent(share)} %" for share in both)
+            yield row(label, *cells)
         times = ([run["seconds_per_step"] for run in runs[n]] for n in BOTH)
-        yield f"{name.split()[0]} {ratio(*times):.1f} times"
-        length = re.search(r"\d+", name)[0]
-        yield f"{length} {name.split()[0]}"
+        yield f"{ratio(*times):.1f} times as long with {name.split()[0]}"
 
 
 def whitened(r):
-    first, last = (
-        [row["running statistics"][at] for row in r["median"].values()]
-        for at in (0, -1)
-    )
-    yield f"after {r['steps'][0]} steps {shares(first)} %"
-    yield f"after {r['steps'][-1]:,} {shares(last)} %"
-    sizes = [re.search(r"groups of (\d+)", name) for name in r["median"]]
-    small, large = dict.fromkeys(size[1] for size in sizes if size)
-    yield f"in groups of {small} and then of {large} units"
+    for name, each in r["median"].items():
+        accuracies = each["running statistics"]
+        yield shared_row(name, [accuracies[0], accuracies[-1]])
+    yield f"after {r['steps'][0]} steps"
+    yield f"after {r['steps'][-1]:,} steps"
 
 
 CLAIMS = {
@@ -309,19 +381,54 @@ CLAIMS = {
     "recurrent": recurrence,
     "whitening": whitened,
 }
+PAGE = "docs/programs/experiments.md"
+# What has digits and is no result: names, and references to the literature.
+NAMES = r"\]\([^)]*\)|\w+\.json|CIFAR-10|ResNet-\d+|BN-x\d+"
+REFERENCES = (
+    r"[Ss]ections? \d(\.\d)*|Figures? \d[a-c]?((, | and )(\d|[a-c]))*|Algorithm 2"
+    r"|(Ioffe|et al\.) 20\d\d"
+)
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+
+
+def sections():
+    """Return the page's sections, the one before the first heading as well."""
+    return [
+        re.sub(r"\s+", " ", each)
+        for each in re.split(r"^## ", (ROOT / PAGE).read_text("utf-8"), flags=re.M)
+    ]
+
+
+def without_names(text):
+    return re.sub(f"{NAMES}|{REFERENCES}", "", text)
 
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_every_number_of_a_claim_is_derived_from_its_file(name):
-    lines = (ROOT / "docs/programs/experiments.md").read_text("utf-8").splitlines()
-    (at,) = (i for i, line in enumerate(lines) if f"/results/{name}.json)" in line)
-    row, below = (line.split("|") for line in lines[at : at + 2])
-    cell = row[3] + (below[3] if " the same " in below[2:3] else "")
-    left = re.sub(r"\[.*?\]\(.*?\)|CIFAR-10", "", cell)
-    for phrase in CLAIMS[name](result(name)):
-        assert phrase in cell
+    (text,) = (each for each in sections() if f"/results/{name}.json)" in each)
+    record = read_result(RESULTS / f"{name}.json")
+    assert record["machine"]["platform"] == "cpu"
+    command = rf"\*\*Command\.\*\* `{record['command']}`, [a-z ]*\d+ (seconds|minutes)"
+    command += r"( to train and \d+ minutes to score)?\."
+    assert re.search(command, text)
+    left = re.sub(command, "", text)
+    for phrase in CLAIMS[name](record["result"]):
+        assert phrase in text
         left = left.replace(phrase, "")
-    assert not re.search(r"\d", re.sub(r"ResNet-\d+", "", left)), left
+    left = without_names(left)
+    assert not re.search(r"\d", left), left
+    seeds = NUMBERS[len(record["seeds"])]
+    found = re.findall(r"[Mm]edians? (?:of|over) (\w+) seeds", text)
+    assert set(found) <= {seeds}
+    assert ("One seed" in text) == (seeds == "one" and not found)
+    if name in DRAWN:
+        assert f"](../figures/{name}.png)" in text
+
+
+def test_no_number_is_outside_the_sections_of_the_claims():
+    for text in sections():
+        if "/results/" not in text:
+            assert not re.search(r"\d", without_names(text)), text
 
 
 def test_what_the_variants_cost_on_a_tpu_and_a_gpu():
@@ -356,12 +463,13 @@ def test_what_the_variants_cost_on_a_tpu_and_a_gpu():
             ("h200", "traffic_bytes"),
         )
     )
-    text = page("docs/library/compiled.md")
-    assert f"take {min(cycles):.2f} to {max(cycles):.2f} times the cycles" in text
     most = (
         f"at most {max(traffic):.2f} times the traffic there and {max(on_gpu):.2f} on"
     )
-    assert most in text
+    for name in ("docs/library/compiled.md", "docs/variants/ghost.md"):
+        text = page(name)
+        assert f"take {min(cycles):.2f} to {max(cycles):.2f} times the cycles" in text
+        assert most in text
 
 
 def test_what_whitening_costs():
@@ -370,38 +478,10 @@ def test_what_whitening_costs():
         for row in result("whitening-cpu", BENCHMARKS)["rows"]
     )
     text = page("docs/variants/whitening.md")
-    assert f"{min(small):.1f} to {max(small):.1f} times as long with 64 chan" in text
-    assert f"{min(large):.1f} to {max(large):.1f} times with 256" in text
-
-
-def test_the_table_of_inception():
-    text, r = page("docs/programs/experiments.md"), result("cifar10")
-    for name, row in r["table"].items():
-        steps, share = row["steps_to_best_of_inception"], row["over_steps_of_inception"]
-        chance = " (chance)" * (row["best_accuracy"] == 0.1)
-        cells = f"| {name} | {percent(row['best_accuracy'])} %{chance} | "
-        cells += f"{steps:,} | {round(share, 2):g} |" if steps else "never | |"
-        share, accuracy = cifar10.PAPER[name]
-        if accuracy and accuracy > 1:
-            cells += f" {round(share, 2):g}" if share else " never"
-            cells += f", {accuracy} % |"
-        assert cells in text
-    fifth = r["in_a_fifth_of_the_steps"]
-    ours, sigmoids = (fifth[name] for name in ("BN-x5", "BN-x5-Sigmoid"))
-    assert f"({ours['steps']:,} steps, 0.96 every {ours['decay_steps']})" in text
-    assert f"{shares(sigmoids['accuracy'])} % for three seeds" in text
-    assert f"BN-x5 comes to {shares(ours['accuracy'])} % in them" in text
-
-
-def test_the_table_of_other_settings():
-    text, rows = page("docs/programs/experiments.md"), result("mnist")["settings"]
-    for both in zip(rows[1::2], rows[::2], strict=True):
-        cells = [f"| {both[0]['weight_std']:g} | {both[0]['learning_rate']:g} |"]
-        for row, name in zip(both, (WITHOUT, WITH), strict=True):
-            assert row["network"] == name
-            cells += [f"{row['accuracy_at_10000']:.2f}, {row['accuracy_at_end']:.2f} |"]
-            cells += [f"{row['known_at_10000']:.2f}, {row['known_at_50000']:.2f} |"]
-        assert " ".join(cells) in text
+    times = "{:.1f} to {:.1f} times as long"
+    first = times.format(min(small), max(small)) + " as batch normalization with 64 ch"
+    assert first in text
+    assert times.format(min(large), max(large)) + " with 256 channels" in text
 
 
 def test_the_results_of_the_readme():

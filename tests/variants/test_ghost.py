@@ -217,7 +217,38 @@ def test_the_layer_may_leave_its_statistics(x64):
     assert set(new) == set(mutable)
 
 
+@pytest.mark.parametrize("virtual_batch_size", [6, None])
+@pytest.mark.parametrize("run", ["function", "linen", "nnx"])
+def test_the_running_variance_counts_the_values_of_all_devices(run, virtual_batch_size):
+    """Devices that share groups have m / (m - 1) of all their values."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 4)), "float32")
+    options = {"virtual_batch_size": virtual_batch_size, "axis_name": "data"}
+    options |= {"momentum": 0.0, "unbiased": True}
+
+    def new_stats(x):
+        if run == "function":
+            stats = bnjax.BatchStats.init(4)
+            return ghost_batch_norm(x, None, None, stats, **options)[1].var
+        if run == "nnx":
+            layer = NnxGhostBatchNorm(4, **options, rngs=nnx.Rngs(0))
+            layer(x)
+            return layer.var[...]
+        layer = GhostBatchNorm(use_running_average=False, **options)
+        variables = layer.init(jax.random.key(0), x)
+        _, updates = layer.apply(variables, x, mutable=["batch_stats"])
+        return updates["batch_stats"]["var"]
+
+    found = jax.vmap(new_stats, axis_name="data")(x)
+    wanted = np.var(x.reshape(24, 4), axis=0, ddof=1)
+    np.testing.assert_allclose(found, np.stack([wanted, wanted]), rtol=1e-5)
+
+
 def test_a_mask_is_refused():
+    stats, mask = bnjax.BatchStats.init(3), jnp.ones((6, 1), bool)
+    with pytest.raises(ValueError, match="a mask was given"):
+        ghost_batch_norm(
+            jnp.ones((6, 3)), None, None, stats, virtual_batch_size=None, mask=mask
+        )
     x = jnp.zeros((6, 4))
     layer = GhostBatchNorm(use_running_average=False, virtual_batch_size=3)
     variables = layer.init(jax.random.key(0), x)

@@ -1,7 +1,8 @@
-"""Batch normalization for JAX: pure functions, explicit statistics.
+"""Batch normalization for JAX as pure functions with explicit statistics.
 
 `bnjax` holds the core and needs JAX alone. The layers are in `bnjax.linen` and
-`bnjax.nnx`, which need Flax.
+`bnjax.nnx`, which need Flax, and in `bnjax.equinox` and `bnjax.haiku`, which need the
+library of that name.
 """
 
 from bnjax.functional import CHECKPOINT_NAME as CHECKPOINT_NAME

@@ -6,8 +6,8 @@ from pathlib import Path
 import bnjax
 
 if __name__ == "__main__":
-    # `python -m` has Python import from the current folder first, which may be a run
-    # of a stranger's. A clone of this project stays: bnjax itself is in it.
+    # With `python -m`, Python first imports from the current folder, which may be a
+    # stranger's run. A clone of this project stays in the path, because it has bnjax.
     if Path(sys.path[0]) == Path.cwd() != Path(bnjax.__file__).parents[1]:
         del sys.path[0]
 

@@ -4,23 +4,22 @@ The derivative is a linear map from the tangents of the inputs to those of the o
 With xhat = (x - mean) / sqrt(var + epsilon) and a = scale / sqrt(var + epsilon),
 
     dy = a * dx + xhat * A + B,
-    A = dscale - a * mean(xhat * dx),      B = dbias - a * mean(dx),
+    A = dscale - a * mean(xhat * dx),      B = dbias - a * mean(dx).
 
-so that its transpose is the paper's backward pass, in which one sum over the batch for
-scale and one for bias serve the gradient of x as well, in one collective where devices
-share statistics:
+Its transpose is the paper's backward pass. One sum over the batch for scale and one for
+bias also give the gradient of x, in one collective if devices share statistics:
 
     dscale = sum(dy * xhat),      dbias = sum(dy),
     dx = a * (dy - dbias / m - xhat * dscale / m).
 
-The code has x - mean in place of xhat, and the factor between them in A: one
-multiplication less for each value. JAX transposes the means, A and B. The transpose of
-the elementwise part, with its two sums, is written out: what XLA makes of it decides
-how often the arrays are read (`_elementwise_tangent_map_transpose`).
+The code uses x - mean instead of xhat, and puts the factor between them into A: this
+saves one multiplication for each value. JAX transposes the means, A and B. The
+transpose of the elementwise part, with its two sums, is written out, because its form
+decides how often XLA reads the arrays (`_elementwise_tangent_map_transpose`).
 
-What is kept between the passes is `x` in its own dtype and per-channel vectors, since
-everything else is computed again from these. A ReLU that follows a residual keeps the
-output in place of the residual: the next layer keeps it anyway, and its sign is the
+Between the passes, only `x` in its own dtype and per-channel vectors are kept:
+everything else is recomputed from these. A ReLU after a residual keeps the output
+instead of the residual: the next layer keeps the output anyway, and its sign is the
 derivative.
 """
 
@@ -46,7 +45,8 @@ from bnjax._moments import (
 )
 from bnjax._primitive import OneDevice, operation
 
-# Bytes from which glibc's malloc maps memory for every call, whatever was freed before.
+# From this size in bytes, glibc's malloc maps new memory in each call, even if as much
+# was freed before.
 MAPPED = 1 << 25
 
 _remat = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -54,11 +54,11 @@ _remat = functools.partial(jax.checkpoint, prevent_cse=False)
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """What of a call to batch norm is known when it is traced.
+    """The static part of a call to batch norm, known when the call is traced.
 
     Attributes:
         reduction: which values share statistics.
-        activation: elementwise, closed over nothing; None for none.
+        activation: elementwise, without a closure over arrays; None for none.
         dtype: of the output.
         compute_dtype: of the computation: float32 or float64.
     """
@@ -74,7 +74,7 @@ class Transform:
 
 
 class Operands(NamedTuple):
-    """The arrays of one call; None for what it does without.
+    """The arrays of one call; None for each array that the call does not use.
 
     Attributes:
         x: the input, in its own dtype.
@@ -84,8 +84,8 @@ class Operands(NamedTuple):
         bias: shape (features,).
         residual: shape of `x`, added before the activation.
         consts: arrays that the activation depends on besides its argument.
-        output: shape of `x`; in the derivative, what the sign of a ReLU's argument is
-            read from, in place of `residual`.
+        output: shape of `x`; used in the derivative instead of `residual`, to read the
+            sign of a ReLU's argument from it.
     """
 
     x: jax.Array
@@ -99,7 +99,7 @@ class Operands(NamedTuple):
 
 
 class ChannelParams(NamedTuple):
-    """What is one number per channel, of the rank of the input.
+    """Per-channel numbers, in arrays of the rank of the input.
 
     Attributes:
         origin: a number close to the mean.
@@ -122,9 +122,9 @@ def normalize_by_batch(
     """Normalize by the statistics of the batch itself (Algorithm 1).
 
     Args:
-        transform: what is known when the call is traced.
+        transform: the static part of the call.
         operands: the arrays.
-        known_origin: of `moments_about_origin`.
+        known_origin: as in `moments_about_origin`.
 
     Returns:
         The output, and the origin and Moments of `moments_about_origin`.
@@ -151,7 +151,7 @@ def normalize_by(
 def _hoist_activation(
     transform: Transform, operands: Operands
 ) -> tuple[Transform, Operands]:
-    """Make what the activation closes over an operand, so that it can be derived."""
+    """Make arrays that the activation closes over operands, to derive by them."""
     if transform.activation is None:
         return transform, operands
     example = jax.ShapeDtypeStruct(operands.x.shape, transform.compute_dtype)
@@ -187,7 +187,7 @@ def _channel_params(transform, operands, origin, mean, var) -> ChannelParams:
 
 
 def _distance(transform, operands, params):
-    """Return x - origin, or the mean of it where a mask hides what is not finite."""
+    """Return x - origin, or its mean where a mask hides a value that is not finite."""
     distance = transform.cast(operands.x) - params.origin
     if operands.mask is None:
         return distance
@@ -201,7 +201,7 @@ def _centered(transform, operands, params):
 
 
 def _hidden(value, mask):
-    # Squared, because a value that overflows only later harms as much as an inf.
+    # Squared, because a value whose square overflows does the same harm as an inf.
     return ~mask_to_bool(mask) & ~jnp.isfinite(jnp.square(value))
 
 
@@ -209,8 +209,8 @@ def _preactivation(transform, operands, params, distance):
     """The output before the activation, in the dtype of the computation.
 
     scale * (x - mean) / sqrt(var + epsilon) + bias, with one subtraction. It is exact
-    for any mean because the origin is close to it: origin + mean would be rounded where
-    it is large.
+    for any mean because the origin is close to the mean: origin + mean would be rounded
+    if it is large.
     """
     z = distance * params.multiplier
     if params.shift is not None:
@@ -228,9 +228,10 @@ def _output(transform, operands, params):
     distance = _distance(transform, operands, params)
     z = _preactivation(transform, operands, params, distance)
     if transform.activation is jax.nn.relu and operands.residual is not None:
-        # The same numbers as of a float32 ReLU. But where `y` is a residual of another
-        # layer, which takes it to float32 again, XLA for GPUs would see a float32
-        # number rounded and widened, leave out both, and keep `y` in float32 too.
+        # The same numbers as those of a float32 ReLU. But if `y` is the residual of
+        # another layer, which converts it to float32, XLA for GPUs would see a float32
+        # number rounded and widened, leave out both conversions, and keep `y` in
+        # float32 too.
         return jnp.maximum(z.astype(transform.dtype), 0)
     if transform.activation is not None:
         z = transform.activation(z, *operands.consts)
@@ -243,8 +244,8 @@ def _output_reference(operands, origin, mean, var, *, transform):
 
 
 def _output_on_cpu(operands, origin, mean, var, *, transform):
-    # Without an activation, XLA fuses it with what follows: that is worth more than
-    # large pages, unless the allocator maps the array anew each time.
+    # Without an activation, XLA fuses the output with the operation that follows. This
+    # saves more than large pages do, unless the allocator maps new memory each time.
     size = operands.x.size * transform.dtype.itemsize
     small = transform.activation is None and size < MAPPED
     if small or not _kernel_supports(transform, operands, operands.residual):
@@ -287,7 +288,7 @@ def _by_batch_jvp(transform, primals, tangents):
     (operands, known_origin), (doperands, _) = primals, tangents
     _, *statistics = _by_batch(transform, operands, known_origin)
     origin, moments = checkpoint_named(statistics)
-    # From the named ones, so that a policy which saves them has all that `y` needs.
+    # From the named statistics: a policy that saves them has all that `y` needs.
     y = _normalize(transform, operands, origin, moments)
     if transform.activation is None:
         operands = operands._replace(bias=None, residual=None)
@@ -431,9 +432,9 @@ def _tangent_sums_reference(operands, params, dx, *, transform):
 def _tangent_sums_transpose(cotangents, operands, params, dx, *, transform):
     dfirst, dsecond = map(transform.reduction.expand, cotangents)
     if operands.mask is None and operands.x.dtype.itemsize < 4:
-        # x - origin multiplied out, because XLA for a TPU v6e else writes the gradient
-        # to memory before a convolution reads it. `x` in 16 bits has no digits that
-        # this could lose in float32.
+        # x - origin is multiplied out, because XLA for a TPU v6e otherwise writes the
+        # gradient to memory before a convolution reads it. `x` in 16 bits has no digits
+        # to lose by this in float32.
         dx = transform.cast(operands.x) * dsecond + (dfirst - params.origin * dsecond)
     else:
         dx = _distance(transform, operands, params) * dsecond + dfirst
@@ -451,14 +452,14 @@ _tangent_sums = operation(
 
 
 class _ElementwiseTangents(NamedTuple):
-    """Tangents of the arrays, and what a whole channel adds to the output's.
+    """Tangents of the arrays, and per-channel terms of the output's tangent.
 
     Attributes:
         x: in the dtype of the computation.
-        offset: added to every value of a channel, of the rank of the input.
+        offset: added to each value of a channel, of the rank of the input.
         slope: likewise, times x - origin - mean.
         residual: in the dtype of the residual.
-        consts: of what the activation depends on besides its argument.
+        consts: of the arrays that the activation depends on besides its argument.
     """
 
     x: jax.Array
@@ -502,22 +503,23 @@ def _elementwise_vjp_reference(
 ):
     """The cotangents of `_ElementwiseTangents`, leaf by leaf.
 
-    Two sums and the gradient of `x` need the gradient dz of the preactivation. Which
-    form lets XLA fuse it into both, without writing it to memory or keeping anything
-    of the forward pass for it, differs between platforms, and is read off compiled
-    programs (docs/library/compiled.md).
+    Two sums and the gradient of `x` need the gradient dz of the preactivation. Its form
+    decides whether XLA can fuse it into both, without writing it to memory or keeping
+    anything of the forward pass for it. The best form differs between platforms, and is
+    read off compiled programs (docs/library/compiled.md).
 
     With a residual, dz is written in any case: it is the residual's gradient. A TPU
-    selects in the dtype of `dy` what is positive, and so does a GPU, for which the
-    barrier keeps the comparison from being traced back to what `output` was made of.
+    selects the positive values in the dtype of `dy`, and so does a GPU. On the GPU, the
+    barrier keeps XLA from tracing the comparison back to the operands of `output`.
 
-    Without a residual, XLA for GPUs keeps any boolean from the forward pass, as a byte
-    a value costs less than to compute it again. A float32 factor costs four, and is
-    not kept.
+    Without a residual, XLA for GPUs keeps any boolean from the forward pass, because
+    one byte per value costs less than to recompute it. A float32 factor costs four
+    bytes, and is not kept.
 
-    Without an activation, `dy` is often a select of a ReLU outside. In 16 bits, XLA for
-    GPUs then writes it to memory, in the same pass as a sum if that sum stands alone:
-    the barrier keeps it from joining the other. In float32 it computes `dy` again.
+    Without an activation, `dy` is often the select of a ReLU outside. In 16 bits, XLA
+    for GPUs then writes it to memory, in the same pass as a sum if that sum stands
+    alone: the barrier keeps that sum apart from the other. In float32 it recomputes
+    `dy`.
     """
     (dy,) = cotangents
     dz, *dconsts = _preactivation_vjp(transform, dy, operands, params, on_gpu)
@@ -565,7 +567,7 @@ def _preactivation_vjp(transform, dy, operands, params, on_gpu=False):
 
 
 def _elementwise_vjp_on_cpu(cotangents, operands, params, *, transform, residual_dtype):
-    # What is neither a row nor a channel cannot be cut into blocks.
+    # Only rows and channels can be cut into blocks.
     whole = operands.mask, operands.residual, transform.reduction.group_size
     if operands.consts or any(each is not None for each in whole):
         return _elementwise_vjp_reference(
@@ -607,7 +609,7 @@ _elementwise_vjp = operation(
 def _vary_like(arrays, *values):
     """Values of one shape, varying over all mesh axes that the arrays vary over.
 
-    They are joined, and not yet broadcast, so that the transpose is one sum over
+    They are stacked, and not yet broadcast, so that the transpose is one sum over
     devices of a per-channel array.
     """
     needed = frozenset().union(*map(varying_axes, arrays))

@@ -1,4 +1,4 @@
-"""Where files go: the cache, and outputs that are whole or not there."""
+"""The cache folder, and output files that are written whole or not at all."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import IO, Any, Literal
 
 
 class OutputError(ValueError):
-    """A file that cannot be written where it is asked for."""
+    """An output file cannot be written to the given path."""
 
 
 def cache_dir() -> Path:
@@ -22,7 +22,7 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
-    """Open a file to write, which takes the place of `path` when it is complete."""
+    """Open a file for writing that replaces `path` when it is complete."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         encoding = "utf-8" if mode == "w" else None
@@ -39,25 +39,25 @@ def replacing(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse a place that cannot be written to, before any work is done."""
+    """Refuse a path that cannot be written to, before any work is done."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder; expected the name of a file to write.")
     if not path.parent.is_dir():
         raise OutputError(
-            f"{path} is in a folder that is not there. Make {path.parent} first, or "
-            "give another place.",
+            f"{path} is in a folder that does not exist. Create {path.parent} first, "
+            "or choose another path.",
         )
     if path.exists() and not overwrite:
         raise OutputError(
-            f"{path} is there already, and was not overwritten. Give another name, or "
-            "--force (overwrite=True) to replace it.",
+            f"{path} exists already, and was not overwritten. Choose another name, or "
+            "pass --force (overwrite=True) to replace it.",
         )
 
 
 def write_output(path: Path, content: bytes, *, overwrite: bool = False) -> None:
-    """Write a file whole or not at all, where `check_output` accepts it.
+    """Write a file whole or not at all, to a path that `check_output` accepts.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "weights"
         >>> write_output(path, b"12")
@@ -70,6 +70,6 @@ def write_output(path: Path, content: bytes, *, overwrite: bool = False) -> None
             file.write(content)
     except OSError as error:
         raise OutputError(
-            f"{path} could not be written: {error.strerror or error}. Give a place on "
-            "a disk with room, and with permission to write."
+            f"{path} could not be written: {error.strerror or error}. Choose a path on "
+            "a disk with free space, and with permission to write."
         ) from error

@@ -1,4 +1,4 @@
-"""Mean, variance and count of a batch, and the one rule that joins them."""
+"""Mean, variance and count of a batch, and the one rule that merges them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class BatchStats:
 
     Attributes:
         mean: running mean, float32 (float64 for float64 input), shape (features,).
-        var: running variance, same dtype and shape.
+        var: running variance, of the same dtype and shape.
 
     Examples:
         >>> import bnjax
@@ -43,7 +43,7 @@ class BatchStats:
 
     @classmethod
     def init(cls, features: int | Sequence[int], dtype=jnp.float32) -> "BatchStats":
-        """Statistics of a layer that has seen nothing: mean 0, variance 1.
+        """Initial statistics, before the first update: mean 0, variance 1.
 
         Args:
             features: number of channels, or the shape of the feature axes.
@@ -63,12 +63,13 @@ class BatchStats:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moments:
-    """Mean, biased variance and count of one batch, shard, micro-batch or group.
+    r"""Mean, biased variance and count of one batch, shard, micro-batch or group.
 
     Attributes:
-        mean: sum(w * x) / count, float32 or float64, shape (features,).
-        var: sum(w * (x - mean)**2) / count, same dtype and shape.
-        count: sum(w), the number of values in each channel, same dtype and shape.
+        mean: $\sum_i w_i x_i / n$, float32 or float64, shape (features,).
+        var: $\sum_i w_i (x_i - \mu)^2 / n$, of the same dtype and shape.
+        count: $n = \sum_i w_i$, the number of values in each channel, of the same dtype
+            and shape.
 
     Examples:
         >>> import jax.numpy as jnp, bnjax
@@ -84,17 +85,21 @@ class Moments:
     count: jax.Array
 
     def merge(self, *others: "Moments") -> "Moments":
-        """Moments of all the values that these moments describe together.
+        r"""Moments of the union of all the values that these moments describe.
 
-        With n = sum(n_i): mean = sum(n_i * mean_i) / n and
-        var = sum(n_i * (var_i + (mean_i - mean)**2)) / n. Nothing cancels where the
-        means are large beside their differences; parts of count 0 change nothing.
+        $$
+        n = \sum_i n_i, \quad \mu = \frac{1}{n} \sum_i n_i \mu_i, \quad
+        \sigma^2 = \frac{1}{n} \sum_i n_i \left(\sigma_i^2 + (\mu_i - \mu)^2\right)
+        $$
+
+        No digits cancel if the means are large compared with their differences. Parts
+        of count 0 change nothing.
 
         Args:
             *others: moments of other values, arrays of the same shape and dtype.
 
         Returns:
-            The joined Moments.
+            The merged Moments.
 
         References:
             Chan, Golub & LeVeque (1983), "Algorithms for computing the sample
@@ -116,10 +121,10 @@ class Moments:
 class Reduction:
     """Which values share statistics: axes of the array, and devices.
 
-    With `group_size`, so many consecutive rows of axis 0, one of the axes, share them:
-    what is per channel then has a leading axis of the groups. `x` itself keeps its
-    shape, and is reshaped only to be summed: XLA for a TPU fuses no convolution with
-    what has gone through a reshape.
+    With `group_size`, groups of that many consecutive rows of axis 0 share statistics,
+    and axis 0 is one of the axes. A per-channel array then has a leading axis of
+    groups. `x` itself keeps its shape, and is reshaped only to be summed: XLA for a TPU
+    fuses no convolution with the result of a reshape.
     """
 
     axes: tuple[int, ...]
@@ -135,7 +140,7 @@ class Reduction:
         return jnp.expand_dims(by_row, self.axes[1:])
 
     def squeeze(self, expanded: jax.Array) -> jax.Array:
-        """The array that `expand` was given."""
+        """The inverse of `expand`: the array that `expand` was given."""
         if self.group_size is None:
             return lax.squeeze(expanded, self.axes)
         return lax.squeeze(expanded, self.axes[1:])[:: self.group_size]
@@ -148,29 +153,30 @@ class Reduction:
         return jnp.sum(grouped, tuple(axis + 1 for axis in self.axes))
 
     def expanded_sum(self, values: jax.Array) -> jax.Array:
-        """A cotangent for `expand`, whose transpose makes the sum of it.
+        """A cotangent for `expand`, whose transpose sums it to the sum of each channel.
 
-        Each row has its share of the sum of its group. Sums of the rows themselves
-        would do too, and cost a GPU a pass over memory (docs/library/compiled.md).
+        Each row has an equal share of the sum of its group. Sums of the rows themselves
+        would give the same result, but cost a GPU a pass over memory
+        (docs/library/compiled.md).
         """
         expanded = self.expand(self.sum(values))
         return expanded if self.group_size is None else expanded / self.group_size
 
     def local_count(self, shape: tuple[int, ...]) -> int:
-        """Values per channel in this device's array."""
+        """Number of values per channel in the array of this device."""
         rows = shape if self.group_size is None else (self.group_size, *shape[1:])
         return math.prod(rows[axis] for axis in self.axes)
 
     def on_this_device(self) -> "Reduction":
-        """The part of it that is over the array's axes."""
+        """The same reduction over the array's axes only, without the devices."""
         return Reduction(self.axes, group_size=self.group_size)
 
     def devices(self) -> int:
-        """How many devices share statistics."""
+        """Number of devices that share statistics."""
         return 1 if self.axis_name is None else self._psum(1)
 
     def total(self, sums: jax.Array) -> jax.Array:
-        """Sum over the devices that share statistics."""
+        """The sum over the devices that share statistics."""
         return sums if self.axis_name is None else self._psum(sums)
 
     def _psum(self, value: Any) -> Any:
@@ -189,9 +195,9 @@ class Reduction:
             raise NotImplementedError(
                 f"batch_norm: axis_index_groups={self.axis_index_groups} over "
                 f"axis_name={self.axis_name!r} is not supported by JAX in this "
-                "context. It is under jax.pmap and under jax.shard_map(..., "
-                "check_vma=False). Elsewhere, split the mesh axis in two and name "
-                "the inner one."
+                "context. JAX supports it under jax.pmap and under jax.shard_map(..., "
+                "check_vma=False). Elsewhere, split the mesh axis in two and pass the "
+                "inner one as axis_name."
             ) from error
 
 
@@ -204,12 +210,12 @@ def moments_about_origin(
 ) -> tuple[jax.Array, Moments]:
     """An origin close to the mean, and the moments of x - origin.
 
-    Both leave their sum to the caller: where |mean| / std is 1e6, a float32 mean is
+    The caller adds the origin to the mean: if abs(mean) / std is 1e6, a float32 mean is
     itself off by several hundredths of a standard deviation.
 
     The variance is E[(x - origin)^2] - E[x - origin]^2. In float32 its relative error
     is up to 4e-7 * (1 + (mean - origin)^2 / var), so that the origin must be close to
-    the mean. Which one it is:
+    the mean. The origin depends on the program:
 
     =============================  ==================  ================================
     program                        origin              error of the variance
@@ -219,28 +225,28 @@ def moments_about_origin(
     TPU; arrays that XLA           `known_origin`      4e-7 * (1 + d^2 / var), d being
     partitions; devices that                           its distance from the mean
     share by `axis_name`
-    anywhere, without one known    mean of the batch   below 1e-5, for a second pass
+    any, without a known origin    mean of the batch   below 1e-5, for a second pass
                                                        and a second collective
     =============================  ==================  ================================
 
-    On a TPU, XLA fuses the sums into the convolution that makes `x`, which is only
-    possible if the origin is known before `x` is. A first row would cost a pass over
-    memory more a layer (ResNet-50 on a v5e: 127 million cycles in place of 107), and
-    devices that share statistics a collective to agree on it. On a CPU or a GPU a
-    convolution is a call that fuses nothing, and the first row is free.
+    On a TPU, XLA fuses the sums into the convolution that computes `x`. This is only
+    possible if the origin is known before `x` is. A first row would cost one more pass
+    over memory per layer (ResNet-50 on a v5e: 127 million cycles instead of 107), and
+    devices that share statistics would need a collective to agree on it. On a CPU or a
+    GPU a convolution is a library call that fuses nothing, and the first row is free.
 
     Args:
         x: of any rank and real dtype.
         mask: None, or booleans or weights of the rank of `x`.
-        known_origin: shape (features,), of `dtype`: what the mean is expected to be,
-            such as the running mean; equal on all devices that share. None to have the
-            exact moments everywhere, whatever that costs.
+        known_origin: an estimate of the mean, such as the running mean, of shape
+            (features,) and of `dtype`; equal on all devices that share. None to have
+            the exact moments everywhere, whatever the cost.
         reduction: the axes and devices to take the moments over.
         dtype: of the computation and the results: float32 or float64.
 
     Returns:
-        The origin and the Moments, of shape (features,), equal on every device that
-        shares them.
+        The origin and the Moments, of shape (features,), equal on all devices that
+        share them.
     """
     origin, mean, var, count = _local_moments(
         x, mask, known_origin, reduction=reduction.on_this_device(), dtype=dtype
@@ -248,11 +254,11 @@ def moments_about_origin(
     local = Moments(mean, var, count)
     if reduction.axis_name is None:
         return origin, local
-    # Where JAX tracks over which mesh axes a value varies (shard_map with its checks),
-    # it tells whether the devices have one origin.
+    # If JAX tracks over which mesh axes a value varies (shard_map with its checks), it
+    # knows whether all devices have the same origin.
     tracked = varying_axes(x) & set(axis_names(reduction.axis_name))
     if known_origin is None or varying_axes(known_origin) & tracked:
-        # The local sums do not wait for this collective; only the joining does.
+        # The local sums do not wait for this collective; only the merge does.
         offers = (count > 0).astype(dtype)
         total, number = reduction.total(jnp.stack([offers * origin, offers]))
         common = round_once(total / jnp.maximum(number, 1))
@@ -271,13 +277,13 @@ def _merge_shared(
     fixed_count: int | None,
     origin: jax.Array | None,
 ) -> Moments:
-    """Join the devices' moments about one origin, in one collective.
+    """Merge the devices' moments about one origin, in one collective.
 
     Args:
-        local: of each device.
+        local: moments of each device.
         reduction: over the devices.
-        fixed_count: values per channel on each device, where all have as many.
-        origin: to check that it is the same on all devices; None where it is known.
+        fixed_count: values per channel on each device, if it is the same on all.
+        origin: to check that it is the same on all devices; None if that is known.
     """
     rows = [*_power_sums(local)]
     rows += [local.count] if fixed_count is None else []
@@ -291,7 +297,7 @@ def _merge_shared(
     joined = _from_sums(count, first, second, _least_digit(first.dtype))
     if origin is None:
         return joined
-    # Sums about different origins mean nothing: better a NaN than a wrong mean.
+    # Sums about different origins cannot be merged: a NaN is better than a wrong mean.
     wanted = devices * origin
     tolerance = devices * jnp.finfo(origin.dtype).eps * jnp.abs(wanted)
     equal = jnp.abs(rest[0] - wanted) <= tolerance
@@ -302,11 +308,11 @@ def _merge_shared(
 def _merge_about_zero(
     parts: Moments, total: Callable[[jax.Array], jax.Array]
 ) -> Moments:
-    """Join moments whose means are small beside their spread.
+    """Merge moments whose means are small compared with their spread.
 
-    `total` adds up, over the parts, an array that stacks three sums. Where the means
-    are taken about an origin close to all of them,
-    sum(n * (var + mean**2)) / n - mean**2 does not cancel.
+    `total` sums, over the parts, an array that stacks three sums. If the means are
+    taken about an origin close to all of them, sum(n * (var + mean**2)) / n - mean**2
+    does not cancel.
     """
     first, second = _power_sums(parts)
     count, first, second = total(jnp.stack([parts.count, first, second]))
@@ -314,7 +320,7 @@ def _merge_about_zero(
 
 
 def _power_sums(moments: Moments) -> tuple[jax.Array, jax.Array]:
-    """The sums of the values and of their squares."""
+    """The sum of the values and the sum of their squares."""
     second = moments.var + jnp.square(moments.mean)
     return moments.count * moments.mean, moments.count * second
 
@@ -325,8 +331,9 @@ def _from_sums(
     """Moments from the sums of weights, values and squares.
 
     The difference of squares has no digits left below `least_digit` * mean^2. A
-    variance that was lost is taken to be that, and not zero: an output that is too
-    small for a while trains on, one that is a thousand times too large does not.
+    variance that was lost to rounding is set to this bound and not to zero: training
+    goes on if an output is too small for a while, but not if it is a thousand times too
+    large.
     """
     divisor = safe_count(count)
     mean = first / divisor
@@ -336,12 +343,12 @@ def _from_sums(
 
 
 def _least_digit(dtype) -> float:
-    """The part of a square that is still seen beside it."""
+    """The smallest relative part of a square that still changes it when added."""
     return float(jnp.finfo(dtype).eps)
 
 
 def safe_count(count: jax.Array) -> jax.Array:
-    """A count to divide by: 1 where nothing was counted."""
+    """A count that is safe to divide by: 1 where nothing was counted."""
     return lax.select(count > 0, count, jnp.ones_like(count))
 
 
@@ -351,12 +358,11 @@ def mask_to_bool(mask: jax.Array) -> jax.Array:
 
 
 def round_once(value: jax.Array) -> jax.Array:
-    """Round to three binary digits less, which makes one number of a quotient.
+    """Round to three binary digits fewer, so that a quotient is one number everywhere.
 
-    XLA computes a quotient again in each fusion that uses it, there inside fused
-    multiply-adds, where it is not rounded: two uses see two numbers, which differ by
-    |mean| * 2^-24. What is rounded to fewer digits explicitly is the same number in
-    every fusion.
+    XLA recomputes a quotient in each fusion that uses it, inside fused multiply-adds
+    that do not round it: two uses see two numbers, which differ by abs(mean) * 2^-24. A
+    number that is explicitly rounded to fewer digits is the same in every fusion.
     """
     finfo = jnp.finfo(value.dtype)
     return lax.reduce_precision(value, finfo.nexp, finfo.nmant - 3)
@@ -385,7 +391,7 @@ def _moments_reference(x, mask, known_origin, *, reduction, dtype):
 def _moments_on_one_device(
     x, mask, _, *, reduction, dtype, cut=lambda x, part: part(x), sums=sum_terms
 ):
-    """The same about the first row, which lies in memory where sums do not fuse."""
+    """The same about the first row, which is in memory because the sums do not fuse."""
     if mask is not None:
         return _moments_reference(x, mask, None, reduction=reduction, dtype=dtype)
     axes, strides = reduction.axes, None
@@ -394,7 +400,7 @@ def _moments_on_one_device(
         axes, strides = axes[1:], [reduction.group_size] + [1] * (x.ndim - 1)
         sizes[0] = x.shape[0]
     first_row = cut(x, lambda x: lax.slice(x, [0] * x.ndim, sizes, strides))
-    # A copy of its own: read from `x` again, it would keep `x` from being replaced.
+    # A copy: a row that is read from `x` again would keep `x` from being replaced.
     first_row = lax.optimization_barrier(lax.squeeze(first_row, axes).astype(dtype))
     return _moments_about(x, None, first_row, reduction, dtype, sums=sums)
 
@@ -434,7 +440,7 @@ def _moments_about(x, mask, origin, reduction, dtype, least_digit=0.0, sums=sum_
     origin = lax.stop_gradient(origin)
     found = _sums_about(x, mask, origin, reduction, dtype, sums)
     moments = _from_sums(*found, least_digit)
-    # Whichever the origin is, it varies over the mesh axes that the moments vary over.
+    # The origin must vary over the same mesh axes as the moments, whichever it is.
     origin = origin + jnp.zeros_like(moments.count)
     return [origin, moments.mean, moments.var, moments.count]
 
@@ -449,7 +455,7 @@ def _sums_about(x, mask, origin, reduction, dtype, sums=sum_terms):
         return distance, jnp.square(distance)
 
     def weighted_powers(x, origin):
-        # What is hidden may be NaN, or overflow when squared.
+        # A masked value may be NaN, or overflow when squared.
         distance = jnp.where(counted, powers(x, origin)[0], 0)
         return weights * distance, weights * jnp.square(distance)
 
@@ -468,7 +474,7 @@ def _sums_about(x, mask, origin, reduction, dtype, sums=sum_terms):
 def complex_moments(
     x: jax.Array, mask: jax.Array | None, reduction: Reduction
 ) -> Moments:
-    """The complex mean and the real variance of |x - mean|, in two passes."""
+    """The complex mean and the real variance of abs(x - mean), in two passes."""
     dtype = jnp.promote_types(x.dtype, jnp.complex64)
     count, total, _ = _sums_about(x, mask, None, reduction, dtype)
     count, total = reduction.total(jnp.stack([count, total]))
@@ -480,7 +486,7 @@ def complex_moments(
 
 
 def checkpoint_named(statistics: Any) -> Any:
-    """The same arrays under the name by which a remat policy can save them."""
+    """The same arrays, under the name by which a remat policy can save them."""
     return jax.tree.map(lambda a: checkpoint_name(a, CHECKPOINT_NAME), statistics)
 
 

@@ -1,8 +1,8 @@
-"""Operations: one reference that defines each, and backends that compute it better.
+"""Operations: one reference that defines each, and backends that compute it faster.
 
-JAX's public API has no way to say "this function, but computed otherwise on a CPU, in
+JAX's public API has no way to say "this function, but computed differently on a CPU, in
 programs that XLA does not partition, with this transpose". So each operation is a
-primitive of its own, and this is the one file that knows JAX's internals.
+primitive of its own. This is the one file that depends on JAX's internals.
 """
 
 import functools
@@ -22,13 +22,13 @@ Computation = Callable[..., Sequence[jax.Array]]
 class OneDevice:
     """A backend that needs the whole array, and may call code of this process.
 
-    It is left out where XLA partitions the arrays of a program among devices, which
-    would make it see a part as the whole.
+    It is not used where XLA partitions the arrays of a program among devices, because
+    it would then see a part as the whole.
 
     Attributes:
-        compute: the same as the reference.
-        exported: likewise, for programs that are exported to run elsewhere, where
-            there is nothing to call but XLA; None for the reference.
+        compute: computes the same as the reference.
+        exported: likewise, for programs that are exported to run elsewhere and can call
+            XLA only; None for the reference.
     """
 
     compute: Computation
@@ -42,17 +42,17 @@ def operation(
     transpose: Callable[..., Any] | None = None,
     **backends: Computation | OneDevice,
 ) -> Callable[..., list[jax.Array]]:
-    """Make a function that computes what `reference` does, by a backend if it has one.
+    """Make a function that computes what `reference` does, by a backend if one fits.
 
-    Every transformation is that of the reference, but for a transpose that is given.
+    All transformations are those of the reference, except for a given transpose.
 
     Args:
         name: of the operation in a jaxpr.
         reference: the definition, in plain JAX. Static keywords must not hold arrays:
             JAX keeps them.
-        transpose: where the reference is linear in its last argument: takes the
-            cotangents, the arguments, the last of them as types, and the keywords;
-            returns the cotangents of the last.
+        transpose: for a reference that is linear in its last argument. It takes the
+            cotangents, the arguments (the last of them as types) and the keywords, and
+            returns the cotangents of the last argument.
         **backends: by platform ("cpu", "gpu", "tpu"), other ways to compute the same.
 
     Returns:
@@ -127,7 +127,7 @@ def _transpose(
     tree: Any,
     **static: Any,
 ) -> list[Any]:
-    """Cotangents of all the leaves; None for those that are known."""
+    """Cotangents of all the leaves; None for the leaves that are known."""
     cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
     *known, last = tree.unflatten(leaves)
     last = jax.tree.map(_type_of, last, is_leaf=ad.is_undefined_primal)
@@ -153,5 +153,5 @@ def _partitioned(context: Any) -> bool:
 
 
 def _exported(context: Any) -> bool:
-    """Whether the program is to run elsewhere, where it can call XLA alone."""
+    """Whether the program will run elsewhere, where it can call XLA only."""
     return context.module_context.lowering_parameters.for_export

@@ -15,38 +15,45 @@ __all__ = ["BatchNorm"]
 
 
 class BatchNorm(eqx.nn.StatefulLayer):
-    """Batch normalization, in place of equinox.nn.BatchNorm.
+    r"""Batch normalization, a drop-in replacement for equinox.nn.BatchNorm.
 
-    y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual), of one
-    example inside a `jax.vmap` (or `jax.pmap`) that names the axis of the batch. In
-    training the mean and variance are those of all examples of `axis_name`; the running
-    ones, in the `eqx.nn.State`, become momentum * old + (1 - momentum) * batch. They
-    start at mean 0 and variance 1, as in PyTorch and Flax, and are float32 also where
-    `dtype` is of half precision. The output has the dtype of `x`.
+    $$
+    y = f\left(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
+    $$
+
+    as in `bnjax.batch_norm`, with weight $\gamma$, bias $\beta$, activation $f$ and
+    residual $r$. The layer sees one example, inside a `jax.vmap` (or `jax.pmap`) that
+    names the axis of the batch. The output has the dtype of `x`.
+
+    In training, the mean and variance are those of all examples of `axis_name`. The
+    running statistics are in the `eqx.nn.State`. They start at mean 0 and variance 1,
+    as in PyTorch and Flax, and become momentum * old + (1 - momentum) * batch. They are
+    float32 even if `dtype` is half precision.
 
     Args:
         input_size: number of channels, the first dimension of `x`.
         axis_name: name of the axis of the batch in `jax.vmap` or `jax.pmap`, or a
-            sequence of names: those of nested maps, whose examples are one batch.
-        eps: added to the variance; positive.
-        channelwise_affine: whether there are a weight and a bias.
+            sequence of names of nested maps whose examples are one batch.
+        eps: $\epsilon$, added to the variance; positive.
+        channelwise_affine: whether the layer has a weight and a bias.
         momentum: weight of the old statistics (PyTorch's 0.1 is 0.9 here).
-        inference: normalize by the running statistics and leave them as they are;
+        inference: normalize by the running statistics and leave them unchanged.
             `eqx.nn.inference_mode` sets it.
-        dtype: of the weight and the bias; JAX's default floating dtype if None.
-        mode: "batch", as Equinox recommends it. Equinox's "ema" is refused.
-        unbiased: keep the running variance with the m / (m - 1) of the paper and of
-            PyTorch; Equinox, and so the default, keeps the biased one.
-        use_fast_variance: take the sums about the running mean, in one collective in
-            place of two; some digits of the variance are lost while that mean is
-            hundreds of standard deviations off (see `bnjax.batch_norm`). False is
-            exact, as Equinox is.
-        activation: applied in the layer, with a derivative computed again from its
-            input: a name of jax.nn, such as "relu", or an elementwise function.
+        dtype: dtype of the weight and the bias; JAX's default floating dtype if None.
+        mode: "batch", which Equinox recommends. Equinox's "ema" is refused.
+        unbiased: True keeps the running variance with the factor $m / (m - 1)$ of the
+            paper and of PyTorch. False, the default, keeps the biased variance, as
+            Equinox does.
+        use_fast_variance: True takes the sums about the running mean, in one collective
+            instead of two. Digits of the variance are lost while the running mean is
+            hundreds of standard deviations away from the mean of the batch (see
+            `bnjax.batch_norm`). False, the default, is exact, as Equinox is.
+        activation: applied in the layer: a name of jax.nn, such as "relu", or an
+            elementwise function. Its derivative is recomputed from the layer's input.
 
     Raises:
-        TypeError, ValueError, NameError, NotImplementedError: as bnjax.batch_norm, with
-            the number of features of the layer.
+        TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`,
+            with the number of features of the layer.
 
     Examples:
         >>> import equinox as eqx, jax, jax.numpy as jnp
@@ -69,9 +76,10 @@ class BatchNorm(eqx.nn.StatefulLayer):
     weight: jax.Array | None
     bias: jax.Array | None
     state_index: eqx.nn.StateIndex[functional.BatchStats]
-    # A leaf of the tree, which eqx.nn.inference_mode replaces.
+    # A leaf of the tree, because eqx.nn.inference_mode replaces it.
     inference: bool
-    # Static, since a name is no array: github.com/patrick-kidger/equinox/issues/1074.
+    # Static, because a name is not an array:
+    # github.com/patrick-kidger/equinox/issues/1074.
     axis_name: Any = eqx.field(static=True)
     input_size: int = eqx.field(static=True)
     eps: float = eqx.field(static=True)
@@ -103,7 +111,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
                 f"{layer}: mode={mode!r}; expected 'batch'. Equinox's 'ema' normalizes "
                 "by the running statistics in training, which is unstable "
                 "(https://github.com/patrick-kidger/equinox/issues/659). To normalize "
-                "by the old running statistics and move them, call the layer with "
+                "by the old running statistics and update them, call the layer with "
                 "inference=True, update_stats=True."
             )
         if axis_name is None:
@@ -118,7 +126,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         self.state_index = eqx.nn.StateIndex(
             functional.BatchStats(
                 mean=jnp.zeros(input_size, dtype),
-                # That of complex inputs is real.
+                # The variance of complex inputs is real.
                 var=jnp.ones(input_size, jnp.finfo(dtype).dtype),
             )
         )
@@ -146,20 +154,21 @@ class BatchNorm(eqx.nn.StatefulLayer):
         residual: jax.Array | None = None,
         update_stats: bool | None = None,
     ) -> tuple[jax.Array, eqx.nn.State]:
-        """Normalize one example and, in training, move the running statistics.
+        """Normalize one example and, in training, update the running statistics.
 
         Args:
             x: shape (input_size, dim_1, ..., dim_N), of any floating dtype.
             state: holds the running statistics.
             key: ignored, as in Equinox.
-            inference: wins over the attribute that the constructor and
+            inference: overrides the attribute that the constructor and
                 `eqx.nn.inference_mode` set.
             mask: which values of the example count: booleans or weights that broadcast
                 to `x`; a scalar for the whole example.
             residual: added before the activation; shape of `x`.
-            update_stats: whether the running statistics move; None for in training
-                alone. False in training normalizes by the batch and leaves them; True
-                in inference normalizes by the old ones and moves them.
+            update_stats: whether to update the running statistics; None updates them in
+                training only. False in training normalizes by the batch and leaves them
+                unchanged. True in inference normalizes by the old statistics and
+                updates them.
 
         Returns:
             The output, of the shape and dtype of `x`, and the new state.
@@ -171,8 +180,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
         if isinstance(inference, jax.core.Tracer):
             raise TypeError(
                 f"{layer}: inference is a traced value; expected a Python bool. "
-                "Compile with eqx.filter_jit in place of jax.jit, which leaves what is "
-                "no array as it is."
+                "Compile with eqx.filter_jit instead of jax.jit: it does not trace "
+                "values that are not arrays."
             )
         batch_stats = state.get(self.state_index)
         with _validate.naming(layer):
@@ -195,7 +204,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
                 residual=residual,
             )
         if new is not batch_stats:
-            # Of float64 inputs the layer keeps what it has room for.
+            # The state keeps its own dtype, also for float64 inputs.
             state = state.set(
                 self.state_index, jax.tree.map(_as_kept, batch_stats, new)
             )
@@ -203,7 +212,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
 
 
 def _as_kept(old: jax.Array, new: jax.Array) -> jax.Array:
-    """`new` in the dtype of `old`, but no complex mean in a real one: `set` says so."""
+    """`new` in the dtype of `old`; complex values stay complex, for `set` to refuse."""
     if jnp.iscomplexobj(new) and not jnp.iscomplexobj(old):
         return new
     return new.astype(old.dtype)

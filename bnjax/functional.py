@@ -61,67 +61,80 @@ def batch_norm(
     residual: jax.Array | None = None,
     dtype=None,
 ) -> tuple[jax.Array, BatchStats]:
-    """Batch normalization, in training or in inference.
+    r"""Batch normalization, in training or in inference.
 
-    y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual), with the
-    mean and the biased variance of the batch in training, and the running ones where
-    `use_running_average`. In training the new statistics are
-    momentum * old + (1 - momentum) * batch, the variance times m / (m - 1) where
-    `unbiased`, m being the number of values per channel on all devices that share.
+    $$
+    y = f\left(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
+    $$
+
+    with `scale` $\gamma$, `bias` $\beta$, `activation` $f$ and `residual` $r$. In
+    training, $\mu$ and $\sigma^2$ are the mean and the biased variance of the batch.
+    With `use_running_average`, they are the running statistics.
+
+    In training, each running statistic becomes momentum * old + (1 - momentum) * batch.
+    With `unbiased`, the variance of the batch is first multiplied by $m / (m - 1)$,
+    where $m$ is the number of values per channel on all devices that share statistics.
+
+    The mean of complex inputs is complex. Their variance is the mean of
+    $\lvert x - \mu \rvert^2$, which is real.
 
     Args:
-        x: input, of any shape and floating dtype. Of rank 2 or more in training,
-            unless each device of `axis_name` has one example.
-        scale: gamma, shape (features,); None for ones.
-        bias: beta, shape (features,); None for zeros.
+        x: input, of any shape and floating dtype. Training needs rank 2 or more, unless
+            each device of `axis_name` has one example.
+        scale: $\gamma$, shape (features,); None for ones.
+        bias: $\beta$, shape (features,); None for zeros.
         batch_stats: running statistics, float32 (float64 for float64 input), shape
             (features,).
-        use_running_average: normalize by `batch_stats`, and leave them as they are
-            unless `update_stats` says otherwise.
-        axis: the feature axis or axes of `x`; the statistics are over the others.
+        use_running_average: normalize by `batch_stats`, and leave them unchanged unless
+            `update_stats` is True.
+        axis: the feature axis or axes of `x`. The statistics are taken over all other
+            axes.
         momentum: weight of the old statistics, in [0, 1]. PyTorch's momentum is the
-            weight of the new ones: its 0.1 is 0.9 here.
-        epsilon: added to the variance; positive.
-        unbiased: the paper's and PyTorch's running variance; False gives Flax's.
-        update_stats: whether the statistics move towards those of the batch; None for
-            in training alone. False in training normalizes by the batch and returns
-            `batch_stats` as they are; True with `use_running_average` normalizes by
-            the old statistics and returns the new ones.
-        use_fast_variance: True takes the sums about `batch_stats.mean` where that saves
+            weight of the new statistics: 0.1 there is 0.9 here.
+        epsilon: $\epsilon$, added to the variance; positive.
+        unbiased: True keeps the running variance of the paper and of PyTorch, False
+            that of Flax.
+        update_stats: whether to update the statistics; None updates them in training
+            only. False in training normalizes by the batch and returns `batch_stats`
+            unchanged. True with `use_running_average` normalizes by the old statistics
+            and returns the new ones.
+        use_fast_variance: True takes the sums about `batch_stats.mean` where this saves
             a pass over `x` (on a TPU) or a collective (with `axis_name`, and under jit
             with sharded arrays). The relative error of the variance is then about
-            4e-7 * (1 + (batch mean - running mean)^2 / var): some digits are lost while
-            the running mean is still hundreds of standard deviations off. False gives
-            exact moments everywhere, at that cost.
-        mask: which values count, of the rank of `x`, each dimension 1 or that of `x`:
-            booleans, or weights that count as repeats. All values are normalized; those
-            hidden change no statistics, even if NaN. Not differentiated. Where the
-            weights add up to 1 or less, the running statistics stay as they are.
+            $4 \cdot 10^{-7} (1 + d^2 / \sigma^2)$, where $d$ is the difference between
+            the running mean and the mean of the batch: digits are lost only while $d$
+            is still hundreds of standard deviations. False gives exact moments
+            everywhere, at that cost.
+        mask: which values count: booleans, or weights that count as repeats. The mask
+            has the rank of `x`, and each dimension is 1 or that of `x`. All values are
+            normalized. Masked values do not change the statistics, even if they are
+            NaN. The mask is not differentiated. If the weights of a channel add up to 1
+            or less, its running statistics stay unchanged.
         axis_name: axis or axes of an enclosing pmap, vmap or shard_map whose devices
-            share statistics, in one collective forward and one backward. All must have
-            the same `batch_stats`: where they differ, the new mean is NaN. Not for jit
-            with sharded arrays, where the statistics are those of the global batch
-            without it.
+            share statistics, with one collective in the forward pass and one in the
+            backward pass. `batch_stats` must be equal on all these devices; if they
+            differ, the new mean is NaN. Do not pass it under jit with sharded arrays:
+            the statistics are those of the global batch without it.
         axis_index_groups: groups of indices of that axis that share statistics.
         activation: a name of jax.nn, such as "relu", or an elementwise function. It is
-            applied in float32 (float64 for float64 input), and its derivative computed
-            again from `x`. Outside jit, pass a function that was defined once: each
-            new lambda is compiled anew, and kept.
-        residual: added before the activation; shape of `x`.
-        dtype: of the output; that of `x` if None. Sums are float32 or float64 always.
-
-    The mean of complex inputs is complex, their variance that of |x - mean|.
+            applied in float32 (float64 for float64 input), and its derivative is
+            recomputed from `x`. Outside jit, pass a function that was defined once:
+            each new lambda is compiled again, and its compiled program stays in memory.
+        residual: $r$, added before the activation; shape of `x`.
+        dtype: dtype of the output; that of `x` if None. Sums are always float32 or
+            float64.
 
     Returns:
         The output, of the shape of `x`, and the new BatchStats.
 
     Raises:
-        TypeError: for integer arrays, a momentum or epsilon that is no number, or a
-            traced flag.
-        ValueError: for shapes that do not fit, one value per channel in training, an
-            unknown activation, momentum or epsilon out of range.
-        NameError: for an `axis_name` that is not bound.
-        NotImplementedError: for `axis_index_groups` where JAX has none.
+        TypeError: if an array has an integer dtype, if momentum or epsilon is not a
+            number, or if a flag is a traced value.
+        ValueError: if shapes do not fit, if there is one value per channel in training,
+            if the activation is unknown, or if momentum or epsilon is out of range.
+        NameError: if `axis_name` is not bound.
+        NotImplementedError: if JAX does not support `axis_index_groups` in this
+            context.
 
     Examples:
         >>> import jax.numpy as jnp, bnjax
@@ -197,35 +210,41 @@ def normalize_batch(
     virtual_batch_size: int | None = None,
     dtype=None,
 ) -> tuple[jax.Array, Moments]:
-    """Normalize by the moments of the batch, and return these too.
+    r"""Normalize by the moments of the batch, and return the moments too.
 
-    y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual), with the
-    mean and biased variance that are returned. With `update_batch_stats` it makes up
-    `batch_norm` in training.
+    $$
+    y = f\left(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
+    $$
+
+    where the mean $\mu$ and the biased variance $\sigma^2$ are the returned moments.
+    `batch_norm` in training is this function followed by `update_batch_stats`.
 
     Args:
         x: input, as in `batch_norm`.
-        scale: gamma, shape (features,); None for ones.
-        bias: beta, shape (features,); None for zeros.
-        origin: what the mean is expected to be, such as the running mean, shape
-            (features,); equal on all devices of `axis_name`. The sums are taken about
-            it where that saves a pass over `x` or a collective, as with
-            `use_fast_variance` in `batch_norm`. None gives exact moments.
-        axis: the feature axis or axes of `x`; the statistics are over the others.
-        epsilon: added to the variance; positive.
+        scale: $\gamma$, shape (features,); None for ones.
+        bias: $\beta$, shape (features,); None for zeros.
+        origin: an estimate of the mean, such as the running mean, shape (features,);
+            equal on all devices of `axis_name`. The sums are taken about it where this
+            saves a pass over `x` or a collective, as with `use_fast_variance` in
+            `batch_norm`. None gives exact moments.
+        axis: the feature axis or axes of `x`. The statistics are taken over all other
+            axes.
+        epsilon: $\epsilon$, added to the variance; positive.
         mask: which values count, as in `batch_norm`.
         axis_name: axis or axes whose devices share statistics, as in `batch_norm`.
         axis_index_groups: groups of that axis, as in `batch_norm`.
-        activation: as in `batch_norm`.
-        residual: added before the activation; shape of `x`.
-        virtual_batch_size: so many consecutive examples are normalized together, a
-            divisor of the first axis of `x`, which is not a feature axis; None for all.
-        dtype: of the output; that of `x` if None.
+        activation: $f$, as in `batch_norm`.
+        residual: $r$, added before the activation; shape of `x`.
+        virtual_batch_size: number of consecutive examples that are normalized together.
+            It divides the first axis of `x`, which must not be a feature axis. None for
+            all examples.
+        dtype: dtype of the output; that of `x` if None.
 
     Returns:
-        The output, of the shape of `x`, and the Moments of the batch: of all devices
-        that share, where there are several. With `virtual_batch_size` those of each
-        group, of shape (groups, features).
+        The output, of the shape of `x`, and the Moments of the batch. If devices share
+        statistics, the moments are those of all these devices. With
+        `virtual_batch_size`, the moments are those of each group, of shape (groups,
+        features).
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as `batch_norm`.
@@ -279,7 +298,7 @@ def _normalize_batch(
             "axis_name, or pass use_running_average=True."
         )
     if jnp.issubdtype(transform.compute_dtype, jnp.complexfloating):
-        # Rare enough to be left to JAX's own derivative.
+        # Complex inputs are rare: JAX's own derivative is enough.
         batch = complex_moments(operands.x, operands.mask, reduction)
         return normalize_by(transform, operands, batch.mean, batch.var), batch
     x = checkpoint_name(operands.x, _INPUT_NAME)
@@ -292,7 +311,7 @@ def _normalize_batch(
 def _known_origin(origin: jax.Array | None, transform: Transform) -> jax.Array | None:
     if origin is None:
         return None
-    # A running mean that is lost must not make every output NaN from then on.
+    # A running mean that is not finite must not make every later output NaN.
     origin = jnp.where(jnp.isfinite(origin), origin, 0)
     return lax.stop_gradient(origin.astype(transform.compute_dtype))
 
@@ -305,21 +324,27 @@ def moments(
     axis_name: AxisName | None = None,
     axis_index_groups: AxisIndexGroups | None = None,
 ) -> Moments:
-    """Mean, biased variance and count of a batch, exact at any ratio of mean to spread.
+    r"""Mean, biased variance and count of a batch, exact for any ratio of mean to std.
 
-    mean = sum(w * x) / sum(w), var = sum(w * (x - mean)**2) / sum(w), count = sum(w),
-    about a value close to the mean.
+    $$
+    \mu = \frac{\sum_i w_i x_i}{n}, \quad
+    \sigma^2 = \frac{\sum_i w_i (x_i - \mu)^2}{n}, \quad n = \sum_i w_i
+    $$
+
+    with the weights $w_i$ of the mask, or 1. The sums are taken about a value close to
+    the mean.
 
     Args:
         x: input, as in `batch_norm`.
-        axis: the feature axis or axes of `x`; the statistics are over the others.
+        axis: the feature axis or axes of `x`. The statistics are taken over all other
+            axes.
         mask: which values count, as in `batch_norm`.
         axis_name: axis or axes whose devices share statistics, as in `batch_norm`.
         axis_index_groups: groups of that axis, as in `batch_norm`.
 
     Returns:
-        Moments of float32 (float64 for float64 input), of shape (features,); those of
-        nothing at all are mean 0, variance 0, count 0.
+        Moments in float32 (float64 for float64 input), of shape (features,). If no
+        value counts, the mean, the variance and the count are 0.
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as `batch_norm`.
@@ -371,22 +396,24 @@ def normalize(
     residual: jax.Array | None = None,
     dtype=None,
 ) -> jax.Array:
-    """Normalize by given statistics: one affine map of each channel.
+    r"""Normalize by given statistics: one affine map of each channel.
 
-    y = activation((x - mean) * (scale / sqrt(var + epsilon)) + bias + residual).
+    $$
+    y = f\left((x - \mu) \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
+    $$
 
     Args:
         x: input, of any shape and floating dtype.
-        mean: shape (features,).
-        var: biased or unbiased variance, shape (features,).
-        scale: gamma, shape (features,); None for ones.
-        bias: beta, shape (features,); None for zeros.
+        mean: $\mu$, shape (features,).
+        var: $\sigma^2$, biased or unbiased, shape (features,).
+        scale: $\gamma$, shape (features,); None for ones.
+        bias: $\beta$, shape (features,); None for zeros.
         axis: the feature axis or axes of `x`.
-        epsilon: added to the variance; positive.
-        mask: as in `batch_norm`; what it hides adds no NaN to gradients.
-        activation: as in `batch_norm`.
-        residual: added before the activation; shape of `x`.
-        dtype: of the output; that of `x` if None.
+        epsilon: $\epsilon$, added to the variance; positive.
+        mask: as in `batch_norm`. Masked values add no NaN to gradients.
+        activation: $f$, as in `batch_norm`.
+        residual: $r$, added before the activation; shape of `x`.
+        dtype: dtype of the output; that of `x` if None.
 
     Returns:
         The output, of the shape of `x`.
@@ -429,23 +456,29 @@ def update_batch_stats(
     momentum: float | jax.Array = 0.99,
     unbiased: bool = True,
 ) -> BatchStats:
-    """Move running statistics towards those of a batch.
+    r"""Move running statistics towards those of a batch.
 
-    mean <- momentum * mean + (1 - momentum) * batch.mean, and var likewise with
-    batch.var * m / (m - 1) where `unbiased`, m = batch.count. Where m <= 1 the old
-    statistics stay, because one value has no spread.
+    $$
+    \mu \leftarrow \rho \mu + (1 - \rho) \mu_B, \quad
+    \sigma^2 \leftarrow \rho \sigma^2 + (1 - \rho) \frac{m}{m - 1} \sigma_B^2
+    $$
+
+    with `momentum` $\rho$ and the batch's mean $\mu_B$, biased variance $\sigma_B^2$
+    and count $m$. The factor $m / (m - 1)$ is there only with `unbiased`. If $m \le 1$,
+    the old statistics stay unchanged, because one value has no spread.
 
     Args:
         batch_stats: the old statistics, of shape (features,).
-        batch: Moments of all the values the statistics are to learn from.
+        batch: Moments of all the values of this update.
         momentum: weight of the old statistics, in [0, 1].
-        unbiased: the paper's and PyTorch's variance; False gives Flax's.
+        unbiased: True keeps the variance of the paper and of PyTorch, False that of
+            Flax.
 
     Returns:
         The new BatchStats, float64 if either argument is, else float32.
 
     Raises:
-        ValueError: for a momentum out of range or shapes that differ.
+        ValueError: if the momentum is out of range or the shapes differ.
 
     Examples:
         >>> import jax.numpy as jnp, bnjax
@@ -475,8 +508,7 @@ def update_batch_stats(
         old = jnp.asarray(old)
         dtype = _validate.promoted(old.dtype, new.dtype)
         old, new = old.astype(dtype), new.astype(dtype)
-        # A momentum of 1 where there is too little to learn from, whose moments may be
-        # NaN besides.
+        # A momentum of 1 where a channel has too few values: its moments may be NaN.
         one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
         keep = jnp.where(enough, jnp.asarray(momentum, dtype), one)
         take = jnp.where(enough, jnp.asarray(1 - momentum, dtype), zero)
@@ -486,12 +518,16 @@ def update_batch_stats(
 
 
 def checkpoint_policy(*args, **params) -> bool:
-    """Policy for `jax.checkpoint`: keep what batch norm is given, and its statistics.
+    """Policy for `jax.checkpoint` that keeps the inputs and statistics of batch norm.
 
-    Of a network of convolutions, BN and activations, the backward pass then keeps the
-    outputs of the convolutions and computes the activations again, from these and from
-    the statistics. No convolution and no collective is computed twice. It goes with
-    `jax.checkpoint`, `nn.remat` and `nnx.remat`.
+    In a network of convolutions, batch normalization and activations, the backward pass
+    then keeps the outputs of the convolutions. It recomputes the activations from these
+    outputs and from the statistics. No convolution and no collective is computed twice.
+    The policy works with `jax.checkpoint`, `nn.remat` and `nnx.remat`.
+
+    Args:
+        *args: given by JAX.
+        **params: given by JAX.
 
     Returns:
         Whether JAX keeps the value.
@@ -527,7 +563,7 @@ def _prepare(
     virtual_batch_size=None,
     dtype=None,
 ) -> tuple[Transform, Operands]:
-    """Check every argument and sort them into static ones and arrays."""
+    """Check all arguments, and split them into static values and arrays."""
     x = _validate.as_input(x)
     dtype = _validate.as_dtype(dtype, x.dtype)
     features, reduction_axes = _validate.split_axes(x.shape, axis)

@@ -18,42 +18,54 @@ __all__ = ["BatchNorm"]
 
 
 class BatchNorm(hk.Module):
-    """Batch normalization, in place of haiku.BatchNorm.
+    r"""Batch normalization, a drop-in replacement for haiku.BatchNorm.
 
-    y = activation(scale * (x - mean) / sqrt(var + eps) + offset + residual). Keywords,
-    names and shapes of the parameters and of the state, and what these mean are those
-    of haiku.BatchNorm: parameters and state of one load into the other.
+    $$
+    y = f\left(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
+    $$
 
-    The state holds, for the mean and the variance each, `hidden`, which becomes
-    decay_rate * hidden + (1 - decay_rate) * batch and starts at 0, the `counter` n of
-    updates, and `average` = hidden / (1 - decay_rate**n), by which inference
-    normalizes: after one update it is the batch's own. Before the first, it is mean 0
-    and variance 1. The state is float32 (float64 for float64 input) also for inputs of
-    half precision and under a policy of `hk.mixed_precision`.
+    as in `bnjax.batch_norm`, with scale $\gamma$, offset $\beta$, activation $f$ and
+    residual $r$. Keywords and their meaning, and the names and shapes of the parameters
+    and of the state, are those of haiku.BatchNorm: parameters and state of one module
+    load into the other.
+
+    For the mean and the variance each, the state holds
+
+    - `hidden`, which starts at 0 and becomes decay_rate * hidden + (1 - decay_rate) *
+      batch;
+    - `counter`, the number $n$ of updates;
+    - `average` = hidden / (1 - decay_rate^n), the statistics for inference. After the
+      first update, these are the statistics of the batch itself. Before it, they are
+      mean 0 and variance 1.
+
+    The state is float32 (float64 for float64 input), also for inputs of half precision
+    and under a policy of `hk.mixed_precision`.
 
     Args:
         create_scale: whether there is a trainable scale.
         create_offset: whether there is a trainable offset.
-        decay_rate: weight of the old statistics (PyTorch's momentum of 0.1 is 0.9).
-        eps: added to the variance; positive.
+        decay_rate: weight of the old statistics (PyTorch's momentum of 0.1 is 0.9
+            here).
+        eps: $\epsilon$, added to the variance; positive.
         scale_init: initializer of the scale; ones if None.
         offset_init: initializer of the offset; zeros if None.
-        axis: axes to take the statistics over; all but the channels if None.
+        axis: axes to take the statistics over; all except the channels if None.
         cross_replica_axis: axis or axes of an enclosing pmap, vmap or shard_map whose
-            members share statistics, nested ones too. `init` needs none of them.
+            members share statistics, also nested ones. `init` needs none of them.
         cross_replica_axis_index_groups: groups of that axis.
         data_format: "channels_last", "channels_first", "N...C" or "NC...".
-        name: of the module.
-        unbiased: keep the variance with the m / (m - 1) of the paper and of PyTorch;
-            Haiku, and so the default, keeps the biased one.
-        use_fast_variance: False is exact everywhere; True, the default, on one CPU or
-            GPU (see `bnjax.batch_norm`).
-        activation: applied in the layer, with a derivative computed again from its
-            input: a name of jax.nn, such as "relu", or an elementwise function.
+        name: name of the module.
+        unbiased: True keeps the running variance with the factor $m / (m - 1)$ of the
+            paper and of PyTorch. False, the default, keeps the biased variance, as
+            Haiku does.
+        use_fast_variance: False is exact everywhere. True, the default, is exact on one
+            CPU or GPU (see `bnjax.batch_norm`).
+        activation: applied in the layer: a name of jax.nn, such as "relu", or an
+            elementwise function. Its derivative is recomputed from the layer's input.
 
     Raises:
-        TypeError, ValueError, NameError, NotImplementedError: as bnjax.batch_norm, with
-            the name of the module.
+        TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`,
+            with the name of the module.
 
     Examples:
         >>> import haiku as hk, jax.numpy as jnp
@@ -72,7 +84,7 @@ class BatchNorm(hk.Module):
 
     References:
         Ioffe & Szegedy (2015), Algorithms 1 and 2; Kingma & Ba (2015), section 3, for
-        the division by 1 - decay_rate**n.
+        the division by 1 - decay_rate^n.
     """
 
     def __init__(
@@ -134,21 +146,22 @@ class BatchNorm(hk.Module):
         residual: jax.Array | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
-        """Normalize `inputs` and, in training, move the statistics.
+        """Normalize `inputs` and, in training, update the statistics.
 
         Args:
             inputs: of any shape and floating dtype.
-            is_training: normalize by the batch and move the statistics.
+            is_training: normalize by the batch and update the statistics.
             test_local_stats: normalize by the batch although `is_training` is False.
             scale: broadcasts to `inputs`; not with create_scale=True. It may differ
                 between examples, as in conditional normalization.
-            offset: as `scale`.
-            mask: which values count: booleans or weights that broadcast to `inputs`;
-                of its rank where they could be taken for one entry per example.
+            offset: as `scale`, with create_offset.
+            mask: which values count: booleans or weights that broadcast to `inputs`.
+                The mask must have the rank of `inputs` if it could also be read as one
+                entry per example.
             residual: added before the activation; shape of `inputs`.
-            update_stats: whether the statistics move; None for in training alone. False
-                in training normalizes by the batch and leaves them; True elsewhere
-                moves them too.
+            update_stats: whether to update the statistics; None updates them in
+                training only. False in training normalizes by the batch and leaves them
+                unchanged. True outside of training updates them too.
 
         Returns:
             The output, of the shape and dtype of `inputs`.
@@ -188,7 +201,7 @@ class BatchNorm(hk.Module):
         )
 
         initializing = hk.running_init()
-        # Too little to train on, but enough to make the variables from.
+        # Too few values to train on, but enough to create the variables.
         single = initializing and x.size <= average.mean.size
         if update_stats is None:
             update_stats = is_training
@@ -226,7 +239,7 @@ class BatchNorm(hk.Module):
 
 
 class _Averaged(NamedTuple):
-    """The state of a moving average, under the names of haiku's own."""
+    """The state of a moving average, under the names of Haiku's own state."""
 
     counter: jax.Array
     hidden: jax.Array
@@ -234,14 +247,14 @@ class _Averaged(NamedTuple):
 
 
 class _MovingAverage(hk.Module):
-    """The state of haiku.ExponentialMovingAverage, with a start for its average."""
+    """The state of haiku.ExponentialMovingAverage, with an initial average."""
 
     def __init__(self, start: hk.initializers.Initializer, name: str):
         super().__init__(name=name)
         self.start = start
 
     def read(self, shape: tuple[int, ...], dtype: Any) -> _Averaged:
-        """The state, created in `dtype`; float32 where half precision was loaded."""
+        """The state, created in `dtype`; float32 if half precision was loaded."""
         hidden = hk.get_state("hidden", shape, dtype, init=jnp.zeros)
         average = hk.get_state("average", shape, dtype, init=self.start)
         dtype = _validate.promoted(hidden.dtype, jnp.float32)
@@ -251,17 +264,17 @@ class _MovingAverage(hk.Module):
     def write(
         self, old: _Averaged, counter: jax.Array, hidden: jax.Array, average: jax.Array
     ) -> None:
-        """Keep them, with the shapes and dtypes of what `read` gave."""
+        """Write the new values, with the shapes and dtypes of the result of `read`."""
         hk.set_state("counter", counter)
         for name, value in (("hidden", hidden), ("average", average)):
             hk.set_state(name, value.reshape(old.hidden.shape).astype(old.hidden.dtype))
 
 
-# No methods of the module: a policy of hk.mixed_precision would round their arguments.
+# Not methods of the module: a policy of hk.mixed_precision would round their arguments.
 
 
 def _unrounded(dtype: Any) -> contextlib.AbstractContextManager:
-    """A context in which a policy of hk.mixed_precision leaves the state as it is."""
+    """A context in which a policy of hk.mixed_precision does not round the state."""
     policy = hk.mixed_precision.current_policy()
     if policy is None:
         return contextlib.nullcontext()
@@ -272,14 +285,14 @@ def _unrounded(dtype: Any) -> contextlib.AbstractContextManager:
 def _feature_axes(
     shape: tuple[int, ...], axis: Sequence[int] | None, channel_index: int
 ) -> tuple[int, ...]:
-    """The axes that Haiku's `axis`, of those to reduce over, leaves."""
+    """The feature axes: all axes that Haiku's `axis` does not reduce over."""
     if axis is None:
         return _validate.split_axes(shape, channel_index)[0]
     _, features = _validate.split_axes(shape, axis)
     if not features:
         raise ValueError(
             f"batch_norm: axis={axis!r} takes the statistics over every axis of x of "
-            f"shape {shape}; expected to leave at least one, of features."
+            f"shape {shape}; expected at least one axis to be left, of features."
         )
     return features
 
@@ -297,7 +310,7 @@ def _normalize(
     shared: dict[str, Any],
     **options: Any,
 ) -> tuple[jax.Array, Moments | None]:
-    """The output, and the moments of the batch where it is normalized by these."""
+    """The output, and the moments of the batch if it is normalized by them."""
 
     def transform(scale=None, offset=None, **rest):
         if by_batch:
@@ -319,7 +332,7 @@ def _normalize(
             v if v is None else v.reshape(average.mean.shape) for v in affine
         )
         return transform(scale, offset, activation=activation, residual=residual)
-    # Conditional normalization: they differ between the values of a channel.
+    # Conditional normalization: scale and offset differ between values of a channel.
     scale, offset = affine
     dtype = _validate.promoted(x.dtype, jnp.float32)
     y, batch = transform(dtype=dtype)
@@ -336,15 +349,15 @@ def _normalize(
 def _broadcast(
     value: jax.Array, name: str, kept: tuple[int, ...], shape: tuple[int, ...]
 ) -> jax.Array:
-    """A scale or an offset with one value a feature, if it is so, else one for each."""
+    """A scale or offset with one value per feature if possible, else one per value."""
     value = _validate.as_input(value, name)
     for wanted in (kept, shape):
         pairs = zip(value.shape[::-1], wanted[::-1], strict=False)
         if value.ndim <= len(wanted) and all(n in (1, m) for n, m in pairs):
             return jnp.broadcast_to(value, wanted)
     raise ValueError(
-        f"batch_norm: {name} has shape {value.shape}; expected one that broadcasts to "
-        f"x of shape {shape}."
+        f"batch_norm: {name} has shape {value.shape}; expected a shape that broadcasts "
+        f"to x of shape {shape}."
     )
 
 
@@ -356,18 +369,18 @@ def _moved(
     decay_rate: float | jax.Array,
     unbiased: bool,
 ) -> tuple[BatchStats, BatchStats]:
-    """What is hidden and the average after update number `counter`."""
+    """The hidden state and the average after update number `counter`."""
     move = functools.partial(functional.update_batch_stats, hidden, momentum=decay_rate)
     moved = move(batch, unbiased=unbiased)
-    # A channel with too little to learn from (all of it may be masked) sees its average
-    # once more: the counter counts for it too, and the average stays what it is.
+    # A channel with too few values (all may be masked) is updated by its own average:
+    # the counter counts this channel too, and its average stays the same.
     again = move(
         Moments(average.mean, average.var, jnp.full_like(batch.count, 2)),
         unbiased=False,
     )
     enough = batch.count > 1
     new = jax.tree.map(lambda a, b: jnp.where(enough, a, b), moved, again)
-    # 1 - decay_rate**counter, which has few digits where the decay rate is close to 1.
+    # 1 - decay_rate**counter, which loses digits if the decay rate is close to 1.
     dtype = new.var.dtype
     log = jnp.log1p(jnp.asarray(decay_rate - 1, dtype))
     weight = -jnp.expm1(counter.astype(dtype) * log)

@@ -16,49 +16,57 @@ __all__ = ["BatchNorm", "ImmutableBatchStatsError"]
 
 
 class ImmutableBatchStatsError(errors.ModifyScopeVariableError):
-    """The running statistics were to change in a call that does not let them."""
+    """Training in a call that does not make the collection "batch_stats" mutable."""
 
     def __init__(self, layer: str):
-        # Not Flax's own, which adds a link to a page of Flax that does not exist.
+        # Not the constructor of Flax's error: its message links to a page that does not
+        # exist.
         Exception.__init__(
             self,
             f"{layer}: training updates the collection 'batch_stats', which is not "
             "mutable in this call. Write\n\n"
             "    y, updates = model.apply(variables, x, mutable=['batch_stats'])\n"
             "    batch_stats = updates['batch_stats']\n\n"
-            "and pass the new batch_stats to the next step; or, to evaluate, make "
+            "and pass the new batch_stats to the next step. To evaluate, pass "
             "use_running_average=True.",
         )
 
 
 class BatchNorm(nn.BatchNorm):
-    """Batch normalization, in place of flax.linen.BatchNorm.
+    r"""Batch normalization, a drop-in replacement for flax.linen.BatchNorm.
 
-    y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual). Names,
-    shapes and dtypes of the variables, keywords, defaults and dtypes are those of
-    flax.linen.BatchNorm: a checkpoint of one loads into the other.
+    $$
+    y = f\left(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
+    $$
 
-    `use_fast_variance=True`, the default, is exact on one CPU or GPU. On a TPU, and
-    where devices share statistics, it takes the sums about the running mean, and loses
-    digits only while that is hundreds of standard deviations off; False is exact
-    everywhere (see `bnjax.batch_norm`). With `force_float32_reductions=False` the
-    running statistics have the dtype of the parameters, as in Flax; the sums are taken
-    in float32 all the same.
+    as in `bnjax.batch_norm`, with scale $\gamma$, bias $\beta$, activation $f$ and
+    residual $r$. Keywords, defaults and dtypes, and the names, shapes and dtypes of the
+    variables, are those of flax.linen.BatchNorm: a checkpoint of one layer loads into
+    the other.
+
+    `use_fast_variance=True`, the default, is exact on one CPU or GPU. On a TPU, and if
+    devices share statistics, it takes the sums about the running mean. Digits are lost
+    only while the running mean is hundreds of standard deviations away from the mean of
+    the batch. False is exact everywhere (see `bnjax.batch_norm`).
+
+    With `force_float32_reductions=False` the running statistics have the dtype of the
+    parameters, as in Flax. The sums are taken in float32 in any case.
 
     Attributes:
-        unbiased: keep the running variance with the m / (m - 1) of the paper and of
-            PyTorch; Flax, and so the default, keeps the biased one.
-        activation: applied in the layer, with a derivative computed again from its
-            input: a name of jax.nn, such as "relu", or an elementwise function.
+        unbiased: True keeps the running variance with the factor $m / (m - 1)$ of the
+            paper and of PyTorch. False, the default, keeps the biased variance, as Flax
+            does.
+        activation: applied in the layer: a name of jax.nn, such as "relu", or an
+            elementwise function. Its derivative is recomputed from the layer's input.
 
-    The other attributes are those of flax.linen.BatchNorm; `momentum` is the weight of
-    the old statistics (PyTorch's 0.1 is 0.9 here), `mask` may also hold weights that
+    The other attributes are those of flax.linen.BatchNorm. `momentum` is the weight of
+    the old statistics (PyTorch's 0.1 is 0.9 here). `mask` may also hold weights that
     count as repeats.
 
     Raises:
         ImmutableBatchStatsError: in training without mutable=["batch_stats"].
-        TypeError, ValueError, NameError, NotImplementedError: as bnjax.batch_norm, with
-            the name of the layer.
+        TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`,
+            with the name of the layer.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -87,19 +95,20 @@ class BatchNorm(nn.BatchNorm):
         residual: jax.Array | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
-        """Normalize `x` and, in training, move the running statistics.
+        """Normalize `x` and, in training, update the running statistics.
 
         Args:
             x: input, of any shape and floating dtype.
-            use_running_average: normalize by the running statistics; may be given here
-                or to the constructor.
-            mask: which values count: booleans or weights that broadcast to `x`; of
-                its rank where they could be taken for one entry per example.
+            use_running_average: normalize by the running statistics. Pass it here or to
+                the constructor.
+            mask: which values count: booleans or weights that broadcast to `x`. The
+                mask must have the rank of `x` if it could also be read as one entry per
+                example.
             residual: added before the activation; shape of `x`.
-            update_stats: whether the running statistics move, which needs their
-                collection to be mutable; None for in training alone. False in training
-                normalizes by the batch and leaves them; True with
-                `use_running_average` normalizes by the old ones and moves them.
+            update_stats: whether to update the running statistics, which needs a
+                mutable collection; None updates them in training only. False in
+                training normalizes by the batch and leaves them unchanged. True with
+                `use_running_average` normalizes by the old statistics and updates them.
 
         Returns:
             The output, of the shape of `x`.
@@ -112,7 +121,7 @@ class BatchNorm(nn.BatchNorm):
             update_stats=update_stats,
         )
 
-    # A method that Flax wraps would be a row of its own in a table of the model.
+    # A method that Flax wraps would have its own row in a table of the model.
     @nn.nowrap
     def _call(
         self,
@@ -124,7 +133,7 @@ class BatchNorm(nn.BatchNorm):
         update_stats: bool | None,
         **variant: Any,
     ) -> jax.Array:
-        """What the layer does; a variant gives `_transform` options of its own."""
+        """What the layer does; a variant passes options of its own to `_transform`."""
         layer = f"BatchNorm layer {_validate.layer_name(self.path)}"
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
@@ -147,7 +156,7 @@ class BatchNorm(nn.BatchNorm):
             bias = self.param("bias", self.bias_init, param_shape, self.param_dtype)
 
         initializing = self.is_initializing()
-        # Too little to train on, but enough to make the variables from.
+        # Too few values to train on, but enough to create the variables.
         single = initializing and x.size <= math.prod(shape)
         if update_stats is None:
             update_stats = not use_running_average
@@ -205,5 +214,5 @@ class BatchNorm(nn.BatchNorm):
         batch_stats: functional.BatchStats,
         **options: Any,
     ) -> tuple[jax.Array, functional.BatchStats]:
-        """Apply `bnjax.batch_norm`; a variant of the layer has another."""
+        """Apply `bnjax.batch_norm`; a variant applies another function."""
         return functional.batch_norm(x, scale, bias, batch_stats, **options)

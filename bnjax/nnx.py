@@ -13,29 +13,35 @@ __all__ = ["BatchNorm"]
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch normalization, in place of flax.nnx.BatchNorm.
+    r"""Batch normalization, a drop-in replacement for flax.nnx.BatchNorm.
 
-    y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual). Names,
-    shapes and dtypes of the variables, keywords, defaults and dtypes are those of
-    flax.nnx.BatchNorm: a checkpoint of one loads into the other.
+    $$
+    y = f\left(\gamma \frac{x - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta + r\right)
+    $$
 
-    `use_fast_variance=True`, the default, is exact on one CPU or GPU. On a TPU, and
-    where devices share statistics, it takes the sums about the running mean, and loses
-    digits only while that is hundreds of standard deviations off; False is exact
-    everywhere (see `bnjax.batch_norm`).
+    as in `bnjax.batch_norm`, with scale $\gamma$, bias $\beta$, activation $f$ and
+    residual $r$. Keywords, defaults and dtypes, and the names, shapes and dtypes of the
+    variables, are those of flax.nnx.BatchNorm: a checkpoint of one layer loads into the
+    other.
+
+    `use_fast_variance=True`, the default, is exact on one CPU or GPU. On a TPU, and if
+    devices share statistics, it takes the sums about the running mean. Digits are lost
+    only while the running mean is hundreds of standard deviations away from the mean of
+    the batch. False is exact everywhere (see `bnjax.batch_norm`).
 
     Args:
         num_features: number of channels.
-        unbiased: keep the running variance with the m / (m - 1) of the paper and of
-            PyTorch; Flax, and so the default, keeps the biased one.
-        activation: applied in the layer, with a derivative computed again from its
-            input: a name of jax.nn, such as "relu", or an elementwise function.
-        **kwargs: those of flax.nnx.BatchNorm, `rngs` among them; `momentum` is the
-            weight of the old statistics (PyTorch's 0.1 is 0.9 here).
+        unbiased: True keeps the running variance with the factor $m / (m - 1)$ of the
+            paper and of PyTorch. False, the default, keeps the biased variance, as Flax
+            does.
+        activation: applied in the layer: a name of jax.nn, such as "relu", or an
+            elementwise function. Its derivative is recomputed from the layer's input.
+        **kwargs: the arguments of flax.nnx.BatchNorm, including `rngs`. `momentum` is
+            the weight of the old statistics (PyTorch's 0.1 is 0.9 here).
 
     Raises:
-        TypeError, ValueError, NameError, NotImplementedError: as bnjax.batch_norm, with
-            the number of features of the layer.
+        TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`,
+            with the number of features of the layer.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -71,18 +77,20 @@ class BatchNorm(nnx.BatchNorm):
         residual: jax.Array | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
-        """Normalize `x` and, in training, move the running statistics.
+        """Normalize `x` and, in training, update the running statistics.
 
         Args:
             x: input, of any shape and floating dtype.
-            use_running_average: normalize by the running statistics; wins over the
+            use_running_average: normalize by the running statistics. It overrides the
                 attribute that the constructor, `train()` and `eval()` set.
-            mask: which values count: booleans or weights that broadcast to `x`; of
-                its rank where they could be taken for one entry per example.
+            mask: which values count: booleans or weights that broadcast to `x`. The
+                mask must have the rank of `x` if it could also be read as one entry per
+                example.
             residual: added before the activation; shape of `x`.
-            update_stats: whether the running statistics move; None for in training
-                alone. False in training normalizes by the batch and leaves them; True
-                with `use_running_average` normalizes by the old ones and moves them.
+            update_stats: whether to update the running statistics; None updates them in
+                training only. False in training normalizes by the batch and leaves them
+                unchanged. True with `use_running_average` normalizes by the old
+                statistics and updates them.
 
         Returns:
             The output, of the shape of `x`.
@@ -105,7 +113,7 @@ class BatchNorm(nnx.BatchNorm):
         update_stats: bool | None,
         **variant: Any,
     ) -> jax.Array:
-        """What the layer does; a variant gives `_transform` options of its own."""
+        """What the layer does; a variant passes options of its own to `_transform`."""
         if use_running_average is None:
             use_running_average = self.use_running_average
         layer = f"BatchNorm layer of {self.num_features} features"
@@ -127,9 +135,9 @@ class BatchNorm(nnx.BatchNorm):
                 (x, self.mean[...], self.var[...], scale, bias), dtype=self.dtype
             )
             if update_stats or not use_running_average:
-                # Not as they were cast to a half-precision `dtype`.
+                # Not the copies that were cast to a half-precision `dtype`.
                 mean, var = self.mean[...], self.var[...]
-            # What is only widened is left as it is, and kept so for the gradient.
+            # An input that would only be widened stays as it is: the gradient keeps it.
             widened = _validate.promoted(x.dtype, cast.dtype) == cast.dtype
             y, batch_stats = self._transform(
                 x if widened else cast,
@@ -167,5 +175,5 @@ class BatchNorm(nnx.BatchNorm):
         batch_stats: functional.BatchStats,
         **options: Any,
     ) -> tuple[jax.Array, functional.BatchStats]:
-        """Apply `bnjax.batch_norm`; a variant of the layer has another."""
+        """Apply `bnjax.batch_norm`; a variant applies another function."""
         return functional.batch_norm(x, scale, bias, batch_stats, **options)

@@ -1,8 +1,9 @@
-"""Algorithm 2: the statistics for inference, estimated again with fixed parameters.
+"""Algorithm 2: statistics for inference, re-estimated with fixed parameters.
 
-A batch goes through the network as in training. Each layer notes the moments of what it
-is given beside its own statistics, so that every transform that carries those (scan,
-vmap, remat, jit, pmap) carries the note too. The host sums the notes over batches.
+A batch goes through the network as in training. Each layer records the moments of its
+input next to its own statistics, so that every transform that carries the statistics
+(scan, vmap, remat, jit, pmap) also carries the record. The host sums the records over
+batches.
 """
 
 import dataclasses
@@ -49,46 +50,59 @@ def recompute_batch_stats(
     axis_name: str | None = None,
     layers: Layers = None,
 ) -> Any:
-    """Estimate the statistics of batch norm layers again, over batches of examples.
+    r"""Re-estimate the statistics of batch norm layers over batches of examples.
 
-    With the parameters fixed, and each layer given what those below it make of the
-    batch in training, for batches B of m values per channel:
+    The parameters are fixed, and each layer gets its input from the layers below it as
+    in training. With the mean $\mu_B$ and the biased variance $\sigma_B^2$ of each
+    batch $B$ of $m$ values per channel, the method gives
 
-    - "paper": mean = E_B[mu_B], var = E_B[m / (m - 1) * var_B];
-    - "pooled": the mean of all n values, and their unbiased variance, that of the
-      batches' means included.
+    - "paper": the mean $E_B[\mu_B]$ and the variance
+      $E_B\left[\frac{m}{m - 1} \sigma_B^2\right]$;
+    - "pooled": the mean of all $n$ values, and their unbiased variance. It includes the
+      variance of the batches' means.
 
-    Means over batches are weighted by the number of values, which a mask lowers. The
-    sums over batches are taken in float64 on the host, so that their order does not
-    matter. Neither the layers' momentum nor their old statistics have any part in them.
+    The means over batches are weighted by the number of values, which a mask lowers.
+    The host takes the sums over batches in float64, so that the order of the batches
+    does not matter. The result does not depend on the layers' momentum or old
+    statistics.
 
     Args:
         apply_fn: the call of a training step, `apply_fn(variables, batch)`. For linen
-            it returns, among others, the updated "batch_stats", as `model.apply(...,
-            mutable=["batch_stats"])` does; for nnx it calls the model. Compiled here,
-            once for one function: define it outside of a loop.
-        variables: of a linen network, "params" and "batch_stats" among them; or an
-            nnx.Module. They stay as they are.
-        batches: what `apply_fn` takes, one after the other: trees of arrays, also of
-            global ones that are sharded over devices and processes.
-        method: "paper" or "pooled". For small batches "pooled" is the more exact.
-        num_batches: how many to take; all if None.
-        axis_name: run on several devices by pmap with this name: the arrays of a batch
-            have a first axis of one entry for each device of this process, a mini-batch
-            unless the layers share statistics by an axis_name of their own.
-        layers: those to estimate, None for all: names such as "block/bn" or patterns
-            such as "block/*" (`*` also matches "/"), one or several, or a function of
-            the name. The others keep their statistics.
+            its result must contain the updated "batch_stats", as that of
+            `model.apply(..., mutable=["batch_stats"])` does. For nnx it calls the
+            model. It is compiled once per function: define it outside of a loop.
+        variables: variables of a linen network, including "params" and "batch_stats";
+            or an nnx.Module. They are not changed.
+        batches: the batches for `apply_fn`, one after the other: trees of arrays, also
+            of global arrays that are sharded over devices and processes.
+        method: "paper" or "pooled". For small batches "pooled" is more exact.
+        num_batches: how many batches to use; all if None.
+        axis_name: run on several devices by pmap with this name. The arrays of a batch
+            then have a first axis with one entry for each device of this process. Each
+            entry is a mini-batch, unless the layers share statistics by an axis_name of
+            their own.
+        layers: the layers to re-estimate; None for all. Names such as `block/bn` or
+            patterns such as `block/*` (`*` also matches "/"), one or several, or a
+            function of the name. All other layers keep their statistics.
 
     Returns:
-        For linen the new collection "batch_stats", of the same tree, shapes and dtypes:
-        `{**variables, "batch_stats": new}`. For nnx the nnx.State of all BatchStat:
-        `nnx.update(model, new)`. A layer that normalizes by its running statistics
-        (frozen), or a channel that a mask hides in all batches, keeps what it had.
+        For linen, the new collection "batch_stats", of the same tree, shapes and
+        dtypes: use it as `{**variables, "batch_stats": new}`. For nnx, the nnx.State of
+        all BatchStat variables: use it as `nnx.update(model, new)`. A layer that
+        normalizes by its running statistics (frozen) keeps its statistics, and so does
+        a channel that a mask hides in all batches.
+
+    Raises:
+        TypeError: if `variables` or `layers` is of another type, or if a layer with
+            statistics is not a BatchNorm of Flax or bnjax.
+        ValueError: if there is no batch norm layer or no layer of that name, if too few
+            batches came, if no layer normalized by its batch, or if a layer's input is
+            not finite or has one value per channel.
 
     Examples:
         >>> import jax, jax.numpy as jnp
         >>> from bnjax.linen import BatchNorm
+        >>> from bnjax.population import recompute_batch_stats
         >>> model = BatchNorm(use_running_average=False)
         >>> batches = jnp.array([[[1.0], [3.0]], [[2.0], [6.0]]])
         >>> variables = model.init(jax.random.key(0), batches[0])
@@ -133,7 +147,7 @@ def recompute_batch_stats(
         raise ValueError(
             "recompute_batch_stats: the network has no batch norm layer: there is no "
             "mean and variance in its 'batch_stats'. Expected the variables of a "
-            "network with flax's or bnjax's BatchNorm, as its init gives them."
+            "network with flax's or bnjax's BatchNorm, as its init returns them."
         )
     shapes = {path: jnp.shape(old[path][0]) for path in choose_layers(layers, old)}
     function, known, carry, rest = network.prepare(shapes)
@@ -146,31 +160,31 @@ def recompute_batch_stats(
             yield found
 
     totals, count = dict.fromkeys(shapes, Total()), 0
-    # In pairs: what a batch gave is read once the next has been started.
+    # In pairs: the result of a batch is read after the next batch has been started.
     for started, _ in itertools.pairwise(itertools.chain(recorded(), [None])):
         for path, (record, moved) in jax.tree.map(_on_host, started).items():
             place = f"recompute_batch_stats: layer {layer_name(path)}"
             if moved.any() and not record.weight.any():
                 raise TypeError(
-                    f"{place} has a mean and a variance in 'batch_stats' but is no "
-                    "flax.linen.BatchNorm, so that what it is given is not known. "
-                    "Derive it from that class or from bnjax.linen.BatchNorm, or leave "
-                    "it out with layers=..."
+                    f"{place} has a mean and a variance in 'batch_stats' but is not a "
+                    "flax.linen.BatchNorm, so its input cannot be recorded. Derive the "
+                    "layer from that class or from bnjax.linen.BatchNorm, or exclude "
+                    "it with layers=..."
                 )
-            # One record for each device, where several were at work.
+            # One record for each device, if there are several.
             leaves = [x.reshape(-1, *shapes[path]) for x in jax.tree.leaves(record)]
             for part in zip(*leaves, strict=True):
                 totals[path] = totals[path].add(part, method, f"{place}, batch {count}")
         count += 1
     if count == 0 or count < (num_batches or 0):
         raise ValueError(
-            f"recompute_batch_stats: {count} batches came; expected "
-            f"{num_batches or 'one or more'}. Give more, or a smaller num_batches; a "
-            "generator that was gone through before gives none."
+            f"recompute_batch_stats: there were {count} batches; expected "
+            f"{num_batches or 'one or more'}. Pass more batches, or a smaller "
+            "num_batches. A generator that was used before has no batches left."
         )
     if not any(total.weight.any() for total in totals.values()):
         raise ValueError(
-            "recompute_batch_stats: no layer normalized by its batch, of "
+            "recompute_batch_stats: none of these layers normalized by its batch: "
             f"{', '.join(map(layer_name, shapes))}; {network.training_call}."
         )
     new = {}
@@ -184,15 +198,15 @@ def recompute_batch_stats(
 
 
 def choose_layers(layers: Layers, paths: Iterable[Path]) -> tuple[Path, ...]:
-    """Return the paths that `layers` asks for."""
+    """Return the paths of the layers that `layers` selects."""
     names = {layer_name(path): path for path in paths}
     listed = f"Its batch norm layers are: {', '.join(names)}."
     if callable(layers):
         chosen = {name for name in names if layers(name)}
         if not chosen:
             raise ValueError(
-                "recompute_batch_stats: layers is a function that is true of no layer; "
-                f"expected one that is true of some. {listed}"
+                "recompute_batch_stats: the function `layers` is true for no layer; "
+                f"expected at least one. {listed}"
             )
     else:
         patterns = ("*",) if layers is None else layers
@@ -207,22 +221,22 @@ def choose_layers(layers: Layers, paths: Iterable[Path]) -> tuple[Path, ...]:
         for pattern, found in fitting.items():
             if not found:
                 raise ValueError(
-                    f"recompute_batch_stats: layers={pattern!r} fits no layer."
+                    f"recompute_batch_stats: layers={pattern!r} matches no layer."
                     f"{_validate.did_you_mean(pattern, names)} {listed}"
                 )
         chosen = set(itertools.chain(*fitting.values()))
     return tuple(path for name, path in names.items() if name in chosen)
 
 
-# What a layer notes.
+# The record of a layer.
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Moments of all that a layer was given in one batch, over sharing devices.
+    """Moments of all inputs of a layer in one batch, over devices that share them.
 
-    `weight` is the share of `moments.count` that this device stands for.
+    `weight` is this device's share of `moments.count`.
     """
 
     moments: Moments
@@ -231,31 +245,31 @@ class Record:
     @classmethod
     def empty(cls, shape: tuple[int, ...]) -> "Record":
         """A record of no values, of the shape of the layer's statistics."""
-        # NumPy's: it may go beside arrays on any devices.
+        # NumPy arrays, because they go with JAX arrays on any devices.
         zeros: Any = np.zeros(shape, jnp.result_type(float))
         return cls(Moments(zeros, zeros, zeros), zeros)
 
     def joined(
         self, layer: Any, name: str, x: jax.Array, mask: Any, **variant: Any
     ) -> "Record":
-        """This record and one more input of a layer, which errors call `name`."""
+        """This record merged with one more input of a layer; `name` is for errors."""
         shape, dtype, groups = jnp.shape(x), self.weight.dtype, layer.axis_index_groups
         with _validate.naming(name):
             if isinstance(layer, bnjax.linen.BatchNorm | bnjax.nnx.BatchNorm):
                 mask = None if mask is None else _validate.broadcast_mask(mask, shape)
             elif mask is not None:
-                # Flax takes every number but 0 for True, and NumPy's rule of shapes.
+                # Flax reads every number except 0 as True, and broadcasts like NumPy.
                 mask = jnp.broadcast_to(jnp.asarray(mask, bool), shape)
             shared = {"axis_name": layer.axis_name, "axis_index_groups": groups}
-            # A layer may have several populations, and tell whose values are whose.
+            # A layer with several populations assigns the values to them.
             find = getattr(layer, "moments_of", functional.moments)
             found = find(x, axis=layer.axis, mask=mask, **shared, **variant)
         if found.mean.size != self.weight.size:
             raise ValueError(
                 f"{name}: its statistics in `variables` have shape "
-                f"{self.weight.shape}, its input {shape} has statistics of shape "
-                f"{found.mean.shape}; expected the same. Pass the variables that "
-                "belong to this network."
+                f"{self.weight.shape}, but its input of shape {shape} has statistics "
+                f"of shape {found.mean.shape}; expected the same. Pass the variables "
+                "of this network."
             )
         devices = 1 if layer.axis_name is None else lax.psum(1, **shared)
         old = jax.tree.map(jnp.asarray, self)
@@ -270,18 +284,18 @@ _CALL = ("x", "use_running_average", "mask", "residual", "update_stats")
 def _call_and_record(
     layer: Any, name: str, call: Any, args: Any, kwargs: Any, read: Any, write: Any
 ) -> Any:
-    """Call a layer of linen or nnx; note what it was given if it trains."""
+    """Call a layer of linen or nnx; record its input if it is in training."""
     before = read()
     y = call(*args, **kwargs)
     given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
     frozen = layer.use_running_average if given is None else given
-    # `bnjax.convert` calls another layer in its place, which notes what it is given.
+    # `bnjax.convert` calls another layer in its place, which records its own input.
     if hasattr(layer, "exchanged_for"):
         return y
-    # A call of the class it extends, or in a transform, may have noted it already.
+    # A call of a base class, or in a transform, may have recorded it already.
     if not frozen and read().weight is before.weight:
         x = args[0] if args else kwargs["x"]
-        # What a layer that tells its own moments is told beside what all are.
+        # Arguments of `moments_of` besides those that every layer has.
         variant = {n: v for n, v in kwargs.items() if n not in _CALL}
         write(before.joined(layer, name, x, kwargs.get("mask"), **variant))
     return y
@@ -292,7 +306,7 @@ def _call_and_record(
 
 @dataclasses.dataclass(frozen=True)
 class LinenNetwork:
-    """The batch norm layers of a network of flax.linen, by its variables."""
+    """The batch norm layers of a network of flax.linen, found by its variables."""
 
     variables: Mapping[str, Any]
     training_call: ClassVar[str] = (
@@ -311,14 +325,14 @@ class LinenNetwork:
         }
 
     def prepare(self, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[Any, ...]:
-        """What is run: a function, what it knows, its carry and the rest."""
+        """A function, its static arguments, its carry and the rest of its state."""
         flat = self._flat()
         flat |= {(*path, RECORD): Record.empty(shape) for path, shape in shapes.items()}
         variables = {**self.variables, COLLECTION: unflatten_dict(flat)}
         return _linen_records, (tuple(shapes),), (), variables
 
     def with_stats(self, stats: Mapping[Path, tuple[Any, ...]]) -> Any:
-        """The collection with another mean and variance for some layers."""
+        """The collection with a new mean and variance for some layers."""
         new = {(*path, "mean"): mean for path, (mean, _) in stats.items()}
         new |= {(*path, "var"): var for path, (_, var) in stats.items()}
         return jax.tree_util.tree_map_with_path(
@@ -333,7 +347,7 @@ class LinenNetwork:
 def _linen_records(
     apply_fn: Callable[..., Any], paths: tuple[Path, ...], state: Any, batch: Any
 ) -> tuple[dict[Path, tuple[Record, jax.Array]], tuple[()]]:
-    """The record of each layer and whether its running mean moved; no carry."""
+    """The record of each layer and whether its running mean changed; no carry."""
     _, variables = state
     with nn.intercept_methods(_intercept_linen):
         output = apply_fn(variables, batch)
@@ -345,7 +359,7 @@ def _linen_records(
     else:
         raise ValueError(
             "recompute_batch_stats: apply_fn returns no updated 'batch_stats'; "
-            f"{LinenNetwork.training_call}. What else it returns does not matter."
+            f"{LinenNetwork.training_call}. It may return other values too."
         )
     old = _by_names(variables[COLLECTION])
     records = {}
@@ -377,7 +391,7 @@ def _by_names(tree: Any) -> dict[Path, Any]:
 
 
 def array_name(keys: tuple[Any, ...]) -> str:
-    """Return the path of an array, as JAX has it, as a name, such as "bn_0/scale"."""
+    """Return the JAX path of an array as a name, such as "bn_0/scale"."""
     # The value of an nnx.Variable is an attribute.
     named = (key for key in keys if not isinstance(key, jax.tree_util.GetAttrKey))
     return "/".join(_key_names(tuple(named)))
@@ -389,7 +403,7 @@ def _key_names(keys: tuple[Any, ...]) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class NnxNetwork:
-    """The batch norm layers of a model of flax.nnx, which stays as it is."""
+    """The batch norm layers of a model of flax.nnx, which is not changed."""
 
     model: nnx.Module
     training_call: ClassVar[str] = (
@@ -404,7 +418,7 @@ class NnxNetwork:
         return {path: (layer.mean[...], layer.var[...]) for path, layer in layers}
 
     def prepare(self, shapes: Mapping[Path, tuple[int, ...]]) -> tuple[Any, ...]:
-        """What is run: a function, what it knows, its carry and the rest."""
+        """A function, its static arguments, its carry and the rest of its state."""
         model = nnx.clone(self.model)
         layers = _nnx_layers(model)
         for path, shape in shapes.items():
@@ -415,7 +429,7 @@ class NnxNetwork:
         return _nnx_records, (graphdef, tuple(shapes)), streams, rest
 
     def with_stats(self, stats: Mapping[Path, tuple[Any, ...]]) -> nnx.State:
-        """The state of all BatchStat, with another mean and variance for some."""
+        """The state of all BatchStat, with a new mean and variance for some layers."""
         model = nnx.clone(self.model)
         layers = _nnx_layers(model)
         for path, (mean, var) in stats.items():
@@ -441,7 +455,7 @@ def _nnx_records(
 
 @functools.cache
 def _recording(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
-    """A class that notes what its layers are given where they train."""
+    """A class whose layers record their inputs in training."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         name = f"BatchNorm layer of {self.num_features} features"
@@ -453,17 +467,17 @@ def _recording(kind: type[nnx.BatchNorm]) -> type[nnx.BatchNorm]:
     return type(f"Recording{kind.__name__}", (kind,), {"__call__": call})
 
 
-# What runs on the devices, and what the host makes of it.
+# The program on the devices, and the sums on the host.
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(
     function: Callable[..., Any], *known: Any, axis_name: str | None
 ) -> Callable[[Any, Any], Any]:
-    """Return `function` compiled, of `known`, a network's state and a batch.
+    """Return `function` compiled: it takes a network's state and a batch.
 
-    Under pmap over `axis_name`, if that is given, the records of all devices are
-    stacked. The same arguments give the same function: a network is compiled once.
+    With `axis_name`, it runs under pmap, and the records of all devices are stacked.
+    The same arguments give the same function, so that a network is compiled once.
     """
 
     def run(state: Any, batch: Any) -> Any:
@@ -471,9 +485,9 @@ def _compiled(
             return function(*known, state, batch)
         except NameError as error:
             error.add_note(
-                "recompute_batch_stats: where it is an axis name that is not bound, "
-                "give axis_name=... and batches with a first axis of devices, or map "
-                "inside apply_fn."
+                "recompute_batch_stats: if an axis name is not bound, pass "
+                "axis_name=... and batches with a first axis of devices, or call "
+                "jax.pmap inside apply_fn."
             )
             raise
 
@@ -494,8 +508,8 @@ def _compiled(
             raise ValueError(
                 f"recompute_batch_stats: axis_name={axis_name!r} with a batch of "
                 f"shapes {shapes}; expected a first axis of one entry for each device, "
-                f"at most {count} here. Without shards of that kind leave axis_name "
-                "out."
+                f"at most {count} here. For batches without that axis, do not pass "
+                "axis_name."
             )
         return mapped(state, batch)
 
@@ -517,7 +531,7 @@ def _placed_like(value: np.ndarray, old: Any) -> jax.Array:
 
 
 class Total(NamedTuple):
-    """What one layer has been given so far, in float64, a channel at a time.
+    """Running total of one layer's inputs, in float64, per channel.
 
     Attributes:
         weight: number of values.
@@ -531,7 +545,7 @@ class Total(NamedTuple):
     squares: np.ndarray = np.zeros(())
 
     def add(self, record: Any, method: Method, place: str) -> "Total":
-        """The total with one record more; `place` names layer and batch in errors."""
+        """The total with one more record; `place` names layer and batch in errors."""
         mean, var, count, weight = map(np.float64, record)
         seen = weight > 0
         mean, var = np.where(seen, mean, 0), np.where(seen, var, 0)
@@ -557,7 +571,7 @@ class Total(NamedTuple):
         return Total(new_weight, self.mean + delta * share, self.squares + squares)
 
     def mean_and_var(self, method: Method, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """The statistics of the population, of the layer called `name`."""
+        """The population statistics of the layer called `name`."""
         if method == "paper":
             return self.mean, self.squares / np.where(self.weight > 0, self.weight, 1)
         if np.any((self.weight > 0) & (self.weight <= 1)):

@@ -73,16 +73,23 @@ copybutton_prompt_is_regexp = True
 
 
 def _readable(_app, what, _name, obj, _options, signature, return_annotation):
-    """Write the defaults of a signature as in the source, without Flax's own fields."""
+    """Write a signature as in the source, without private fields and Flax's own."""
     if what == "class" and signature == "(*args, **kwargs)":
         # That of a metaclass.
         own = inspect.signature(obj.__init__, bound_method=True)
         signature = inspect.stringify_signature(own, show_annotation=False)
-    if signature:
-        signature = re.sub(r", (parent|name)=[^,()]*(?=[,)])", "", signature)
-        signature = re.sub(r"<[^<>]*\bfunction (\w+)[^<>]*>+", r"\1", signature)
-        signature = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", signature)
-    return signature, return_annotation
+    for pattern, replacement in (
+        (r", parent=[^,()]*, name=[^,()]*", ""),
+        (r", _\w+", ""),
+        (r"^\(iterable=\(\), /\)$", ""),
+        (r"\bNormalization\(kind='batch', [^()]*\)", "Normalization()"),
+        (r"\.<locals>\.\w+", "(...)"),
+        (r"<function (?:\w+\.)*([\w().]+)(?: at \w+)?>", r"\1"),
+        (r"<PjitFunction of ([\w().]+)>", r"\1"),
+        (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+    ):
+        signature = re.sub(pattern, replacement, signature or "")
+    return signature or None, return_annotation
 
 
 def setup(app):

@@ -527,7 +527,7 @@ MISTAKES = {
         ValueError,
         {"scale": False},
         {"scale": np.ones(4)},
-        r"scale has shape \(4,\); expected one that broadcasts to x of shape \(7, 3, 5",
+        r"scale has shape \(4,\); expected a shape that broadcasts to x of shape \(7,",
     ),
     "activation": (ValueError, {"activation": "rleu"}, {}, "Did you mean 'relu'"),
     "axis name": (NameError, {"cross_replica_axis": "dta"}, {}, "axis_name='dta' is"),

@@ -89,7 +89,7 @@ def test_forgetting_mutable_says_what_to_write():
         "is not mutable in this call. Write\n\n"
         "    y, updates = model.apply(variables, x, mutable=['batch_stats'])\n"
         "    batch_stats = updates['batch_stats']\n\n"
-        "and pass the new batch_stats to the next step; or, to evaluate, make "
+        "and pass the new batch_stats to the next step. To evaluate, pass "
         "use_running_average=True."
     )
     # What catches Flax's error goes on to work.

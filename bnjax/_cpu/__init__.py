@@ -1,9 +1,9 @@
 """The backend in C for training on a CPU: what its kernels support, and the calls.
 
-XLA for CPU computes each sum over a batch in a loop of its own, and what two sums have
-in common goes through memory. A kernel reads its arrays once, at the width of the
-processor, and asks for large pages where it writes. The library is built where it is
-first needed (`build`); where it cannot be, XLA computes everything.
+XLA for CPU computes each sum over a batch in a loop of its own, and writes to memory
+what two sums have in common. A kernel reads its arrays once, at the full vector width
+of the processor, and asks for large pages for its outputs. The library is built on
+first use (`build`). If it cannot be built, XLA computes everything.
 """
 
 import math
@@ -18,8 +18,7 @@ from bnjax._cpu.build import available, target
 
 # float16 is converted to float32 and back.
 DTYPES = frozenset(map(jnp.dtype, ("float32", "bfloat16", "float16")))
-# The numbers by which kernels.c knows the activations. An activation is a kernel's only
-# if it is here.
+# The codes of the activations in kernels.c. The kernels support these activations only.
 ACTIVATION_CODES: dict[Callable | None, int] = {None: 0, jax.nn.relu: 1}
 
 
@@ -33,11 +32,11 @@ def kernel_supports(
     mask: jax.Array | None = None,
     residual: jax.Array | None = None,
 ) -> bool:
-    """Whether the kernels compute this; the first call that may be theirs builds them.
+    """Whether the kernels compute this call; the first supported call builds them.
 
     Args:
         x: the input.
-        axes: of the sums: the kernels' are the leading ones.
+        axes: of the sums. The kernels support leading axes only.
         compute_dtype: of statistics and parameters.
         dtype: of the output.
         activation: after normalization.
@@ -64,7 +63,7 @@ def moments(x: jax.Array, axes: Sequence[int]) -> list[jax.Array]:
         axes: those of the batch.
 
     Returns:
-        Three float32 arrays of shape (*features,); the variance is the biased one.
+        Three float32 arrays of shape (*features,); the variance is biased.
     """
     features = x.shape[len(axes) :]
     results = [_per_channel(features)] * 3
@@ -83,13 +82,13 @@ def output(
     Args:
         x: shape (*batch, *features).
         channels: origin, mean about it, var, epsilon, scale and bias: float32, of shape
-            (*features,), but for the scalar epsilon.
+            (*features,), except for the scalar epsilon.
         residual: shape and dtype of `x`, with an activation only.
         activation: a key of ACTIVATION_CODES.
         dtype: of the output.
 
     Raises:
-        KeyError: the kernels know no such activation.
+        KeyError: if the kernels do not support the activation.
     """
     features = channels[0].shape
     rows = _rows(x, features)
@@ -115,19 +114,19 @@ def gradient(
     Args:
         dy: gradient of the output, shape of `x`.
         x: shape (*batch, *features).
-        channels: as of `output`, and the gradients of mean and var after them.
-        output: what the layer returned, of the dtype of `dy`: where it is positive, the
-            activation let its argument pass. Needed where a residual was added before
-            the activation. None: taken from `x`.
+        channels: as in `output`, followed by the gradients of mean and var.
+        output: output of the layer, of the dtype of `dy`. It is positive where the
+            activation passed its argument on. Needed if a residual was added before the
+            activation; if None, the sign is computed from `x`.
         activation: a key of ACTIVATION_CODES.
 
     Returns:
         dx of the shape of `x`, depsilon (scalar), dscale and dbias (*features,), and
         the gradient of the residual, of the shape of `x`. dx and dresidual have the
-        dtype of `x`, but float32 for float16; the others are float32.
+        dtype of `x`, but float32 for float16; the other arrays are float32.
 
     Raises:
-        KeyError: the kernels know no such activation.
+        KeyError: if the kernels do not support the activation.
     """
     features = channels[0].shape
     rows = _rows(x, features)

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from jax import lax
 
 # Sizes of arrays and of blocks, in elements. A small block and its sums stay in the
-# nearest cache of a core. On a large one XLA has several cores at work, as on any block
-# of halves cut from many. Below FEW a loop saves less than it takes to compile.
+# nearest cache of a core. On a large block XLA uses several cores, as on any block of
+# halves cut from a large array. Below FEW a loop saves less time than its compilation
+# takes.
 FEW, MANY_HALVES, LARGE = 1 << 15, 1 << 17, 1 << 20
 SMALL_BLOCK, HALVES_BLOCK, BLOCK = 1 << 13, 1 << 15, 1 << 17
-# Parts of a block that are added to the sums at once: these are read and written once.
+# Parts of a block that are added to the sums at once, which reads and writes the sums
+# once.
 PARTS = 4
-# Values side by side that keep the vector units of a core busy.
+# Number of adjacent values that keep the vector units of a core busy.
 WIDTH = 128
 
 Terms = Callable[..., Sequence[jax.Array]]
@@ -32,11 +34,11 @@ def sum_in_blocks(
     jnp.sum(term, axes) for each term of terms(*rows, *channels). XLA for CPU would
     first write to memory what two of the sums have in common: a float32 copy of a
     bfloat16 input, or the distance from the origin. Here the sums are taken over blocks
-    of the batch, which leaves it in the cache.
+    of the batch, so that these values stay in the cache.
 
     Args:
         terms: elementwise; the same for a part of the batch as for all of it.
-        rows: arrays of one shape, of any dtype; None for what there is not.
+        rows: arrays of one shape, of any dtype; None for an array that is not used.
         channels: arrays of the same rank, of length 1 along `axes`; or None.
         axes: of the reduction, ascending.
 
@@ -70,7 +72,7 @@ def sum_in_blocks(
 
     def add(state):
         start, sums = state
-        # Held fast in each step: XLA would convert the whole array before the loop.
+        # A barrier in each step: XLA would convert the whole array before the loop.
         held, here = lax.optimization_barrier((rows, start))
         for step in range(PARTS):
             more = part(held, here + step * length)
@@ -89,14 +91,14 @@ def sum_in_blocks(
 
 
 def _block(size: int, halves: bool) -> int:
-    """How many elements of an array a block has, about."""
+    """The approximate number of elements of an array in a block."""
     if size >= LARGE:
         return BLOCK
     return HALVES_BLOCK if halves and size >= MANY_HALVES else SMALL_BLOCK
 
 
 def _divisor(number: int, limit: int) -> int:
-    """The largest divisor up to `limit`; `limit` where none is above half of it."""
+    """The largest divisor up to `limit`; `limit` if no divisor is above half of it."""
     divisors = (d for d in range(limit, limit // 2, -1) if number % d == 0)
     return next(divisors, limit)
 
@@ -112,7 +114,7 @@ def _half(array: jax.Array) -> bool:
 
 
 def cut_of(x: jax.Array, cut: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """`cut(x)`, without the float32 copy of all of `x`, of which XLA would cut halves.
+    """`cut(x)`, without the float32 copy of all of `x` that XLA would make of halves.
 
     Args:
         x: of any dtype.

@@ -1,9 +1,9 @@
-"""The library of the kernels: compiled where first needed, kept, loaded, registered.
+"""The library of the kernels: compiled on first use, cached, loaded and registered.
 
-A library runs with all the rights of its user. So none is loaded that another user
-could have written: its file and the folder it is kept in belong to this user, and
-nobody else can write them. Both are checked when they are open, and what is open is
-used, not a path that somebody may exchange after the check.
+A library runs with all the rights of its user. So no library is loaded that another
+user could have written: its file and the folder of the cache must belong to this user,
+and nobody else may have write permission. Both are checked after they are opened, and
+the open file is used, not a path that somebody may replace after the check.
 """
 
 import contextlib
@@ -49,21 +49,21 @@ _registered: set[str] = globals().get("_registered", set())
 
 
 class BuildError(ValueError):
-    """The kernels cannot be had as BNJAX_KERNELS asks."""
+    """The kernels cannot be built or loaded as BNJAX_KERNELS asks."""
 
 
 class NoCompilerError(BuildError):
-    """There is nothing to build the kernels with."""
+    """There is no compiler to build the kernels with."""
 
 
 def available() -> bool:
     """Whether the kernels can be called; the first call builds and registers them.
 
-    The environment variable BNJAX_KERNELS is "auto" to use them where a C compiler is
-    found, "on" to fail where they cannot be had, "off" to leave everything to XLA.
+    The environment variable BNJAX_KERNELS is "auto" to use them if a C compiler is
+    found, "on" to fail if they are not available, "off" to leave everything to XLA.
 
     Raises:
-        BuildError: it is "on" and there is no library, or it has another value.
+        BuildError: if it is "on" and there is no library, or if it has another value.
     """
     choice = os.environ.get(CHOICE, "auto")
     if choice not in CHOICES:
@@ -84,13 +84,13 @@ def available() -> bool:
 
 
 def target(handler: str) -> str:
-    """Return the name that XLA knows a handler by: of these sources and no others."""
+    """Return the name of a handler in XLA, which is specific to these sources."""
     return f"bnjax_{handler}_{_digest(_sources())}"
 
 
 @functools.cache
 def _problem() -> BuildError | None:
-    """Build, load and register the library; return what is in the way."""
+    """Build, load and register the library; return the error if this fails."""
     try:
         library = _load([*_compiler(), *FLAGS, *_machine_flags()])
     except NoCompilerError as error:
@@ -108,14 +108,14 @@ def _problem() -> BuildError | None:
 
 @functools.cache
 def _tell(problem: BuildError) -> None:
-    """Say once why XLA's own loops are used: to nobody who never chose a compiler."""
+    """Say once why XLA's own loops are used, but not to users who chose no compiler."""
     if isinstance(problem, NoCompilerError):
         level = logging.WARNING if os.environ.get("CC") else logging.INFO
         _log.log(level, "%s XLA's own loops are used.", problem)
         return
     warnings.warn(
         f"bnjax: {problem}\nXLA's own loops are used, which are slower. "
-        f"Mend it, or set {CHOICE}=off.",
+        f"Fix this, or set {CHOICE}=off.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -125,23 +125,24 @@ def _compiler() -> list[str]:
     """The words of $CC, else cc; the first is the path of a program.
 
     Raises:
-        NoCompilerError: there is no such program, or nothing is built on this system.
+        NoCompilerError: if there is no such program, or no library for this system.
     """
     if sys.platform not in ("linux", "darwin"):
         raise NoCompilerError(
-            f"the kernels are for Linux and macOS, and this is {sys.platform}."
+            f"the kernels are for Linux and macOS, and this system is {sys.platform}."
         )
     given = os.environ.get("CC", "")
     try:
         program, *arguments = shlex.split(given) or ["cc"]
     except ValueError as error:
-        raise NoCompilerError(f"CC={given!r} is no command line: {error}.") from error
+        message = f"CC={given!r} is not a command line: {error}."
+        raise NoCompilerError(message) from error
     path = shutil.which(program)
     if path is None:
         why = f"CC is {given!r}" if given else "CC is not set"
         raise NoCompilerError(
             f"no C compiler: {why}, and there is no program {program!r}. Install GCC "
-            "or Clang, or let CC name a compiler."
+            "or Clang, or set CC to a compiler."
         )
     return [path, *arguments]
 
@@ -150,9 +151,9 @@ def _load(command: Sequence[str]) -> ctypes.CDLL:
     """Load the library that this or an earlier process built with a command.
 
     Raises:
-        BuildError: the compiler fails.
-        OSError: there is no folder for it, or it cannot be loaded.
-        subprocess.SubprocessError: the compiler takes too long.
+        BuildError: if the compiler fails.
+        OSError: if there is no folder for the library, or it cannot be loaded.
+        subprocess.SubprocessError: if the compiler takes too long.
     """
     identity = [*map(str.encode, command), *_sources(), _headers(), _processor()]
     name = f"kernels-{_digest(identity)}"
@@ -167,8 +168,8 @@ def _load(command: Sequence[str]) -> ctypes.CDLL:
                 return library or _open(_built(command, pinned, name))
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         _log.warning(
-            "The kernels are built for this process alone: %s. Mend that, or let "
-            "BNJAX_CACHE_DIR name a folder of your own.",
+            "The kernels are built for this process only: %s. Fix this, or set "
+            "BNJAX_CACHE_DIR to a folder of your own.",
             error,
         )
     with (
@@ -179,7 +180,7 @@ def _load(command: Sequence[str]) -> ctypes.CDLL:
 
 
 def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
-    """The library of this name, if one is there that is sound."""
+    """The cached library of this name, if there is one and it is sound."""
     for path in folder.glob(f"{name}-*.so"):
         try:
             return _open(path)
@@ -190,10 +191,11 @@ def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    """Load a library whose content is what its name says.
+    """Load a library whose content matches the digest in its name.
 
     Raises:
-        OSError: another user could have written it, it is damaged, or not to be loaded.
+        OSError: if another user could have written it, if it is damaged, or if it
+            cannot be loaded.
     """
     file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
@@ -207,17 +209,17 @@ def _open(path: Path) -> ctypes.CDLL:
     except BaseException:
         os.close(file)
         raise
-    # The file stays open: the loader knows a library by its path, and would take the
-    # next one that is opened under the same number for this one.
+    # The file stays open: the loader identifies a library by its path, and would return
+    # this library for the next file that is opened under the same number.
     return library
 
 
 @contextlib.contextmanager
 def _private(folder: Path) -> Iterator[Path]:
-    """A path of a folder that only this user can write, whatever becomes of its name.
+    """A path of a folder that only this user can write to, even if it is renamed.
 
     Raises:
-        OSError: others can write it, or it is no folder, but a link to one.
+        OSError: if others can write to it, or if it is a link or no folder.
     """
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -230,7 +232,7 @@ def _private(folder: Path) -> Iterator[Path]:
 
 
 def _check_owner(file: int, path: Path) -> None:
-    """Raise PermissionError where another user could have written an open file."""
+    """Raise PermissionError if another user could have written an open file."""
     found = os.fstat(file)
     if found.st_uid != os.geteuid():
         raise PermissionError(
@@ -244,10 +246,10 @@ def _check_owner(file: int, path: Path) -> None:
 
 @contextlib.contextmanager
 def _sole_builder(folder: Path) -> Iterator[None]:
-    """Wait until no other process builds here; clear away what killed ones left.
+    """Wait until no other process builds here; remove the files of killed processes.
 
-    The kernel releases the lock of a process that dies. Where there are no locks, or
-    one is held for too long, building goes on, and nothing is cleared.
+    The operating system releases the lock of a process that dies. If there are no
+    locks, or one is held for too long, building goes on, and nothing is removed.
     """
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     locked = _locked(lock)
@@ -263,7 +265,7 @@ def _sole_builder(folder: Path) -> Iterator[None]:
 
 
 def _locked(file: int) -> bool:
-    """Wait for a lock; return whether it was given."""
+    """Wait for a lock; return whether it was acquired."""
     end = time.monotonic() + BUILD_SECONDS
     while fcntl is not None and time.monotonic() < end:
         try:
@@ -278,7 +280,7 @@ def _locked(file: int) -> bool:
 
 
 def _built(command: Sequence[str], folder: Path, name: str) -> Path:
-    """Write a library, as a whole or not at all, under its name and its digest."""
+    """Write a library, whole or not at all, under its name and its digest."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=BUILD) as apart:
         fresh = Path(apart) / "kernels.so"
         include = f"-I{jax.ffi.include_dir()}"
@@ -314,7 +316,7 @@ def _headers() -> bytes:
 
 
 def _processor() -> bytes:
-    """What the instructions of a library depend on: a home folder may be shared."""
+    """What the code of a library depends on: machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,1 +1,1 @@
-"""Variants of batch normalization, each on the functional core."""
+"""Variants of batch normalization, each built on the functional core."""

@@ -1,4 +1,4 @@
-"""Test-time adaptation: the batch's statistics blended with those of training."""
+"""Test-time adaptation: statistics of the batch blended with those of training."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from bnjax.functional import AxisIndexGroups, BatchStats
 
 __all__ = ["AdaptiveBatchNorm", "NnxAdaptiveBatchNorm", "adaptive_batch_norm"]
 
-# Options of the layers that have no part in it.
+# Options of the layers that `adaptive_batch_norm` does not have.
 _OF_TRAINING = (
     "use_running_average",
     "momentum",
@@ -37,42 +37,48 @@ def adaptive_batch_norm(
     axis_index_groups: AxisIndexGroups | None = None,
     **options: Any,
 ) -> tuple[jax.Array, BatchStats]:
-    r"""Inference by running statistics that are blended with those of the batch.
+    r"""Inference with running statistics that are blended with those of the batch.
 
-    .. math:: \mu = \frac{N}{N + n} \mu_s + \frac{n}{N + n} \mu_B, \quad
-              \sigma^2 = \frac{N}{N + n} \sigma_s^2 + \frac{n}{N + n} \sigma_B^2
+    $$
+    \mu = \frac{N}{N + n} \mu_s + \frac{n}{N + n} \mu_B, \quad
+    \sigma^2 = \frac{N}{N + n} \sigma_s^2 + \frac{n}{N + n} \sigma_B^2
+    $$
 
-    of the running statistics s and a batch B of n examples, with its biased variance.
-    N = 0 is prediction-time batch normalization, the batch alone; N = inf is
-    `bnjax.batch_norm` in inference, and takes no statistics of the batch.
+    with the running statistics $\mu_s, \sigma_s^2$ and the mean and biased variance
+    $\mu_B, \sigma_B^2$ of a batch of $n$ examples. $N = 0$ is prediction-time batch
+    normalization, which uses the batch alone. $N = \infty$ is `bnjax.batch_norm` in
+    inference, and takes no statistics of the batch.
 
     The batch's moments are exact, and the gradient goes through them, so that scale and
-    bias may be trained on it. A channel of one value keeps the running statistics.
+    bias may be trained on the batch. A channel of one value keeps the running
+    statistics.
 
     Args:
-        x: input, of rank 2 or more, the examples along its first axis.
-        scale: gamma, shape (features,); None for ones.
-        bias: beta, shape (features,); None for zeros.
+        x: input, of rank 2 or more, with the examples along its first axis.
+        scale: $\gamma$, shape (features,); None for ones.
+        bias: $\beta$, shape (features,); None for zeros.
         batch_stats: running statistics of training, shape (features,).
-        source_weight: N, how many examples they count for, 0 or more.
+        source_weight: $N$, the number of examples that the running statistics count as;
+            0 or more.
         axis: the feature axis or axes of `x`, not its first.
-        mask: which values count, as in `bnjax.batch_norm`. n is then the number of
-            values that count over the number that an example has.
+        mask: which values count, as in `bnjax.batch_norm`. $n$ is then the number of
+            values that count, divided by the number of values of one example.
         axis_name: axis or axes whose devices adapt together, as in `bnjax.batch_norm`.
         axis_index_groups: groups of that axis, as in `bnjax.batch_norm`.
         **options: `epsilon`, `activation`, `residual` and `dtype`, as in
             `bnjax.batch_norm`.
 
     Returns:
-        The output, and the BatchStats it is normalized by. The next batch starts from
-        those of training again, unless it is given these.
+        The output, and the BatchStats that normalized it. For the next batch, pass the
+        statistics of training again; pass these only to continue from them.
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`,
-            and for a source_weight that is no number or negative.
+            and for a source_weight that is not a number or is negative.
 
     Examples:
         >>> import bnjax, jax.numpy as jnp
+        >>> from bnjax.variants.adaptation import adaptive_batch_norm
         >>> x = jnp.array([[1.0], [3.0]])
         >>> source = bnjax.BatchStats.init(1)
         >>> y, blended = adaptive_batch_norm(x, None, None, source, source_weight=2)
@@ -88,15 +94,15 @@ def adaptive_batch_norm(
         source_weight,
         "source_weight",
         lambda weight: weight >= 0,
-        "0 or more, the examples that the running statistics count for; inf for these "
-        "alone",
+        "0 or more, the number of examples that the running statistics count as; inf "
+        "for these statistics alone",
     )
     x = _validate.as_input(x)
     features, reduction = _validate.split_axes(x.shape, axis)
     if 0 not in reduction:
         raise ValueError(
             f"batch_norm: axis={axis!r} makes the first axis of x a feature axis; "
-            "expected the examples there, to be counted."
+            "expected the examples along it, to be counted."
         )
     stats = batch_stats
     if isinstance(source_weight, jax.Array) or source_weight < math.inf:
@@ -123,20 +129,22 @@ def adaptive_batch_norm(
 class AdaptiveBatchNorm(bnjax.linen.BatchNorm):
     """`bnjax.linen.BatchNorm` that adapts to each batch in inference.
 
-    Its variables, and what it does in training, are those of the layer it extends. The
-    running statistics stay as they are in inference: each batch is blended with them by
-    `adaptive_batch_norm`, and forgotten. A network that was trained with the plain
-    layer needs no more than this layer in its place.
+    Its variables and its training are those of `bnjax.linen.BatchNorm`. In inference
+    the running statistics do not change: `adaptive_batch_norm` blends each batch with
+    them, and the next batch starts from them again. To adapt a network that was trained
+    with the plain layer, put this layer in its place.
 
     Attributes:
-        source_weight: how many examples the running statistics count for beside those
-            of the batch: inf for the plain layer, 0 for the batch alone.
+        source_weight: the number of examples that the running statistics count as: inf
+            for the plain layer, 0 for the batch alone.
 
-    The other attributes are those of `bnjax.linen.BatchNorm`; `axis_name` shares the
-    batch's statistics in inference too.
+    The other attributes are those of `bnjax.linen.BatchNorm`. `axis_name` also shares
+    the batch's statistics in inference.
 
     Examples:
+        >>> import jax
         >>> import jax.numpy as jnp
+        >>> from bnjax.variants.adaptation import AdaptiveBatchNorm
         >>> layer = AdaptiveBatchNorm(use_running_average=True, source_weight=2)
         >>> x = jnp.array([[1.0], [3.0]])
         >>> variables = layer.init(jax.random.key(0), x)
@@ -163,20 +171,21 @@ class AdaptiveBatchNorm(bnjax.linen.BatchNorm):
 class NnxAdaptiveBatchNorm(bnjax.nnx.BatchNorm):
     """`bnjax.nnx.BatchNorm` that adapts to each batch in inference.
 
-    Its variables, and what it does in training, are those of the layer it extends. The
-    running statistics stay as they are in inference: each batch is blended with them by
-    `adaptive_batch_norm`, and forgotten.
+    Its variables and its training are those of `bnjax.nnx.BatchNorm`. In inference the
+    running statistics do not change: `adaptive_batch_norm` blends each batch with them,
+    and the next batch starts from them again.
 
     Args:
         num_features: number of channels.
-        source_weight: how many examples the running statistics count for beside those
-            of the batch: inf for the plain layer, 0 for the batch alone.
-        **kwargs: those of `bnjax.nnx.BatchNorm`; `axis_name` shares the batch's
-            statistics in inference too.
+        source_weight: the number of examples that the running statistics count as: inf
+            for the plain layer, 0 for the batch alone.
+        **kwargs: the arguments of `bnjax.nnx.BatchNorm`. `axis_name` also shares the
+            batch's statistics in inference.
 
     Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
+        >>> from bnjax.variants.adaptation import NnxAdaptiveBatchNorm
         >>> layer = NnxAdaptiveBatchNorm(1, source_weight=2, rngs=nnx.Rngs(0))
         >>> layer.eval()
         >>> print(layer(jnp.array([[1.0], [3.0]])).ravel())
@@ -214,12 +223,12 @@ def _infer(
     source_weight: float | jax.Array,
     options: dict[str, Any],
 ) -> tuple[jax.Array, BatchStats]:
-    """The output of a layer in inference, and its running statistics as they were."""
+    """The output of a layer in inference, and its unchanged running statistics."""
     if options["update_stats"]:
         raise ValueError(
-            "batch_norm: update_stats=True in inference; expected None or False. The "
-            "running statistics are those of the source, and batches are blended with "
-            "them for the output alone."
+            "batch_norm: update_stats=True in inference; expected None or False. This "
+            "layer blends the batch with the running statistics for the output only, "
+            "and keeps those of training."
         )
     options = {name: o for name, o in options.items() if name not in _OF_TRAINING}
     y, _ = adaptive_batch_norm(

@@ -1,4 +1,4 @@
-"""Running statistics without their start: equal-weight and debiased averages."""
+"""Running statistics without initial values: equal-weight and debiased averages."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +26,15 @@ __all__ = [
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AveragedStats:
-    """Running statistics that are an average of batches, and of nothing else.
+    r"""Running statistics that are an average of batches only, not of initial values.
 
     Attributes:
-        batch_stats: mean and variance, for inference as they are, shape (features,).
-        weight: how many batches the average holds, one of `k` updates ago counting
-            momentum**k: 0 before the first, 1 / (1 - momentum) in the end. By channel,
-            as a mask may hide some; float32 or float64, shape (features,).
+        batch_stats: mean and variance, for use in inference as they are, shape
+            (features,).
+        weight: number of batches in the average, where a batch of $k$ updates ago
+            counts $\rho^k$ at momentum $\rho$. It is 0 before the first update and
+            tends to $1 / (1 - \rho)$. It is kept per channel, because a mask may hide
+            some channels; float32 or float64, shape (features,).
     """
 
     batch_stats: BatchStats
@@ -40,9 +42,14 @@ class AveragedStats:
 
     @classmethod
     def init(cls, features, dtype=jnp.float32) -> "AveragedStats":
-        """Statistics of a layer that has seen nothing: mean 0, variance 1, weight 0.
+        """Initial statistics, before the first update: mean 0, variance 1, weight 0.
 
-        The arguments are those of `bnjax.BatchStats.init`.
+        Args:
+            features: number of channels, or the shape of the feature axes.
+            dtype: float32, or float64 for float64 inputs.
+
+        Returns:
+            AveragedStats of arrays of shape (features,).
         """
         return cls(BatchStats.init(features, dtype), jnp.zeros(features, dtype))
 
@@ -54,33 +61,38 @@ def update_averaged_stats(
     momentum: float | jax.Array | None = 0.99,
     unbiased: bool = True,
 ) -> AveragedStats:
-    r"""Take a batch into an average that has no trace of its start.
+    r"""Add a batch to an average that does not depend on its initial values.
 
-    .. math:: w_t = \rho w_{t-1} + 1, \quad
-              \mu_t = \frac{\rho w_{t-1} \mu_{t-1} + \mu_B}{w_t}, \quad w_0 = 0
+    $$
+    w_t = \rho w_{t-1} + 1, \quad
+    \mu_t = \frac{\rho w_{t-1} \mu_{t-1} + \mu_B}{w_t}, \quad w_0 = 0
+    $$
 
-    and the variance likewise: `bnjax.update_batch_stats` at a momentum of
-    :math:`\rho w_{t-1} / w_t`. Where the momentum is constant, :math:`w_t` is
-    :math:`(1 - \rho^t) / (1 - \rho)`, and :math:`\mu_t` is the moving average from 0 on
-    divided by :math:`1 - \rho^t`, as in Adam. At a momentum of 1 it is the mean of all
+    and the variance likewise: this is `bnjax.update_batch_stats` with a momentum of
+    $\rho w_{t-1} / w_t$. If the momentum $\rho$ is constant, $w_t$ is
+    $(1 - \rho^t) / (1 - \rho)$, and $\mu_t$ is the moving average that starts at 0,
+    divided by $1 - \rho^t$, as in Adam. At a momentum of 1 it is the mean of all
     batches. The momentum may change from step to step.
 
     Args:
-        stats: the old ones.
-        batch: Moments of all the values the statistics are to learn from. A channel of
-            one value or none keeps its statistics and its weight.
-        momentum: weight of a batch beside the next one, in [0, 1]. None or 1: all
-            batches weigh the same, as with PyTorch's `momentum=None`.
+        stats: the old statistics.
+        batch: Moments of all the values of this update. A channel of one value or none
+            keeps its statistics and its weight.
+        momentum: $\rho$, weight of a batch relative to the next batch, in [0, 1]. With
+            None or 1 all batches have the same weight, as with PyTorch's
+            `momentum=None`.
         unbiased: as in `bnjax.update_batch_stats`.
 
     Returns:
         The new AveragedStats.
 
     Raises:
-        TypeError, ValueError: as `bnjax.update_batch_stats`.
+        TypeError, ValueError: as `bnjax.update_batch_stats`, and for a weight that does
+            not have the shape of the mean.
 
     Examples:
         >>> import bnjax, jax.numpy as jnp
+        >>> from bnjax.variants.averages import AveragedStats, update_averaged_stats
         >>> first, second = (
         ...     bnjax.moments(jnp.array([[a], [a + 2.0]])) for a in (4.0, 9.0)
         ... )
@@ -98,7 +110,7 @@ def update_averaged_stats(
     if jnp.shape(stats.weight) != jnp.shape(stats.batch_stats.mean):
         raise ValueError(
             f"update_averaged_stats: weight has shape {jnp.shape(stats.weight)}; "
-            f"expected {jnp.shape(stats.batch_stats.mean)}, that of the mean."
+            f"expected {jnp.shape(stats.batch_stats.mean)}, the shape of the mean."
         )
     dtype = _validate.promoted(stats.weight.dtype, batch.count.dtype)
     weight = stats.weight.astype(dtype)
@@ -106,7 +118,7 @@ def update_averaged_stats(
     batch_stats = functional.update_batch_stats(
         stats.batch_stats, batch, momentum=kept / (kept + 1), unbiased=unbiased
     )
-    # As there, nothing is learned from one value.
+    # As in `update_batch_stats`, one value changes nothing.
     return AveragedStats(batch_stats, jnp.where(batch.count > 1, kept + 1, weight))
 
 
@@ -123,28 +135,30 @@ def averaged_batch_norm(
     use_fast_variance: bool = True,
     **options: Any,
 ) -> tuple[jax.Array, AveragedStats]:
-    """`bnjax.batch_norm` whose running statistics move by `update_averaged_stats`.
+    r"""`bnjax.batch_norm` with running statistics updated by `update_averaged_stats`.
 
-    The output is that of `bnjax.batch_norm`, in training and in inference, and so are
-    the arguments but for the two here.
+    The output is that of `bnjax.batch_norm`, in training and in inference. So are the
+    arguments, except for `stats` and `momentum`.
 
     Args:
         x: input.
-        scale: gamma, or None.
-        bias: beta, or None.
+        scale: $\gamma$, or None for ones.
+        bias: $\beta$, or None for zeros.
         stats: the old AveragedStats.
         use_running_average: normalize by `stats`.
         momentum: as in `update_averaged_stats`; None for an equal-weight average.
-        unbiased: the paper's and PyTorch's running variance; False gives Flax's.
-        update_stats: whether `stats` move, as in `bnjax.batch_norm`.
+        unbiased: True keeps the running variance of the paper and of PyTorch, False
+            that of Flax.
+        update_stats: whether to update `stats`, as in `bnjax.batch_norm`.
         use_fast_variance: as in `bnjax.batch_norm`.
-        **options: the others of `bnjax.batch_norm`.
+        **options: all other arguments of `bnjax.batch_norm`.
 
     Returns:
         The output, and the new AveragedStats.
 
     Examples:
         >>> import jax.numpy as jnp
+        >>> from bnjax.variants.averages import AveragedStats, averaged_batch_norm
         >>> x = jnp.array([[4.0], [8.0]])
         >>> _, stats = averaged_batch_norm(x, None, None, AveragedStats.init(1))
         >>> y, _ = averaged_batch_norm(
@@ -184,20 +198,23 @@ def _check_momentum(momentum: float | jax.Array | None) -> None:
 
 
 class AveragedBatchNorm(bnjax.linen.BatchNorm):
-    """`bnjax.linen.BatchNorm` whose running statistics have no trace of their start.
+    """`bnjax.linen.BatchNorm` whose statistics do not depend on their initial values.
 
-    They move by `update_averaged_stats`. Beside "mean" and "var", which are what they
-    are in the layer it extends, the collection "batch_stats" has a "weight" of the same
-    shape. Variables without one are enough to evaluate; training with them starts the
-    average anew, at the first step.
+    `update_averaged_stats` updates them. "mean" and "var" are those of
+    `bnjax.linen.BatchNorm`, and the collection "batch_stats" also has a "weight" of the
+    same shape. Variables without a "weight" are enough for evaluation. Training with
+    such variables restarts the average at the first step.
 
     Attributes:
-        momentum: weight of a batch beside the next one; None for an equal-weight
+        momentum: weight of a batch relative to the next batch; None for an equal-weight
             average of all batches, as with PyTorch's `momentum=None`.
 
     The other attributes are those of `bnjax.linen.BatchNorm`.
 
     Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from bnjax.variants.averages import AveragedBatchNorm
         >>> layer = AveragedBatchNorm(use_running_average=False, momentum=None)
         >>> x = jnp.array([[4.0], [8.0]])
         >>> variables = layer.init(jax.random.key(0), x)
@@ -230,18 +247,21 @@ class AveragedBatchNorm(bnjax.linen.BatchNorm):
 
 
 class NnxAveragedBatchNorm(bnjax.nnx.BatchNorm):
-    """`bnjax.nnx.BatchNorm` whose running statistics have no trace of their start.
+    """`bnjax.nnx.BatchNorm` whose statistics do not depend on their initial values.
 
-    They move by `update_averaged_stats`. Beside `mean` and `var`, it has a `weight`, an
-    nnx.BatchStat of the same shape.
+    `update_averaged_stats` updates them. Besides `mean` and `var`, the layer has a
+    `weight`, an nnx.BatchStat of the same shape.
 
     Args:
         num_features: number of channels.
-        momentum: weight of a batch beside the next one; None for an equal-weight
+        momentum: weight of a batch relative to the next batch; None for an equal-weight
             average of all batches, as with PyTorch's `momentum=None`.
-        **kwargs: those of `bnjax.nnx.BatchNorm`.
+        **kwargs: the arguments of `bnjax.nnx.BatchNorm`.
 
     Examples:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from bnjax.variants.averages import NnxAveragedBatchNorm
         >>> layer = NnxAveragedBatchNorm(1, momentum=None, rngs=nnx.Rngs(0))
         >>> y = layer(jnp.array([[4.0], [8.0]]))
         >>> print(layer.mean[...], layer.var[...], layer.weight[...])

@@ -1,4 +1,4 @@
-"""Several populations of running statistics, one of which each example belongs to."""
+"""Running statistics for each of several domains, to which the examples belong."""
 
 from typing import Any
 
@@ -37,46 +37,50 @@ def domain_batch_norm(
     mask: jax.Array | None = None,
     **options: Any,
 ) -> tuple[jax.Array, BatchStats]:
-    """`bnjax.batch_norm` with the running statistics of one of several domains.
+    r"""`bnjax.batch_norm` with the running statistics of one of several domains.
 
-    The examples of a domain are normalized together, apart from those of the others,
-    and move the statistics of that domain alone. With one domain it is
+    The examples of a domain are normalized together, apart from those of other domains,
+    and update the statistics of their domain only. With one domain this is
     `bnjax.batch_norm`.
 
-    The index may be traced: one program serves all domains. One index for all of the
-    batch costs what `bnjax.batch_norm` does. One for each example takes the moments of
-    all domains, exact ones, in one collective where devices share them.
+    The index may be a traced value: one program serves all domains. One index for the
+    whole batch costs as much as `bnjax.batch_norm`. One index per example takes the
+    exact moments of all domains, in one collective if devices share them.
 
     Args:
         x: input.
-        scale: gamma, shape (features,) for all domains or (domains, features); None for
-            ones.
-        bias: beta, likewise; None for zeros.
+        scale: $\gamma$, shape (features,) for all domains or (domains, features); None
+            for ones.
+        bias: $\beta$, likewise; None for zeros.
         batch_stats: running statistics, shape (domains, features).
-        domain: which domain, an integer in [0, domains); or one for each example, of
-            shape (batch,) along the first axis of `x`.
+        domain: index of the domain, an integer in [0, domains); or one index for each
+            example, of shape (batch,), along the first axis of `x`.
         use_running_average: normalize by `batch_stats`.
-        axis: the feature axis or axes of `x`; not its first with one index an example.
+        axis: the feature axis or axes of `x`. With one index per example, it must not
+            be the first axis.
         momentum: weight of the old statistics, in [0, 1].
-        unbiased: the paper's and PyTorch's running variance; False gives Flax's.
-        update_stats: whether `batch_stats` move, as in `bnjax.batch_norm`.
-        use_fast_variance: as in `bnjax.batch_norm`, with one index for the batch.
-        mask: which values count.
-        **options: the others of `bnjax.batch_norm`. With `axis_name`, one index for the
-            batch must be the same on all devices.
+        unbiased: True keeps the running variance of the paper and of PyTorch, False
+            that of Flax.
+        update_stats: whether to update `batch_stats`, as in `bnjax.batch_norm`.
+        use_fast_variance: as in `bnjax.batch_norm`, for one index per batch.
+        mask: which values count, as in `bnjax.batch_norm`.
+        **options: all other arguments of `bnjax.batch_norm`. With `axis_name`, one
+            index for the batch must be the same on all devices.
 
     Returns:
-        The output, and the new BatchStats of all domains. Where a traced index is out
-        of range the output is NaN, and the statistics stay as they are. In a batch of
-        several domains, one with a single value per channel has its bias for output,
-        and keeps its statistics.
+        The output, and the new BatchStats of all domains. If a traced index is out of
+        range, the output is NaN, and the statistics stay unchanged. In a batch of
+        several domains, a domain with a single value per channel has its bias as
+        output, and keeps its statistics.
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`,
-            and for an index that is no integer, out of range, or of another shape.
+            and for an index that is not an integer, is out of range, or has another
+            shape.
 
     Examples:
         >>> import bnjax, jax.numpy as jnp
+        >>> from bnjax.variants.domains import domain_batch_norm
         >>> x = jnp.array([[1.0], [3.0], [40.0], [60.0]])
         >>> old = bnjax.BatchStats.init((2, 1))
         >>> _, new = domain_batch_norm(x[2:], None, None, old, 1, momentum=0.5)
@@ -111,7 +115,7 @@ def domain_batch_norm(
     def of_domain(leaf: jax.Array | None) -> jax.Array | None:
         if leaf is None or jnp.ndim(leaf) == len(shape):
             return leaf
-        # As a sum, whose transpose is one too, and which XLA can shard by examples.
+        # As a sum: its transpose is a sum too, and XLA can shard it by examples.
         rows = jnp.expand_dims(leaf, tuple(range(index.ndim)))
         total = jnp.where(own, rows, jnp.zeros_like(rows)).sum(index.ndim)
         # Not the statistics of another domain where the index is out of range.
@@ -164,16 +168,18 @@ def domain_moments(
 
     Args:
         x: input.
-        domain: as in `domain_batch_norm`.
-        domains: how many there are.
+        domain: index of the domain or indices, as in `domain_batch_norm`.
+        domains: number of domains.
         axis: the feature axis or axes of `x`.
         mask: which values count, as in `bnjax.moments`.
         **shared: `axis_name` and `axis_index_groups`, as in `bnjax.moments`.
 
     Returns:
-        Moments of shape (domains, features), of count 0 for a domain without examples.
+        Moments of shape (domains, features). A domain without examples has count 0.
 
     Examples:
+        >>> import jax.numpy as jnp
+        >>> from bnjax.variants.domains import domain_moments
         >>> x = jnp.array([[1.0], [40.0], [3.0]])
         >>> found = domain_moments(x, jnp.array([0, 1, 0]), domains=3)
         >>> print(found.mean.ravel(), found.count.ravel())
@@ -205,7 +211,7 @@ def _normalize_each(
     residual: jax.Array | None = None,
     **options: Any,
 ) -> jax.Array:
-    """Normalize each example by its own mean, var, scale and bias, or a shared one."""
+    """Normalize each example by its own mean, var, scale and bias, or shared ones."""
     mask = _validate.as_mask(mask, x.shape)
     residual = _validate.check_residual(residual, x.shape)
     if mask is not None:
@@ -224,7 +230,7 @@ def _normalize_each(
 def _check_shapes(
     batch_stats: BatchStats, scale: Any, bias: Any, features: tuple[int, ...]
 ) -> int:
-    """The number of domains, or an error for arrays that do not fit."""
+    """The number of domains, or an error if the shapes of the arrays do not fit."""
     domains = (jnp.shape(batch_stats.mean) or (0,))[0]
     stacked = (domains, *features)
     for name, value, shapes in (
@@ -246,13 +252,13 @@ def _check_shapes(
 def _as_domain(
     domain: Any, domains: int, shape: tuple[int, ...], features: tuple[int, ...]
 ) -> Any:
-    """The index or indices as an array: NumPy's, and checked, if it is known."""
+    """The index or indices as an array; a NumPy array, and checked, if it is known."""
     if not isinstance(domain, jax.core.Tracer):
         domain = np.asarray(domain)
     if not jnp.issubdtype(domain.dtype, jnp.integer):
         raise TypeError(
-            f"batch_norm: domain has dtype {domain.dtype}; expected integers, the "
-            f"index of a domain below {domains}."
+            f"batch_norm: domain has dtype {domain.dtype}; expected integers, indices "
+            f"of domains from 0 to {domains - 1}."
         )
     if domain.shape not in ((), shape[:1]) or (domain.ndim and 0 in features):
         raise ValueError(
@@ -269,7 +275,7 @@ def _as_domain(
 
 
 class _Domains:
-    """What the layers of linen and nnx share."""
+    """The common part of the layers of linen and nnx."""
 
     domains: int
 
@@ -277,7 +283,7 @@ class _Domains:
     def moments_of(
         self, x: jax.Array, domain: int | jax.Array | None = None, **options: Any
     ) -> Moments:
-        """What `bnjax.population` takes of a batch: `domain_moments`."""
+        """The moments of a batch for `bnjax.population`, as in `domain_moments`."""
         domain = self._given(domain)
         return domain_moments(x, domain, domains=self.domains, **options)
 
@@ -298,7 +304,8 @@ class _Domains:
         if domain is None and self.domains != 1:
             raise ValueError(
                 f"batch_norm: domain is None for a layer of {self.domains} domains; "
-                "expected layer(x, domain=...), an index or one for each example."
+                "expected layer(x, domain=...), one index for the batch or one for "
+                "each example."
             )
         return 0 if domain is None else domain
 
@@ -307,15 +314,18 @@ class DomainBatchNorm(_Domains, bnjax.linen.BatchNorm):
     """`bnjax.linen.BatchNorm` with running statistics for each of several domains.
 
     "mean" and "var" have shape (domains, features), and so have "scale" and "bias"
-    unless they are shared.
+    unless all domains share them.
 
     Attributes:
-        domains: how many there are.
+        domains: number of domains.
         share_affine: one scale and bias for all domains.
 
     The other attributes are those of `bnjax.linen.BatchNorm`.
 
     Examples:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from bnjax.variants.domains import DomainBatchNorm
         >>> layer = DomainBatchNorm(domains=2, use_running_average=False, momentum=0.5)
         >>> x = jnp.array([[1.0], [3.0]])
         >>> variables = layer.init(jax.random.key(0), x, domain=0)
@@ -338,11 +348,19 @@ class DomainBatchNorm(_Domains, bnjax.linen.BatchNorm):
         residual: jax.Array | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
-        """Normalize `x` and, in training, move the statistics of its domain.
+        """Normalize `x` and, in training, update the statistics of its domain.
 
-        `domain` is one index for the batch or one for each example, as in
-        `domain_batch_norm`; it may be left out where there is one domain. The others
-        are those of `bnjax.linen.BatchNorm`.
+        Args:
+            x: input, of any shape and floating dtype.
+            use_running_average: as in `bnjax.linen.BatchNorm`.
+            domain: one index for the batch or one for each example, as in
+                `domain_batch_norm`. It may be omitted if there is one domain.
+            mask: as in `bnjax.linen.BatchNorm`.
+            residual: as in `bnjax.linen.BatchNorm`.
+            update_stats: as in `bnjax.linen.BatchNorm`.
+
+        Returns:
+            The output, of the shape of `x`.
         """
         options = {"mask": mask, "residual": residual, "update_stats": update_stats}
         return self._call(x, use_running_average, domain=domain, **options)
@@ -359,16 +377,18 @@ class NnxDomainBatchNorm(_Domains, bnjax.nnx.BatchNorm):
     """`bnjax.nnx.BatchNorm` with running statistics for each of several domains.
 
     `mean` and `var` have shape (domains, features), and so have `scale` and `bias`
-    unless they are shared. All domains start alike.
+    unless all domains share them. All domains start with equal values.
 
     Args:
         num_features: number of channels.
-        domains: how many there are.
+        domains: number of domains.
         share_affine: one scale and bias for all domains.
-        **kwargs: those of `bnjax.nnx.BatchNorm`.
+        **kwargs: the arguments of `bnjax.nnx.BatchNorm`.
 
     Examples:
+        >>> import jax.numpy as jnp
         >>> from flax import nnx
+        >>> from bnjax.variants.domains import NnxDomainBatchNorm
         >>> layer = NnxDomainBatchNorm(1, domains=2, momentum=0.5, rngs=nnx.Rngs(0))
         >>> y = layer(jnp.array([[1.0], [3.0]]), domain=1)
         >>> print(layer.mean[...].ravel())
@@ -401,6 +421,9 @@ class NnxDomainBatchNorm(_Domains, bnjax.nnx.BatchNorm):
         residual: jax.Array | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
-        """Normalize `x`, with the arguments of `DomainBatchNorm`."""
+        """Normalize `x` and, in training, update the statistics of its domain.
+
+        The arguments and the result are those of `DomainBatchNorm`.
+        """
         options = {"mask": mask, "residual": residual, "update_stats": update_stats}
         return self._call(x, use_running_average, domain=domain, **options)

@@ -45,7 +45,8 @@ def ghost_batch_norm(
             for one group.
         momentum: weight of the old statistics, in [0, 1].
         unbiased: True gives the running variance the factor $m / (m - 1)$, where $m$ is
-            the number of values per channel in all groups.
+            the number of values per channel in all groups, on all devices that share
+            statistics.
         use_fast_variance: as in `bnjax.batch_norm`.
         **options: `axis`, `epsilon`, `activation`, `residual`, `dtype`, `axis_name` and
             `axis_index_groups`, as in `bnjax.batch_norm`.
@@ -55,7 +56,7 @@ def ghost_batch_norm(
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`,
-            and for a virtual batch size that does not divide the batch.
+            for a mask, and for a virtual batch size that does not divide the batch.
 
     Examples:
         >>> import jax.numpy as jnp, bnjax

@@ -37,38 +37,44 @@ _OPTIONS = (
 
 
 class BatchNormLSTMCell(nn.OptimizedLSTMCell, kw_only=True):
-    """A batch-normalized LSTM cell for flax.linen.
+    r"""A batch-normalized LSTM cell for flax.linen.
 
-    The equations are those of `batch_norm_lstm`. Keywords, and names and shapes of the
-    parameters, are those of flax.linen.LSTMCell, with "norm_x", "norm_h" and "norm_c"
-    beside them in "params" and in "batch_stats".
+    The equations are those of `bnjax.variants.recurrent.batch_norm_lstm`. The keywords,
+    and the names and shapes of the parameters, are those of flax.linen.LSTMCell.
+    "params" and "batch_stats" also have "norm_x", "norm_h" and "norm_c".
 
-    `RNN` of this module runs it. flax.linen.RNN needs variable_carry="batch_stats" in
-    training, variable_broadcast=("params", "batch_stats") in inference, and, where
-    sequences are of unequal length, a carry that knows it: `LSTMCarry.with_lengths`.
+    Run the cell with `RNN` of this module. flax.linen.RNN needs
+    variable_carry="batch_stats" in training and variable_broadcast=("params",
+    "batch_stats") in inference. For sequences of unequal length it also needs a carry
+    with the lengths: `LSTMCarry.with_lengths`.
 
     Attributes:
-        max_steps: time steps with statistics of their own; those after it use and move
-            those of the last.
-        use_running_average: False in training, True in inference; here or in the call.
+        max_steps: number of time steps with statistics of their own. All later steps
+            use and update the statistics of the last of these steps.
+        use_running_average: False in training, True in inference. Pass it here or in
+            the call.
         momentum: weight of the old statistics.
         epsilon: added to the variances.
-        unbiased: keep the running variance with m / (m - 1); Flax does not.
-        scale_init: of the three gammas; the paper's 0.1 keeps tanh from saturating.
+        unbiased: True keeps the running variance with the factor $m / (m - 1)$; Flax
+            keeps the biased variance.
+        scale_init: initializer of the three $\gamma$; the paper's 0.1 keeps tanh from
+            saturating.
         use_fast_variance: as in `bnjax.batch_norm`.
         axis_name: axis whose devices share statistics, as in `bnjax.batch_norm`.
         axis_index_groups: groups of that axis.
 
     The other attributes are those of flax.linen.LSTMCell. For inputs that hardly vary
-    at first, the paper starts training from noise: `carry_init` and a new `init_key`.
+    at first, the paper starts training from noise: use `carry_init` and a new
+    `init_key`.
 
     Raises:
         ImmutableBatchStatsError: in training without mutable=["batch_stats"].
-        TypeError, ValueError, NameError, NotImplementedError: as `batch_norm_lstm`,
-            with the name of the layer.
+        TypeError, ValueError, NameError, NotImplementedError: as
+            `bnjax.variants.recurrent.batch_norm_lstm`, with the name of the layer.
 
     Examples:
         >>> import jax
+        >>> from bnjax.variants.lstm_cells import BatchNormLSTMCell, RNN
         >>> def network(train):
         ...     cell = BatchNormLSTMCell(4, max_steps=5, use_running_average=not train)
         ...     return RNN(cell)
@@ -101,15 +107,15 @@ class BatchNormLSTMCell(nn.OptimizedLSTMCell, kw_only=True):
         inputs: jax.Array,
         use_running_average: bool | None = None,
     ) -> tuple[Any, jax.Array]:
-        """Take one time step.
+        """Compute one time step.
 
         Args:
             carry: LSTMCarry of `initialize_carry`, or of the step before.
-            inputs: of this step, shape (*batch, inputs).
-            use_running_average: may be given here or to the constructor.
+            inputs: inputs of this step, shape `(*batch, inputs)`.
+            use_running_average: pass it here or to the constructor.
 
         Returns:
-            The new carry and the output, shape (*batch, features).
+            The new carry and the output, of shape `(*batch, features)`.
         """
         layer = f"BatchNormLSTMCell {_validate.layer_name(self.path)}"
         use_running_average = nn.merge_param(
@@ -118,12 +124,13 @@ class BatchNormLSTMCell(nn.OptimizedLSTMCell, kw_only=True):
         mutable = self.is_mutable_collection(_STATS)
         if not (mutable or self.has_variable(_STATS, NORMS[0])):
             raise ValueError(
-                f"{layer}: there are no statistics in 'batch_stats' here. Expected "
-                "them among the variables of this call, and bnjax's RNN, which carries "
-                "them; or flax.linen.RNN(cell, variable_carry='batch_stats')."
+                f"{layer}: there are no statistics in 'batch_stats'. Pass them with "
+                "the variables of this call, and run the cell by bnjax's RNN, which "
+                "carries them, or by flax.linen.RNN(cell, "
+                "variable_carry='batch_stats')."
             )
         initializing = self.is_initializing()
-        # One example is too little to train on, but enough to make variables from.
+        # One example is not enough to train on, but enough to create the variables.
         single = initializing and math.prod(inputs.shape[:-1]) == 1
         updating = not (use_running_average or initializing)
         if updating and not mutable:
@@ -167,8 +174,16 @@ class BatchNormLSTMCell(nn.OptimizedLSTMCell, kw_only=True):
 
     @nn.nowrap
     def initialize_carry(self, rng: jax.Array, input_shape: tuple[int, ...]) -> Any:
-        """Return the LSTMCarry of the start; `input_shape` is (*batch, inputs)."""
-        # A scan carries only what is there before it.
+        """Return the initial LSTMCarry.
+
+        Args:
+            rng: key for `carry_init`.
+            input_shape: `(*batch, inputs)`.
+
+        Returns:
+            The LSTMCarry before the first step.
+        """
+        # A scan carries only variables that exist before it.
         if self.scope is not None and self.is_initializing():
             for name in NORMS:
                 if not self.has_variable(_STATS, name):
@@ -193,9 +208,9 @@ class BatchNormLSTMCell(nn.OptimizedLSTMCell, kw_only=True):
 class RNN(nn.RNN):
     """`flax.linen.RNN` for a cell with running statistics.
 
-    It carries "batch_stats" through time where that is mutable, hands it on where it is
-    not, and lets `seq_lengths` reach the cell's statistics. Keywords and results are
-    those of flax.linen.RNN.
+    It carries "batch_stats" through time if the collection is mutable, broadcasts it to
+    all steps if not, and passes `seq_lengths` to the cell's statistics. Keywords and
+    results are those of flax.linen.RNN.
     """
 
     @nn.compact
@@ -209,10 +224,10 @@ class RNN(nn.RNN):
         time_major: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Apply the cell to each step of the sequences, as flax.linen.RNN."""
+        """Apply the cell to each step of the sequences, as flax.linen.RNN does."""
         time_major = self.time_major if time_major is None else time_major
         init_key = jax.random.key(0) if init_key is None else init_key
-        # In any case, because it makes the variables.
+        # In any case, because it creates the variables.
         start = self.cell.initialize_carry(init_key, _step_shape(inputs, time_major))
         carry = start if initial_carry is None else initial_carry
         if seq_lengths is not None:
@@ -244,26 +259,36 @@ class _NnxNorm(nnx.Module):
 class NnxBatchNormLSTMCell(nnx.OptimizedLSTMCell):
     """A batch-normalized LSTM cell for flax.nnx.
 
-    The equations are those of `batch_norm_lstm`. The keywords are those of
-    flax.nnx.OptimizedLSTMCell and of `BatchNormLSTMCell`; `norm_x`, `norm_h` and
-    `norm_c` hold `scale`, `mean` and `var`, the last `bias` too. flax.nnx.RNN runs it,
-    and carries its statistics; `NnxRNN` does where sequences are of unequal length.
+    The equations are those of `bnjax.variants.recurrent.batch_norm_lstm`. The keywords
+    are those of flax.nnx.OptimizedLSTMCell and of `BatchNormLSTMCell`. `norm_x`,
+    `norm_h` and `norm_c` hold `scale`, `mean` and `var`; `norm_c` also holds `bias`.
+    flax.nnx.RNN runs the cell and carries its statistics. For sequences of unequal
+    length, use `NnxRNN`.
 
     Args:
         in_features: size of the inputs.
         hidden_features: size of the memory and of the output.
-        max_steps: as in `BatchNormLSTMCell`, and so are those that follow it.
-        use_running_average: False in training, True in inference; also set by
-            `model.train()` and `model.eval()`.
-        rngs: for the parameters.
-        **kwargs: those of flax.nnx.OptimizedLSTMCell.
+        max_steps: as in `BatchNormLSTMCell`.
+        use_running_average: False in training, True in inference. `model.train()` and
+            `model.eval()` also set it.
+        momentum: as in `BatchNormLSTMCell`.
+        epsilon: as in `BatchNormLSTMCell`.
+        unbiased: as in `BatchNormLSTMCell`.
+        scale_init: as in `BatchNormLSTMCell`.
+        use_fast_variance: as in `BatchNormLSTMCell`.
+        axis_name: as in `BatchNormLSTMCell`.
+        axis_index_groups: as in `BatchNormLSTMCell`.
+        rngs: random streams for the parameters.
+        **kwargs: the arguments of flax.nnx.OptimizedLSTMCell.
 
     Raises:
-        TypeError, ValueError, NameError, NotImplementedError: as `batch_norm_lstm`.
+        TypeError, ValueError, NameError, NotImplementedError: as
+            `bnjax.variants.recurrent.batch_norm_lstm`.
 
     Examples:
         >>> import jax
         >>> from flax import nnx
+        >>> from bnjax.variants.lstm_cells import NnxBatchNormLSTMCell, NnxRNN
         >>> cell = NnxBatchNormLSTMCell(3, 4, max_steps=5, rngs=nnx.Rngs(0))
         >>> rnn = NnxRNN(cell)
         >>> x = jax.random.normal(jax.random.key(0), (8, 6, 3))
@@ -320,7 +345,7 @@ class NnxBatchNormLSTMCell(nnx.OptimizedLSTMCell):
         inputs: jax.Array,
         use_running_average: bool | None = None,
     ) -> tuple[Any, jax.Array]:
-        """Take one time step, as `BatchNormLSTMCell`."""
+        """Compute one time step, with the arguments of `BatchNormLSTMCell`."""
         layer = f"BatchNormLSTMCell of {self.hidden_features} features"
         if use_running_average is None:
             use_running_average = self.use_running_average
@@ -355,12 +380,21 @@ class NnxBatchNormLSTMCell(nnx.OptimizedLSTMCell):
         rngs: Any = None,
         carry_init: Initializer | None = None,
     ) -> Any:
-        """Return the LSTMCarry of the start; `input_shape` is (*batch, inputs)."""
+        """Return the initial LSTMCarry.
+
+        Args:
+            input_shape: `(*batch, inputs)`.
+            rngs: random streams for `carry_init`.
+            carry_init: initializer of the carry; the cell's own if None.
+
+        Returns:
+            The LSTMCarry before the first step.
+        """
         return LSTMCarry.init(*super().initialize_carry(input_shape, rngs, carry_init))
 
 
 class NnxRNN(nnx.RNN):
-    """`flax.nnx.RNN`, whose `seq_lengths` reach the cell's statistics.
+    """`flax.nnx.RNN` that passes `seq_lengths` to the cell's statistics.
 
     Keywords and results are those of flax.nnx.RNN.
     """
@@ -375,7 +409,7 @@ class NnxRNN(nnx.RNN):
         rngs: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Apply the cell to each step of the sequences, as flax.nnx.RNN."""
+        """Apply the cell to each step of the sequences, as flax.nnx.RNN does."""
         time_major = self.time_major if time_major is None else time_major
         if seq_lengths is not None:
             if initial_carry is None:

@@ -30,25 +30,26 @@ def batch_norm_at_step(
     use_running_average: bool = False,
     **options: Any,
 ) -> tuple[jax.Array, BatchStats]:
-    """Batch normalization of one time step, with the running statistics of that step.
+    r"""Batch normalization of one time step, with the running statistics of that step.
 
-    It is `bnjax.batch_norm` with row t = min(step, max_steps - 1) of the statistics.
-    All steps from the last row on share it: in training each of them moves it, in
-    inference each is normalized by it. With one row all steps share their statistics.
+    This is `bnjax.batch_norm` with row $t = \min(\text{step}, \text{max steps} - 1)$ of
+    the statistics. All steps from the last row on share that row: in training each of
+    these steps updates it, in inference each is normalized by it. With one row all
+    steps share their statistics.
 
-    No gradient flows through the new statistics: in a scan over time, JAX would else
-    keep all of them for each step.
+    No gradient flows through the new statistics: in a scan over time, JAX would
+    otherwise keep all of them for each step.
 
     Args:
         x: values of one time step; the first axes are the batch.
-        scale: gamma, shape (features,), the same for all steps; None for ones.
-        bias: beta, shape (features,); None for zeros.
+        scale: $\gamma$, shape (features,), the same for all steps; None for ones.
+        bias: $\beta$, shape (features,); None for zeros.
         batch_stats: running statistics, shape (max_steps, features):
             `BatchStats.init((max_steps, features))`.
-        step: number of the time step, from 0 on; may be traced.
-        use_running_average: normalize by the statistics and leave them as they are.
-        **options: those of `bnjax.batch_norm`. A `mask` leaves out sequences that have
-            ended.
+        step: index of the time step, from 0 on; may be a traced value.
+        use_running_average: normalize by the statistics and leave them unchanged.
+        **options: arguments of `bnjax.batch_norm`. A `mask` can exclude sequences that
+            have ended.
 
     Returns:
         The output, of the shape of `x`, and the new BatchStats.
@@ -59,6 +60,7 @@ def batch_norm_at_step(
 
     Examples:
         >>> import jax.numpy as jnp, bnjax
+        >>> from bnjax.variants.recurrent import batch_norm_at_step
         >>> stats = bnjax.BatchStats.init((2, 1))
         >>> for step in range(3):
         ...     x = step + jnp.array([[1.0], [3.0]])
@@ -96,15 +98,15 @@ def batch_norm_at_step(
 
 
 class LSTMCarry(NamedTuple):
-    """What a batch-normalized LSTM hands from one time step to the next.
+    """State that a batch-normalized LSTM passes from one time step to the next.
 
     Attributes:
-        c: memory, shape (*batch, features).
-        h: output, shape (*batch, features).
+        c: memory, shape `(*batch, features)`.
+        h: output, shape `(*batch, features)`.
         step: number of steps so far, int32, shape (1,): the RNN of Flax indexes an axis
             of every carry.
-        length: steps in each sequence, int32, shape (*batch): beyond it a sequence
-            counts in no statistics. None where all count in every step.
+        length: number of steps in each sequence, int32, shape `(*batch)`: after it, a
+            sequence counts in no statistics. None if all sequences count in every step.
     """
 
     c: jax.Array
@@ -114,14 +116,28 @@ class LSTMCarry(NamedTuple):
 
     @classmethod
     def init(cls, c: jax.Array, h: jax.Array) -> "LSTMCarry":
-        """Return the carry before the first step."""
+        """Return the carry before the first step.
+
+        Args:
+            c: memory, shape `(*batch, features)`.
+            h: output, shape `(*batch, features)`.
+
+        Returns:
+            The LSTMCarry at step 0, without lengths.
+        """
         return cls(c, h, jnp.zeros((1,), jnp.int32))
 
     def with_lengths(self, seq_lengths: jax.Array) -> "LSTMCarry":
-        """Return the carry of sequences that end after so many more steps.
+        """Return the carry of sequences that end after a given number of further steps.
 
         Args:
-            seq_lengths: integers, shape (*batch).
+            seq_lengths: integers, shape `(*batch)`.
+
+        Returns:
+            The carry with `length` set.
+
+        Raises:
+            ValueError: if the shape is not that of the batch.
         """
         seq_lengths = jnp.asarray(seq_lengths)
         if seq_lengths.shape != self.h.shape[:-1]:
@@ -134,16 +150,16 @@ class LSTMCarry(NamedTuple):
 
 
 class LSTMParams(NamedTuple):
-    """Parameters of a batch-normalized LSTM; the gates are in the order i, f, g, o.
+    r"""Parameters of a batch-normalized LSTM; the gates are in the order i, f, g, o.
 
     Attributes:
         kernel_x: shape (inputs, 4 * features).
         kernel_h: shape (features, 4 * features).
         bias: of the gates, shape (4 * features,).
-        scale_x: gamma of the input's part of the gates, shape (4 * features,).
-        scale_h: gamma of the recurrent part, shape (4 * features,).
-        scale_c: gamma of the memory on its way out, shape (features,).
-        bias_c: beta of the same, shape (features,).
+        scale_x: $\gamma$ of the input's part of the gates, shape (4 * features,).
+        scale_h: $\gamma$ of the recurrent part of the gates, shape (4 * features,).
+        scale_c: $\gamma$ of the memory before the output gate, shape (features,).
+        bias_c: $\beta$ of the memory before the output gate, shape (features,).
     """
 
     kernel_x: jax.Array
@@ -156,11 +172,11 @@ class LSTMParams(NamedTuple):
 
 
 class LSTMStats(NamedTuple):
-    """Running statistics of a batch-normalized LSTM, a row for each time step.
+    """Running statistics of a batch-normalized LSTM, one row for each time step.
 
     Attributes:
         x: of the input's part of the gates, shape (max_steps, 4 * features).
-        h: of the recurrent part, likewise.
+        h: of the recurrent part of the gates, shape (max_steps, 4 * features).
         c: of the memory, shape (max_steps, features).
     """
 
@@ -170,7 +186,19 @@ class LSTMStats(NamedTuple):
 
     @classmethod
     def init(cls, max_steps: int, features: int, dtype=jnp.float32) -> "LSTMStats":
-        """Statistics of a cell that has seen nothing: mean 0, variance 1."""
+        """Initial statistics, before the first update: mean 0, variance 1.
+
+        Args:
+            max_steps: number of time steps with statistics of their own.
+            features: size of the memory.
+            dtype: float32, or float64 for float64 inputs.
+
+        Returns:
+            The LSTMStats.
+
+        Raises:
+            ValueError: if max_steps is below 1.
+        """
         if max_steps < 1:
             raise ValueError(
                 f"batch_norm: max_steps={max_steps}; expected 1 or more, the number of "
@@ -190,30 +218,38 @@ def batch_norm_lstm(
     activation_fn: Callable[[jax.Array], jax.Array] = jnp.tanh,
     **options: Any,
 ) -> tuple[LSTMCarry, jax.Array, LSTMStats]:
-    """One time step of a batch-normalized LSTM.
+    r"""One time step of a batch-normalized LSTM.
 
-        i, f, g, o = BN(x @ kernel_x; scale_x, 0) + BN(h @ kernel_h; scale_h, 0) + bias,
-        c' = sigmoid(f) * c + sigmoid(i) * tanh(g),
-        h' = sigmoid(o) * tanh(BN(c'; scale_c, bias_c)),
+    $$
+    \begin{aligned}
+    (i, f, g, o) &= \mathrm{BN}(x W_x; \gamma_x, 0)
+    + \mathrm{BN}(h W_h; \gamma_h, 0) + b \\
+    c' &= \sigma(f)\, c + \sigma(i) \tanh(g) \\
+    h' &= \sigma(o) \tanh(\mathrm{BN}(c'; \gamma_c, \beta_c))
+    \end{aligned}
+    $$
 
-    each BN by `batch_norm_at_step`. The memory that is handed on is not normalized.
+    with the sigmoid $\sigma$, and each BN computed by `batch_norm_at_step`. The memory
+    that goes to the next step is not normalized.
 
     Args:
         params: the parameters.
-        stats: running statistics, a row for each time step.
-        carry: of the step before; c and h keep their dtypes.
-        x: input of this step, shape (*batch, inputs).
-        gate_fn: in place of the sigmoid.
-        activation_fn: in place of tanh; an elementwise function.
-        **options: `use_running_average`, `momentum` and the others of
+        stats: running statistics, one row for each time step.
+        carry: carry of the step before; c and h keep their dtypes.
+        x: input of this step, shape `(*batch, inputs)`.
+        gate_fn: replaces the sigmoid.
+        activation_fn: replaces tanh; an elementwise function.
+        **options: `use_running_average`, `momentum` and the other arguments of
             `bnjax.batch_norm`.
 
     Returns:
-        The new carry, the output h', shape (*batch, features), and the new statistics.
+        The new carry, the output $h'$, of shape `(*batch, features)`, and the new
+        statistics.
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as `batch_norm_at_step`,
-            and for a carry that is none of this cell, or at several steps at once.
+            and for a carry that is not an LSTMCarry, or that is at several steps at
+            once.
 
     References:
         Cooijmans et al. (2017), "Recurrent Batch Normalization", equations 6 to 8.
@@ -227,8 +263,8 @@ def batch_norm_lstm(
     if jnp.size(step) != 1:
         raise ValueError(
             f"batch_norm: the carry is at {jnp.size(step)} steps, one for each "
-            "sequence; expected one step for all, shape (1,). Sequences that ended at "
-            "different steps have no common statistics to go on with."
+            "sequence; expected one step for all, shape (1,). All sequences share the "
+            "statistics of a step: continue only sequences that ended at the same step."
         )
     index = jnp.reshape(step, ())
     if length is not None:

@@ -1,4 +1,4 @@
-"""Batch renormalization: in training, close to what inference will compute."""
+"""Batch renormalization: training outputs that stay close to those of inference."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,13 +26,20 @@ __all__ = [
 ]
 
 Limit = float | jax.Array | Callable[[jax.Array], float | jax.Array]
-"""A number, or a function of the step such as a schedule of Optax's."""
+"""A number, or a function of the step, such as an Optax schedule."""
 
 
 def r_max_schedule(step: jax.Array) -> jax.Array:
     """Return the paper's r_max: 1 for 5,000 steps, then linearly to 3 at 40,000.
 
+    Args:
+        step: number of updates so far.
+
+    Returns:
+        The limit of $r$ and $1 / r$ at this step.
+
     Examples:
+        >>> from bnjax.variants.renorm import r_max_schedule
         >>> print([float(r_max_schedule(step)) for step in (0, 5_000, 22_500, 90_000)])
         [1.0, 1.0, 2.0, 3.0]
     """
@@ -40,9 +47,16 @@ def r_max_schedule(step: jax.Array) -> jax.Array:
 
 
 def d_max_schedule(step: jax.Array) -> jax.Array:
-    """Return the paper's d_max: 0 for 5,000 steps, then linearly to 5 at 25,000.
+    r"""Return the paper's d_max: 0 for 5,000 steps, then linearly to 5 at 25,000.
+
+    Args:
+        step: number of updates so far.
+
+    Returns:
+        The limit of $\lvert d \rvert$ at this step.
 
     Examples:
+        >>> from bnjax.variants.renorm import d_max_schedule
         >>> print([float(d_max_schedule(step)) for step in (0, 5_000, 15_000, 90_000)])
         [0.0, 0.0, 2.5, 5.0]
     """
@@ -52,14 +66,15 @@ def d_max_schedule(step: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RenormStats(BatchStats):
-    """Running statistics, and how often they moved.
+    """Running statistics, and the number of their updates.
 
     Attributes:
         mean: running mean, float32 (float64 for float64 input), shape (features,).
-        var: running variance, same dtype and shape.
+        var: running variance, of the same dtype and shape.
         step: number of updates, int32, shape ().
 
     Examples:
+        >>> from bnjax.variants.renorm import RenormStats
         >>> RenormStats.init(1)
         RenormStats(mean=Array([0.], dtype=float32), var=Array([1.], dtype=float32), step=Array(0, dtype=int32))
     """  # noqa: E501 - the output of a doctest is one line
@@ -68,7 +83,15 @@ class RenormStats(BatchStats):
 
     @classmethod
     def init(cls, features, dtype=jnp.float32) -> "RenormStats":
-        """Statistics of a layer that has seen nothing: mean 0, variance 1, step 0."""
+        """Initial statistics, before the first update: mean 0, variance 1, step 0.
+
+        Args:
+            features: number of channels, or the shape of the feature axes.
+            dtype: float32, or float64 for float64 inputs.
+
+        Returns:
+            RenormStats of arrays of shape (features,).
+        """
         start = BatchStats.init(features, dtype)
         return cls(start.mean, start.var, jnp.zeros((), jnp.int32))
 
@@ -95,60 +118,68 @@ def batch_renorm(
     dtype: Any = None,
     **options: Any,
 ) -> tuple[jax.Array, RenormStats]:
-    """Batch renormalization, in training or in inference.
+    r"""Batch renormalization, in training or in inference.
 
-    With the mean and the biased variance of the batch, and sigma = sqrt(var + epsilon)
-    of the batch and of the running statistics as they come in,
+    Let $\mu_B$ be the mean of the batch, $v_B$ its biased variance and
+    $\sigma_B = \sqrt{v_B + \epsilon}$. Let $\mu$ and $\sigma$ be the same values for
+    the running statistics before the update. In training,
 
-        r = clip(sigma_batch / sigma_running, 1 / r_max, r_max),
-        d = clip((mean_batch - mean_running) / sigma_running, -d_max, d_max),
-        y = activation(
-            scale * ((x - mean_batch) / sigma_batch * r + d) + bias + residual
-        ).
+    $$
+    \begin{aligned}
+    r &= \mathrm{clip}(\sigma_B / \sigma,\; 1 / r_{\max},\; r_{\max}) \\
+    d &= \mathrm{clip}((\mu_B - \mu) / \sigma,\; -d_{\max},\; d_{\max}) \\
+    y &= f\left(\gamma \left(\frac{x - \mu_B}{\sigma_B} r + d\right) + \beta
+    + \text{residual}\right)
+    \end{aligned}
+    $$
 
-    r and d are constants to the derivative. Where nothing is clipped, the output is
-    that of inference, (x - mean_running) / sigma_running. With r_max 1 and d_max 0 it
-    is that of `bnjax.batch_norm`, and so are the new statistics always. Inference is
-    `bnjax.batch_norm` itself.
+    where $f$ is the activation. $r$ and $d$ are constants in the derivative. If nothing
+    is clipped, the normalized value is that of inference, $(x - \mu) / \sigma$. With
+    r_max 1 and d_max 0 the output is that of `bnjax.batch_norm`. The new statistics are
+    always those of `bnjax.batch_norm`. Inference is `bnjax.batch_norm` itself.
 
-    The paper averages sigma_batch. Here the variance is averaged, as in every other
-    layer, so that the statistics of one serve the other. Batches of a few examples want
-    `unbiased`, the default of the function and not of the layers: the biased variance
-    is too small by a half in batches of two, by a quarter in batches of four.
+    The paper averages $\sigma_B$. Here the variance is averaged, as in every other
+    layer, so that the statistics of one layer fit another layer. Use `unbiased` for
+    batches of a few examples: the biased variance is too small by a half in batches of
+    two, by a quarter in batches of four. `unbiased=True` is the default of the
+    function, but not of the layers.
 
     Args:
         x: input, as in `bnjax.batch_norm`.
-        scale: gamma, shape (features,); None for ones.
-        bias: beta, shape (features,); None for zeros.
-        stats: running statistics and the number of updates that made them.
-        r_max: limit of r and 1 / r, at least 1: a number, or a function of
-            `stats.step`, such as a schedule of Optax's. The default is the paper's.
-        d_max: limit of the size of d, at least 0; likewise.
-        warmup_steps: until `stats.step` is as large, r = 1 and d = 0, whatever the
-            limits. With r_max=3, d_max=5 and 100,000 it is the form of CrossQ.
+        scale: $\gamma$, shape (features,); None for ones.
+        bias: $\beta$, shape (features,); None for zeros.
+        stats: running statistics and their number of updates.
+        r_max: limit of $r$ and $1 / r$, at least 1: a number, or a function of
+            `stats.step`, such as an Optax schedule. The default is the paper's.
+        d_max: limit of $\lvert d \rvert$, at least 0: a number, or a function of
+            `stats.step`. The default is the paper's.
+        warmup_steps: while `stats.step` is below it, r = 1 and d = 0, whatever the
+            limits. r_max=3 and d_max=5 with 100,000 warm-up steps is the form of
+            CrossQ.
         use_running_average: normalize by `stats`.
-        update_stats: whether the statistics and the step move, as in
+        update_stats: whether to update the statistics and the step, as in
             `bnjax.batch_norm`.
         axis: the feature axis or axes of `x`.
-        momentum: weight of the old statistics; the paper's rate of 0.01 is 0.99.
-        unbiased: keep the running variance with the factor m / (m - 1).
-        epsilon: added to the variance; positive.
+        momentum: weight of the old statistics; the paper's rate of 0.01 is 0.99 here.
+        unbiased: True keeps the running variance with the factor $m / (m - 1)$.
+        epsilon: $\epsilon$, added to the variance; positive.
         use_fast_variance: as in `bnjax.batch_norm`.
         mask: which values count, as in `bnjax.batch_norm`.
-        activation: as in `bnjax.batch_norm`.
+        activation: $f$, as in `bnjax.batch_norm`.
         residual: added before the activation; shape of `x`.
-        dtype: of the output; that of `x` if None.
-        **options: `axis_name` and `axis_index_groups` of `bnjax.batch_norm`.
+        dtype: dtype of the output; that of `x` if None.
+        **options: `axis_name` and `axis_index_groups`, as in `bnjax.batch_norm`.
 
     Returns:
         The output, of the shape of `x`, and the new RenormStats.
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`,
-            and for limits that are no numbers or out of range.
+            for complex inputs, and for limits that are not numbers or are out of range.
 
     Examples:
         >>> import jax.numpy as jnp
+        >>> from bnjax.variants.renorm import RenormStats, batch_renorm
         >>> x = jnp.array([[1.0], [3.0]])
         >>> y, stats = batch_renorm(
         ...     x, None, None, RenormStats.init(1), r_max=3.0, d_max=1.5, momentum=0.9
@@ -205,8 +236,8 @@ def batch_renorm(
     output["dtype"] = _validate.as_dtype(dtype, x.dtype)
     origin = stats.mean if use_fast_variance else None
 
-    # r and d are constants to the derivative: what is left is batch norm with another
-    # scale and bias. XLA takes the moments once.
+    # r and d are constants in the derivative: the rest is batch norm with another scale
+    # and bias. XLA computes the moments once.
     _, batch = functional.normalize_batch(x, origin=origin, epsilon=epsilon, **options)
     r, d = checkpoint_named(_corrections(batch, stats, epsilon, *limits))
     shift = d if scale is None else d * scale.astype(r.dtype)
@@ -228,14 +259,14 @@ def batch_renorm(
 
 
 def _check_features(shape, axis, arrays):
-    # Before r and d, which would broadcast.
+    # Checked before r and d, which would broadcast.
     features = tuple(shape[i] for i in _validate.split_axes(shape, axis)[0])
     for name, value in arrays.items():
         _validate.check_features(value, name, features, shape)
 
 
 def _limits(step, r_max: Any, d_max: Any, warmup_steps):
-    """The numbers that limit r and d at this step."""
+    """The limits of r and d at this step."""
     r_max = r_max(step) if callable(r_max) else r_max
     d_max = d_max(step) if callable(d_max) else d_max
     _validate.check_number(r_max, "r_max", lambda r: r >= 1, "a number of at least 1")
@@ -262,21 +293,23 @@ def _corrections(batch, stats, epsilon, r_max, d_max):
 
 
 class BatchRenorm(BatchNorm):
-    """`bnjax.linen.BatchNorm` with batch renormalization in training.
+    r"""`bnjax.linen.BatchNorm` with batch renormalization in training.
 
-    Its variables are those of the layer it extends and "step" in "batch_stats", the
-    number of updates; in inference it is that layer. `unbiased=True` is for batches of
-    a few examples, see `batch_renorm`.
+    Its variables are those of `bnjax.linen.BatchNorm` and "step" in "batch_stats", the
+    number of updates. In inference it is the same as `bnjax.linen.BatchNorm`. Use
+    `unbiased=True` for batches of a few examples (see `batch_renorm`).
 
     Attributes:
-        r_max: limit of r and 1 / r, at least 1; a number or a schedule of the step.
-        d_max: limit of the size of d, at least 0; likewise.
-        warmup_steps: updates with r = 1 and d = 0 before the limits hold.
+        r_max: limit of $r$ and $1 / r$, at least 1; a number or a schedule of the step.
+        d_max: limit of $\lvert d \rvert$, at least 0; a number or a schedule of the
+            step.
+        warmup_steps: number of updates with r = 1 and d = 0 before the limits apply.
 
     The other attributes are those of `bnjax.linen.BatchNorm`.
 
     Examples:
         >>> import jax, jax.numpy as jnp
+        >>> from bnjax.variants.renorm import BatchRenorm
         >>> layer = BatchRenorm(use_running_average=False, r_max=3.0, d_max=1.5)
         >>> x = jnp.array([[1.0], [3.0]])
         >>> variables = layer.init(jax.random.key(0), x)
@@ -318,22 +351,24 @@ class BatchRenorm(BatchNorm):
 
 
 class NnxBatchRenorm(NnxBatchNorm):
-    """`bnjax.nnx.BatchNorm` with batch renormalization in training.
+    r"""`bnjax.nnx.BatchNorm` with batch renormalization in training.
 
-    Its variables are those of the layer it extends and `step`, an nnx.BatchStat, the
-    number of updates; in inference it is that layer. `unbiased=True` is for batches of
-    a few examples, see `batch_renorm`.
+    Its variables are those of `bnjax.nnx.BatchNorm` and `step`, an nnx.BatchStat with
+    the number of updates. In inference it is the same as `bnjax.nnx.BatchNorm`. Use
+    `unbiased=True` for batches of a few examples (see `batch_renorm`).
 
     Args:
         num_features: number of channels.
-        r_max: limit of r and 1 / r, at least 1; a number or a schedule of the step.
-        d_max: limit of the size of d, at least 0; likewise.
-        warmup_steps: updates with r = 1 and d = 0 before the limits hold.
-        **kwargs: those of `bnjax.nnx.BatchNorm`, `rngs` among them.
+        r_max: limit of $r$ and $1 / r$, at least 1; a number or a schedule of the step.
+        d_max: limit of $\lvert d \rvert$, at least 0; a number or a schedule of the
+            step.
+        warmup_steps: number of updates with r = 1 and d = 0 before the limits apply.
+        **kwargs: the arguments of `bnjax.nnx.BatchNorm`, including `rngs`.
 
     Examples:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
+        >>> from bnjax.variants.renorm import NnxBatchRenorm
         >>> layer = NnxBatchRenorm(1, r_max=3.0, d_max=1.5, rngs=nnx.Rngs(0))
         >>> print(layer(jnp.array([[1.0], [3.0]])).ravel().round(2), layer.step[...])
         [0.5 2.5] 1

@@ -146,7 +146,7 @@ def assert_built_alone(folder, caplog, reason):
     with caplog.at_level(logging.WARNING):
         assert build.available()
     assert runs(folder) == 2
-    assert "built for this process alone" in caplog.text
+    assert "built for this process only" in caplog.text
     assert reason in caplog.text
 
 
@@ -326,7 +326,7 @@ def test_without_a_compiler(fresh, monkeypatch):
     ("given", "said"),
     [
         ("nope -m64", "CC is 'nope -m64', and there is no program 'nope'"),
-        ("gcc 'a", 'CC="gcc \'a" is no command line'),
+        ("gcc 'a", 'CC="gcc \'a" is not a command line'),
         ("", "CC is not set, and there is no program 'cc'"),
     ],
 )

@@ -146,7 +146,7 @@ def test_layers_that_are_chosen(network):
         assert list(found) == ["bn_1"]
     with pytest.raises(ValueError, match="Did you mean 'bn_1'"):
         compare_statistics(linen_call, variables, batches, layers="bn_l")
-    with pytest.raises(ValueError, match="0 batches came"):
+    with pytest.raises(ValueError, match="there were 0 batches"):
         compare_statistics(linen_call, variables, [])
 
 
@@ -258,7 +258,7 @@ def test_scores_that_are_not_one_for_each_example(function, network):
 def test_what_else_compare_scores_refuses(network):
     variables, batches = network
     stats = variables["batch_stats"]
-    with pytest.raises(ValueError, match="no batches came"):
+    with pytest.raises(ValueError, match="there are no batches"):
         compare_scores(*LINEN, variables, stats, iter([]))
     with pytest.raises(TypeError, match="compare_scores: variables is a dict of batch"):
         compare_scores(*LINEN, {"batch_stats": stats}, stats, batches)

@@ -457,7 +457,7 @@ def test_shift_under_jit(network):
     [
         (["first", "last"], "bn/bias, bn/scale belong to none"),
         (["first", "bn", "last", "bn/scale"], "bn/scale belong to none .* or to sev"),
-        (["frist", "bn", "last"], "'frist', where no parameter is. Did you mean 'fi"),
+        (["frist", "bn", "last"], "'frist', which has no parameter. Did you mean 'fi"),
         (["fir", "bn", "last"], "Expected some of bn, first, last"),
         ([], r"layers=\[\]; expected a list"),
         ("first", "layers='first'; expected a list .* of bn, first, last"),

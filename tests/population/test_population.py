@@ -346,7 +346,7 @@ def test_inference_mode():
     def inference(variables, x):
         return Net().apply(variables, x, False, mutable=["batch_stats"])
 
-    match = "no layer normalized by its batch, of bn_0, bn_1;.*train=True"
+    match = "none of these layers normalized by its batch: bn_0, bn_1;.*train=True"
     refused(ValueError, match, inference)
 
 
@@ -358,15 +358,15 @@ def test_no_batch_norm(variables):
 def test_batches_that_run_out():
     used = iter(X)
     recompute_batch_stats(NET, VARIABLES, used)
-    refused(ValueError, "gone through before", batches=used)
+    refused(ValueError, "used before", batches=used)
 
 
 @pytest.mark.parametrize(
     ("error", "match", "options"),
     [
         (TypeError, "of type list; expected a dict", {"variables": []}),
-        (ValueError, "0 batches came; expected one or more", {"batches": []}),
-        (ValueError, "3 batches came; expected 5", {"num_batches": 5}),
+        (ValueError, "were 0 batches; expected one or more", {"batches": []}),
+        (ValueError, "were 3 batches; expected 5", {"num_batches": 5}),
         (ValueError, "num_batches=0", {"num_batches": 0}),
         (ValueError, "layer bn_0, batch 1: .* not finite", {"batches": BAD}),
         (
@@ -381,10 +381,10 @@ def test_batches_that_run_out():
         ),
         (
             ValueError,
-            "'bn_7' fits no layer. Did you mean 'bn_.*are: bn_0, bn_1.",
+            "'bn_7' matches no layer. Did you mean 'bn_.*are: bn_0, bn_1.",
             {"layers": "bn_7"},
         ),
-        (ValueError, "true of no layer", {"layers": lambda name: False}),
+        (ValueError, "true for no layer", {"layers": lambda name: False}),
         (TypeError, r"layers=\[3\]", {"layers": [3]}),
         (TypeError, r"layers=\[\]", {"layers": []}),
         (ValueError, "Did you mean 'pooled'", {"method": "pool"}),
@@ -426,7 +426,7 @@ def test_a_layer_of_another_kind():
             return nn.BatchNorm(use_running_average=False, name="bn")(x - mean.value)
 
     call, variables = layer_call(Own()), Own().init(jax.random.key(0), X[0])
-    match = r"layer \(top level\) .* no flax.linen.BatchNorm"
+    match = r"layer \(top level\) .* not a flax.linen.BatchNorm"
     refused(TypeError, match, call, variables)
     recompute_batch_stats(call, variables, X, layers="bn")
 

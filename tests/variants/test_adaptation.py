@@ -179,7 +179,7 @@ def test_eight_devices_and_vmap():
     [
         ({"source_weight": -1.0}, ValueError, "source_weight=-1.0; expected 0 or more"),
         ({"source_weight": math.nan}, ValueError, "source_weight=nan"),
-        ({"source_weight": None}, TypeError, "source_weight=None is no number"),
+        ({"source_weight": None}, TypeError, "source_weight=None is not a number"),
         ({"source_weight": 1, "axis": 0}, ValueError, "first axis of x a feature axis"),
     ],
 )

@@ -234,7 +234,7 @@ def test_eight_devices_and_vmap():
     ("options", "error", "message"),
     [
         ({"momentum": 1.5}, ValueError, "momentum=1.5"),
-        ({"momentum": "0.9"}, TypeError, "momentum='0.9' is no number"),
+        ({"momentum": "0.9"}, TypeError, "momentum='0.9' is not a number"),
         ({"momentum": -0.1, "use_running_average": True}, ValueError, "momentum=-0.1"),
     ],
 )

@@ -417,7 +417,7 @@ def test_population_statistics_and_folding_of_a_network():
         ({"r_max": 0.5}, ValueError, "r_max=0.5; expected a number of at least 1"),
         ({"d_max": -1.0}, ValueError, "d_max=-1.0; expected a number of at least 0"),
         ({"r_max": lambda step: 0.0 * step}, ValueError, "r_max=0.0"),
-        ({"d_max": "5"}, TypeError, "d_max='5' is no number"),
+        ({"d_max": "5"}, TypeError, "d_max='5' is not a number"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps=-1"),
         ({"epsilon": 0.0}, ValueError, "epsilon=0.0"),
         ({"momentum": 1.5}, ValueError, "momentum=1.5"),

@@ -1,6 +1,6 @@
-"""Whitening batch normalization: channels decorrelated in groups, not only scaled.
+"""Whitening batch normalization: groups of channels decorrelated, not only scaled.
 
-The functions need JAX alone; the layers are in `bnjax.variants.whitening.linen` and
+The functions need JAX alone. The layers are in `bnjax.variants.whitening.linen` and
 `bnjax.variants.whitening.nnx`.
 """
 

@@ -1,4 +1,4 @@
-"""Mean and covariances of a batch, in groups of channels, and running ones."""
+"""Mean and covariances of a batch in groups of channels, and their running averages."""
 
 import dataclasses
 import functools
@@ -29,14 +29,16 @@ from bnjax.variants.whitening.inverse_sqrt import einsum
 class WhiteningStats:
     """Running mean and covariances of a whitened layer.
 
-    The covariance is kept and not the whitening matrix, because the inverse square
-    root of a mean is not the mean of inverse square roots: that is larger, the more so
-    the smaller the batch. The mean of covariances is unbiased for any batch. With one
-    channel a group it is the running variance of batch normalization.
+    The covariance is kept, and not the whitening matrix, because the inverse square
+    root of a mean is not the mean of inverse square roots. The latter is larger, the
+    more so the smaller the batch. The mean of covariances is unbiased for any batch.
+    With one channel per group, the covariance is the running variance of batch
+    normalization.
 
     Attributes:
         mean: running mean, float32 (float64 for float64 input), shape (features,).
-        cov: running covariances, same dtype, shape (groups, group_size, group_size).
+        cov: running covariances, of the same dtype, shape (groups, group_size,
+            group_size).
     """
 
     mean: jax.Array
@@ -46,18 +48,19 @@ class WhiteningStats:
     def init(
         cls, features: int, group_size: int | None, dtype=jnp.float32
     ) -> "WhiteningStats":
-        """Statistics of a layer that has seen nothing: mean 0, covariance I.
+        """Initial statistics, before the first update: mean 0, covariance I.
 
         Args:
             features: number of channels.
-            group_size: channels in a group, a divisor of them; None for all.
+            group_size: number of channels in a group, a divisor of `features`; None for
+                all.
             dtype: float32, or float64 for float64 inputs.
 
         Returns:
             The WhiteningStats.
 
         Raises:
-            ValueError: for a group size that does not divide the features.
+            ValueError: if the group size does not divide the number of features.
 
         Examples:
             >>> from bnjax.variants.whitening import WhiteningStats
@@ -73,13 +76,14 @@ class WhiteningStats:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WhiteningMoments:
-    """Mean, biased covariances and count of one batch.
+    r"""Mean, biased covariances and count of one batch.
 
     Attributes:
-        mean: sum(w * x) / count, float32 or float64, shape (features,).
-        cov: sum(w * (x - mean) (x - mean)^T) / count over the channels of each group,
-            same dtype, shape (groups, group_size, group_size).
-        count: sum(w), the number of values of each channel, same dtype, shape ().
+        mean: $\sum_i w_i x_i / n$, float32 or float64, shape (features,).
+        cov: $\sum_i w_i (x_i - \mu)(x_i - \mu)^T / n$ over the channels of each group,
+            of the same dtype, shape (groups, group_size, group_size).
+        count: $n = \sum_i w_i$, the number of values of each channel, of the same
+            dtype, shape ().
     """
 
     mean: jax.Array
@@ -94,24 +98,28 @@ def update_whitening_stats(
     momentum: float | jax.Array = 0.99,
     unbiased: bool = True,
 ) -> WhiteningStats:
-    """Move running statistics towards those of a batch.
+    r"""Move running statistics towards those of a batch.
 
-    mean <- momentum * mean + (1 - momentum) * batch.mean, and cov likewise with
-    batch.cov * m / (m - 1) where `unbiased`, m = batch.count. It is
-    `bnjax.update_batch_stats` for each pair of channels. Where m <= 1 the old
-    statistics stay.
+    $$
+    \mu \leftarrow \rho \mu + (1 - \rho) \mu_B, \quad
+    \Sigma \leftarrow \rho \Sigma + (1 - \rho) \frac{m}{m - 1} \Sigma_B
+    $$
+
+    with `momentum` $\rho$ and $m$ = batch.count. The factor $m / (m - 1)$ is there only
+    with `unbiased`. This is `bnjax.update_batch_stats` for each pair of channels. If
+    $m \le 1$, the old statistics stay unchanged.
 
     Args:
         batch_stats: the old statistics.
-        batch: of all the values the statistics are to learn from.
+        batch: WhiteningMoments of all the values of this update.
         momentum: weight of the old statistics, in [0, 1].
-        unbiased: False gives the biased covariance of Flax's layers.
+        unbiased: False keeps the biased covariance, as Flax's layers do.
 
     Returns:
         The new WhiteningStats, float64 if either argument is, else float32.
 
     Raises:
-        ValueError: for a momentum out of range or shapes that differ.
+        ValueError: if the momentum is out of range or the shapes differ.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -158,9 +166,9 @@ class ChannelGroups:
 
     Attributes:
         ndim: rank of the array.
-        axis: of the features.
-        number: of groups.
-        size: channels in a group.
+        axis: the feature axis.
+        number: number of groups.
+        size: number of channels in a group.
     """
 
     ndim: int
@@ -172,7 +180,7 @@ class ChannelGroups:
     def of(
         cls, shape: tuple[int, ...], axis: int, group_size: int | None
     ) -> "ChannelGroups":
-        """The groups of an array of a shape, or an error if there are none."""
+        """The groups of an array of a shape, or an error if it cannot be split."""
         (feature, *others), _ = _validate.split_axes(shape, axis)
         if others:
             raise ValueError(
@@ -189,7 +197,7 @@ class ChannelGroups:
             divisors = [d for d in range(1, channels + 1) if channels % d == 0]
             raise ValueError(
                 f"batch_norm: group_size={size} for {channels} features; expected a "
-                f"divisor of them: {', '.join(map(str, divisors))}."
+                f"divisor: {', '.join(map(str, divisors))}."
             )
         return cls(len(shape), feature, channels // size, size)
 
@@ -202,7 +210,7 @@ class ChannelGroups:
     def split(self, array: jax.Array) -> jax.Array:
         """The array with (number, size) in place of the feature axis."""
         before, after = array.shape[: self.axis], array.shape[self.axis + 1 :]
-        # A mask is of size 1 here.
+        # A mask has size 1 along the feature axis.
         alike = array.shape[self.axis] == 1
         own = (1, 1) if alike else (self.number, self.size)
         return jnp.reshape(array, (*before, *own, *after))
@@ -232,21 +240,23 @@ def batch_moments(
 ) -> tuple[jax.Array, jax.Array, WhiteningMoments]:
     """Mean and covariances of a batch, in a form that keeps the digits of x - mean.
 
-    The sums of each device are about the mean of its own values. Where devices share,
-    they are then moved to a common origin and added up in one collective; what a
-    distance d of the mean from that origin costs is 1e-7 * |d|^2 in the covariance.
+    Each device takes its sums about the mean of its own values. If devices share
+    statistics, the sums are then moved to a common origin and added up in one
+    collective. If the mean is at a distance d from that origin, the error of the
+    covariance is 1e-7 * d^2.
 
     Args:
         x: of real dtype.
         mask: of size 1 along the feature axis, or None.
-        origin: equal on all devices, shape (features,); None to agree on one first.
+        origin: equal on all devices, shape (features,); None to agree on an origin
+            first.
         groups: of channels.
         reduction: over axes of the split array, and devices.
         dtype: of the computation.
 
     Returns:
-        A center close to the mean, which each device has for itself, the mean's
-        distance from it, both of shape (groups, size), and the moments.
+        A center close to the mean, which differs between devices; the mean minus the
+        center, both of shape (groups, size); and the moments.
     """
     values, weights, axis = x, mask, groups.axis
     if x.ndim == 1:
@@ -278,7 +288,7 @@ def _sums(x, mask, center, groups, reduction, dtype):
     subscripts = f"{groups.subscripts('i')},{groups.subscripts('j')}->gij"
     sharding = _sharding_of_groups(x, groups.axis)
 
-    # Derived from `x` again, and not from a copy of it in float32.
+    # Recomputed from `x` in the derivative, and not from a float32 copy of it.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def sums(x, center):
         distance = groups.split(x).astype(dtype) - reduction.expand(center)
@@ -294,7 +304,7 @@ def _sums(x, mask, center, groups, reduction, dtype):
 
 
 def _sharding_of_groups(x: jax.Array, axis: int) -> NamedSharding | None:
-    """How the covariances of an array lie on a mesh whose axes are explicit."""
+    """The sharding of the covariances of an array on a mesh with explicit axes."""
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return None
@@ -304,7 +314,7 @@ def _sharding_of_groups(x: jax.Array, axis: int) -> NamedSharding | None:
 def _common_origin(origin, center, count, groups, reduction):
     names = axis_names(reduction.axis_name)
     if origin is not None and varying_axes(origin).isdisjoint(names):
-        # A running mean that is lost must not make every output NaN from then on.
+        # A running mean that is not finite must not make every later output NaN.
         origin = jnp.where(jnp.isfinite(origin), origin, 0).astype(center.dtype)
         return lax.stop_gradient(groups.grouped(origin))
     weights = jnp.broadcast_to(count, center.shape)
@@ -313,7 +323,7 @@ def _common_origin(origin, center, count, groups, reduction):
 
 
 def _shared(mean, cov, count, origin, reduction):
-    """Join the moments of all devices, taken about one origin, in one collective."""
+    """Merge the moments of all devices about one origin, in one collective."""
     columns = [
         count * (cov + _outer(mean)),
         (count * mean)[..., None],
@@ -327,12 +337,12 @@ def _shared(mean, cov, count, origin, reduction):
     )
     count = jnp.max(counts)
     mean, second = first[..., 0] / safe_count(count), second / safe_count(count)
-    # The difference has no digits below these. Too large a covariance only makes the
-    # output small for a while.
+    # The difference has no digits below these. If the covariance is too large, the
+    # output is only too small for a while.
     digits = jnp.finfo(mean.dtype).eps * jnp.sum(jnp.square(mean), -1)
     eye = jnp.eye(size, dtype=mean.dtype)
     cov = second - _outer(mean) + lax.stop_gradient(digits)[..., None, None] * eye
-    # Sums about different origins mean nothing: better a NaN than a wrong mean.
+    # Sums about different origins cannot be merged: a NaN is better than a wrong mean.
     wanted = reduction.devices() * origin
     near = jnp.finfo(mean.dtype).eps * reduction.devices() * jnp.abs(wanted)
     equal = jnp.abs(origins[..., 0] - wanted) <= near

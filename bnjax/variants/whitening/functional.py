@@ -41,41 +41,50 @@ def whitening_batch_norm(
     residual: jax.Array | None = None,
     dtype=None,
 ) -> tuple[jax.Array, WhiteningStats]:
-    """Whitening of groups of channels, in training or in inference.
+    r"""Whitening of groups of channels, in training or in inference.
 
-    y = activation(scale * W (x - mean) + bias + residual), W being the inverse square
-    root of cov + epsilon * I of each group of consecutive channels (see
-    `whitening_matrix`). Mean and biased covariance are those of the batch in training,
-    and the running ones where `use_running_average`. With one channel a group it is
-    batch normalization.
+    $$
+    y = f\left(\gamma \odot W (x - \mu) + \beta + r\right), \quad
+    W = (\Sigma + \epsilon I)^{-1/2}
+    $$
+
+    for each group of consecutive channels (see `whitening_matrix`), with the activation
+    $f$ and the residual $r$. In training, the mean $\mu$ and the biased covariance
+    $\Sigma$ are those of the batch. With `use_running_average`, they are the running
+    statistics. With one channel per group this is batch normalization.
 
     Args:
         x: input, as in `bnjax.batch_norm`, of real dtype.
-        scale: gamma, shape (features,); None for ones.
-        bias: beta, shape (features,); None for zeros.
+        scale: $\gamma$, shape (features,); None for ones.
+        bias: $\beta$, shape (features,); None for zeros.
         batch_stats: running statistics.
-        group_size: channels whitened together, a divisor of the features; None for all
-            of them. The covariance of a batch with fewer values than that is singular.
+        group_size: number of channels whitened together, a divisor of the features;
+            None for all of them. The covariance of a batch with fewer values than that
+            is singular.
         iterations: steps of Newton's method (IterNorm); None for ZCA by an
             eigendecomposition.
         use_running_average: whiten by `batch_stats`.
-        axis: the feature axis of `x`; the statistics are over the others.
+        axis: the feature axis of `x`. The statistics are taken over all other axes.
         momentum: weight of the old statistics, in [0, 1].
-        epsilon: added to the diagonal of the covariance; positive.
-        unbiased: the running covariance has the factor m / (m - 1).
-        update_stats: whether `batch_stats` move; None for in training alone. True with
-            `use_running_average` whitens by the old ones and moves them.
-        use_fast_variance: with `axis_name`, True joins the devices' statistics about
-            the running mean, in one collective; it loses digits while that is hundreds
-            of standard deviations off. False is exact, for a second collective.
+        epsilon: $\epsilon$, added to the diagonal of the covariance; positive.
+        unbiased: True gives the running covariance the factor $m / (m - 1)$.
+        update_stats: whether to update `batch_stats`; None updates them in training
+            only. True with `use_running_average` whitens by the old statistics and
+            updates them.
+        use_fast_variance: with `axis_name`, True merges the devices' statistics about
+            the running mean, in one collective. Digits are lost only while the running
+            mean is hundreds of standard deviations away from the mean of the batch.
+            False is exact, and needs a second collective.
         mask: which values count, as in `bnjax.batch_norm`; of size 1 along `axis`,
             because a covariance needs all channels of a value.
-        axis_name: axis or axes whose devices share statistics, in one collective
-            forward and one backward of features * (group_size + 3) numbers at most.
+        axis_name: axis or axes whose devices share statistics. One collective in the
+            forward pass and one in the backward pass exchange at most features *
+            (group_size + 3) numbers each.
         axis_index_groups: groups of that axis, as in `bnjax.batch_norm`.
-        activation: as in `bnjax.batch_norm`.
-        residual: added before the activation; shape of `x`.
-        dtype: of the output; that of `x` if None. Statistics are float32 or float64.
+        activation: $f$, as in `bnjax.batch_norm`.
+        residual: $r$, added before the activation; shape of `x`.
+        dtype: dtype of the output; that of `x` if None. Statistics are float32 or
+            float64.
 
     Returns:
         The output, of the shape of `x`, and the new WhiteningStats.
@@ -169,18 +178,19 @@ def whiten_batch(
     residual: jax.Array | None = None,
     dtype=None,
 ) -> tuple[jax.Array, WhiteningMoments]:
-    """Whiten by the moments of the batch, and return these too.
+    r"""Whiten by the moments of the batch, and return the moments too.
 
-    With `update_whitening_stats` it makes up `whitening_batch_norm` in training.
+    `whitening_batch_norm` in training is this function followed by
+    `update_whitening_stats`.
 
     Args:
         x: input, as in `bnjax.batch_norm`, of real dtype.
-        scale: gamma, shape (features,); None for ones.
-        bias: beta, shape (features,); None for zeros.
-        group_size: channels whitened together; None for all of them.
+        scale: $\gamma$, shape (features,); None for ones.
+        bias: $\beta$, shape (features,); None for zeros.
+        group_size: number of channels whitened together; None for all of them.
         iterations: steps of Newton's method; None for ZCA.
-        origin: with `axis_name`, what the mean is expected to be, such as the running
-            mean, shape (features,), equal on all devices; None for exact moments by a
+        origin: used with `axis_name`: an estimate of the mean, such as the running
+            mean, shape (features,), equal on all devices. None for exact moments by a
             second collective.
         axis: the feature axis of `x`.
         epsilon: added to the diagonal of the covariance; positive.
@@ -189,11 +199,11 @@ def whiten_batch(
         axis_index_groups: groups of that axis.
         activation: as in `bnjax.batch_norm`.
         residual: added before the activation; shape of `x`.
-        dtype: of the output; that of `x` if None.
+        dtype: dtype of the output; that of `x` if None.
 
     Returns:
-        The output, of the shape of `x`, and the WhiteningMoments of the batch: of all
-        devices that share, where there are several.
+        The output, of the shape of `x`, and the WhiteningMoments of the batch. If
+        devices share statistics, the moments are those of all these devices.
 
     Raises:
         TypeError, ValueError, NameError, NotImplementedError: as `bnjax.batch_norm`.
@@ -250,24 +260,24 @@ def whitening_affine(
     iterations: int | None = 5,
     epsilon: float | jax.Array = 1e-5,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the kernel and offset of `whitening_batch_norm` in inference.
+    r"""Return the kernel and the offset of `whitening_batch_norm` in inference.
 
-    y = x @ kernel + offset, with a kernel that is block diagonal. It folds into a
+    $y = x K + b$ with a block-diagonal kernel $K$ and an offset $b$. It folds into a
     linear layer before it, whose kernel becomes `its_kernel @ kernel` and whose bias
-    `its_bias @ kernel + offset`.
+    becomes `its_bias @ kernel + offset`.
 
     Args:
         batch_stats: running statistics.
-        scale: gamma, shape (features,); None for ones.
-        bias: beta, shape (features,); None for zeros.
+        scale: $\gamma$, shape (features,); None for ones.
+        bias: $\beta$, shape (features,); None for zeros.
         iterations: steps of Newton's method; None for ZCA.
         epsilon: added to the diagonal of the covariance; positive.
 
     Returns:
-        Arrays of shape (features, features) and (features,).
+        The kernel, of shape (features, features), and the offset, of shape (features,).
 
     Raises:
-        ValueError: as `whitening_matrix`.
+        TypeError, ValueError: as `whitening_matrix`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -287,13 +297,13 @@ def whitening_affine(
 
 
 def _prepare(x, axis, group_size, mask, scale, bias, dtype):
-    """Check what `functional.moments` and `functional.normalize` do not."""
+    """Check what `functional.moments` and `functional.normalize` do not check."""
     x = _validate.as_input(x)
     dtype = _validate.as_dtype(dtype, x.dtype)
     for each, name in ((x.dtype, "x"), (dtype, "the output")):
         if jnp.issubdtype(each, jnp.complexfloating):
             raise TypeError(
-                f"batch_norm: {name} has dtype {each.name}; expected a real one, as "
+                f"batch_norm: {name} has dtype {each.name}; expected a real dtype: "
                 "whitening is for real numbers."
             )
     groups = ChannelGroups.of(x.shape, axis, group_size)
@@ -344,17 +354,17 @@ def _whiten(
     residual,
     **options,
 ):
-    """Return scale * W (x - center - mean) + bias, with what `normalize` adds."""
+    """Return scale * W (x - center - mean) + bias, then residual and activation."""
     matrix = whitening_matrix(cov, iterations=iterations, epsilon=epsilon)
     if scale is not None:
         matrix = groups.grouped(scale.astype(matrix.dtype))[..., None] * matrix
     rows, mask = groups.subscripts, _validate.as_mask(mask, x.shape)
 
-    # Derived from `x` again: no centered or whitened copy of it is kept.
+    # Recomputed from `x` in the derivative: no centered or whitened copy is kept.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def affine(x, center, matrix, mean, bias, residual):
         expand = Reduction(groups.rows).expand
-        # Twice, because center + mean would be rounded where the mean is large.
+        # Two subtractions, because center + mean would be rounded if the mean is large.
         centered = groups.split(x).astype(matrix.dtype) - expand(center)
         centered = centered - expand(mean)
         if mask is not None:
@@ -362,8 +372,8 @@ def _whiten(
             lost = hidden & ~jnp.isfinite(jnp.square(centered))
             centered = jnp.where(lost, 0, centered)
         z = einsum(f"gij,{rows('j')}->{rows('i')}", matrix, centered)
-        # Of mean 0 and variance 1 already: bias, residual, activation and dtype are
-        # what is left to do.
+        # z has mean 0 and variance 1 already: bias, residual, activation and dtype are
+        # left to apply.
         zeros = jnp.zeros(x.shape[groups.axis], z.dtype)
         return functional.normalize(
             groups.join(z),

@@ -9,7 +9,7 @@ from jax import lax
 from bnjax import _validate
 from bnjax._moments import checkpoint_named
 
-# TPUs and GPUs multiply float32 in fewer digits unless they are told.
+# By default, TPUs and GPUs multiply float32 with fewer digits.
 matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -20,29 +20,33 @@ def whitening_matrix(
     iterations: int | None = 5,
     epsilon: float | jax.Array = 1e-5,
 ) -> jax.Array:
-    """The symmetric W for which W (x - mean) has about the identity as covariance.
+    r"""The symmetric W for which the covariance of W (x - mean) is about the identity.
 
-    ZCA, where `iterations` is None: with cov = D diag(l) D^T,
+    If `iterations` is None, the method is ZCA. With $\Sigma = D \Lambda D^T$,
 
-        W = D diag(l + epsilon)^(-1/2) D^T.
+    $$
+    W = D (\Lambda + \epsilon I)^{-1/2} D^T
+    $$
 
-    Its derivative is the solution dW of dW R + R dW = -W dcov W with R = W^-1. That is
-    finite where eigenvalues coincide or vanish, where the derivative of an
-    eigendecomposition is not. It is of any order. An eigenvalue below the rounding
-    error of the largest is taken to be that.
+    Its derivative is the solution $dW$ of $dW\, R + R\, dW = -W\, d\Sigma\, W$ with
+    $R = W^{-1}$. This solution is finite if eigenvalues coincide or vanish, while the
+    derivative of an eigendecomposition is not. Derivatives of any order exist. An
+    eigenvalue below the rounding error of the largest is set to that error.
 
-    Iterative, with T = `iterations` steps of Newton's method from P_0 = I: with
-    S = cov + epsilon * I and N = S / tr(S),
+    Otherwise, the method is iterative, with $T$ = `iterations` steps of Newton's method
+    from $P_0 = I$. With $S = \Sigma + \epsilon I$ and $N = S / \mathrm{tr}(S)$,
 
-        P_k = (3 P_(k-1) - P_(k-1)^3 N) / 2,        W = P_T / sqrt(tr(S)).
+    $$
+    P_k = (3 P_{k-1} - P_{k-1}^3 N) / 2, \quad W = P_T / \sqrt{\mathrm{tr}(S)}
+    $$
 
-    It has matrix products alone, which accelerators are made for. A step enlarges P by
-    3/2 at most. Directions whose eigenvalue is below tr(S) * (4/9)^T are therefore
-    whitened in part only.
+    It uses matrix products only, which suits accelerators. A step enlarges $P$ by 3/2
+    at most. Directions whose eigenvalue is below $\mathrm{tr}(S) (4/9)^T$ are therefore
+    whitened only in part.
 
     Args:
-        cov: covariances, symmetric, shape (..., size, size), float32 or float64. Their
-            symmetric part is taken.
+        cov: covariances, symmetric, shape (..., size, size), float32 or float64. The
+            function uses their symmetric part.
         iterations: steps of Newton's method, at least 1; None for ZCA.
         epsilon: added to the diagonal; positive.
 
@@ -50,8 +54,8 @@ def whitening_matrix(
         W, of the shape and dtype of `cov`.
 
     Raises:
-        TypeError: for an epsilon or iterations that are no number.
-        ValueError: for a shape that is not (..., size, size), or numbers out of range.
+        TypeError: if epsilon or iterations is not a number.
+        ValueError: if the shape is not (..., size, size), or a number is out of range.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -63,9 +67,9 @@ def whitening_matrix(
          [0. 1.]]
 
     References:
-        Huang et al. (2018), "Decorrelated Batch Normalization", section 3.2 (ZCA).
-        Huang et al. (2019), "Iterative Normalization", Algorithm 1.
-        Higham (2008), "Functions of Matrices", section 6.1 (the derivative).
+        Huang et al. (2018), "Decorrelated Batch Normalization", section 3.2 (ZCA);
+        Huang et al. (2019), "Iterative Normalization", Algorithm 1; Higham (2008),
+        "Functions of Matrices", section 6.1 (the derivative).
     """
     if cov.ndim < 2 or cov.shape[-1] != cov.shape[-2]:
         raise ValueError(
@@ -85,9 +89,9 @@ def whitening_matrix(
         return _inverse_sqrt(cov + epsilon * eye, roots, vectors)
     cov = cov + epsilon * eye
     trace = jnp.trace(cov, axis1=-2, axis2=-1)[..., None, None]
-    # P_k beside N P_k: in exact arithmetic they commute and this is the formula. With
-    # P_k alone, rounding errors grow from step to step until nothing else is left
-    # (Higham 2008, section 6.4).
+    # P_k together with N P_k: in exact arithmetic they commute and this is the formula.
+    # With P_k alone, rounding errors grow from step to step until they dominate (Higham
+    # 2008, section 6.4).
     power, product = eye, cov / trace
     for _ in range(iterations):
         factor = 1.5 * eye - 0.5 * matmul(power, product)
@@ -96,7 +100,7 @@ def whitening_matrix(
 
 
 def check_iterations(iterations: int | None) -> None:
-    """Refuse what is neither None nor a number of steps."""
+    """Refuse `iterations` that is neither None nor a positive int."""
     if iterations is None:
         return
     if isinstance(iterations, bool) or not isinstance(iterations, int):
@@ -123,8 +127,8 @@ def _inverse_sqrt_jvp(primals, tangents):
     (matrix, roots, vectors), (dmatrix, *_) = primals, tangents
     roots, vectors = lax.stop_gradient((roots, vectors))
     inverse = _inverse_sqrt(matrix, roots, vectors)
-    # W S W = I gives dW (S W) + (W S) dW = -W dS W, and S W = W S is the root. The
-    # equation is left to JAX to derive, so that a second derivative is as stable.
+    # W S W = I gives dW (S W) + (W S) dW = -W dS W, and S W = W S is the root. JAX
+    # derives the equation, so that a second derivative is as stable.
     root = matmul(matrix, inverse)
 
     def equation(dinverse):

@@ -20,18 +20,19 @@ __all__ = ["WhiteningBatchNorm"]
 
 
 class WhiteningBatchNorm(nn.Module):
-    """`whitening_batch_norm` as a layer of flax.linen.
+    """`bnjax.variants.whitening.whitening_batch_norm` as a layer of flax.linen.
 
-    The variables are those of `bnjax.linen.BatchNorm`, with the covariances "cov" in
-    place of the variance: params "scale" and "bias", batch_stats "mean" of shape
+    The variables are those of `bnjax.linen.BatchNorm`, with the covariances "cov"
+    instead of the variance: params "scale" and "bias", batch_stats "mean" of shape
     (features,) and "cov" of shape (groups, group_size, group_size).
 
     Attributes:
-        use_running_average: whiten by the running statistics; may be given here or in
-            the call.
-        group_size: channels whitened together, a divisor of the features; None for all.
+        use_running_average: whiten by the running statistics. Pass it here or in the
+            call.
+        group_size: number of channels whitened together, a divisor of the features;
+            None for all.
         iterations: steps of Newton's method (IterNorm); None for ZCA.
-        unbiased: keep the running covariance with m / (m - 1).
+        unbiased: True keeps the running covariance with the factor $m / (m - 1)$.
         activation: applied in the layer: a name of jax.nn, such as "relu", or an
             elementwise function.
 
@@ -39,8 +40,8 @@ class WhiteningBatchNorm(nn.Module):
 
     Raises:
         ImmutableBatchStatsError: in training without mutable=["batch_stats"].
-        TypeError, ValueError, NameError, NotImplementedError: as whitening_batch_norm,
-            with the name of the layer.
+        TypeError, ValueError, NameError, NotImplementedError: as
+            `bnjax.variants.whitening.whitening_batch_norm`, with the name of the layer.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -84,12 +85,12 @@ class WhiteningBatchNorm(nn.Module):
         residual: jax.Array | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
-        """Whiten `x` and, in training, move the running statistics.
+        """Whiten `x` and, in training, update the running statistics.
 
         Args:
             x: input, of any shape and real floating dtype.
             use_running_average: whiten by the running statistics.
-            mask: which values count: booleans or weights that broadcast to `x`, alike
+            mask: which values count: booleans or weights that broadcast to `x`, equal
                 for all channels.
             residual: added before the activation; shape of `x`.
             update_stats: as in `bnjax.linen.BatchNorm`.
@@ -117,7 +118,7 @@ class WhiteningBatchNorm(nn.Module):
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
         initializing = self.is_initializing()
-        # Too little to train on, but enough to make the variables from.
+        # Too few values to train on, but enough to create the variables.
         single = initializing and x.size <= shape[0]
         if update_stats is None:
             update_stats = not running

@@ -19,22 +19,39 @@ __all__ = ["WhiteningBatchNorm"]
 
 
 class WhiteningBatchNorm(nnx.Module):
-    """`whitening_batch_norm` as a layer of flax.nnx.
+    """`bnjax.variants.whitening.whitening_batch_norm` as a layer of flax.nnx.
 
-    `mean` and `cov` are nnx.BatchStat, `scale` and `bias` nnx.Param, of the shapes of
-    `bnjax.variants.whitening.linen.WhiteningBatchNorm`. `model.train()` and
-    `model.eval()` set `use_running_average`.
+    `mean` and `cov` are nnx.BatchStat, `scale` and `bias` are nnx.Param. Their shapes
+    are those of `bnjax.variants.whitening.linen.WhiteningBatchNorm`. `model.train()`
+    and `model.eval()` set `use_running_average`.
 
     Args:
         num_features: number of channels.
-        rngs: of the initializers.
+        rngs: random streams for the initializers.
         use_running_average: whiten by the running statistics.
-
-    The other arguments are the attributes of that layer.
+        group_size: number of channels whitened together, a divisor of `num_features`;
+            None for all.
+        iterations: steps of Newton's method (IterNorm); None for ZCA.
+        axis: the feature axis of the input.
+        momentum: weight of the old statistics, in [0, 1].
+        epsilon: added to the diagonal of the covariance; positive.
+        dtype: dtype of the output; that of the input and the parameters if None.
+        param_dtype: dtype of the parameters.
+        use_bias: whether there is a bias.
+        use_scale: whether there is a scale.
+        bias_init: initializer of the bias.
+        scale_init: initializer of the scale.
+        axis_name: axis or axes whose devices share statistics.
+        axis_index_groups: groups of that axis.
+        use_fast_variance: as in `bnjax.variants.whitening.whitening_batch_norm`.
+        unbiased: True keeps the running covariance with the factor $m / (m - 1)$.
+        activation: applied in the layer: a name of jax.nn, such as "relu", or an
+            elementwise function.
 
     Raises:
-        TypeError, ValueError, NameError, NotImplementedError: as whitening_batch_norm,
-            with the number of features of the layer.
+        TypeError, ValueError, NameError, NotImplementedError: as
+            `bnjax.variants.whitening.whitening_batch_norm`, with the number of features
+            of the layer.
 
     Examples:
         >>> import jax
@@ -97,12 +114,13 @@ class WhiteningBatchNorm(nnx.Module):
         residual: jax.Array | None = None,
         update_stats: bool | None = None,
     ) -> jax.Array:
-        """Whiten `x` and, in training, move the running statistics.
+        """Whiten `x` and, in training, update the running statistics.
 
         Args:
             x: input, of any shape and real floating dtype.
-            use_running_average: wins over the attribute.
-            mask: as in `whitening_batch_norm`, broadcast to `x`.
+            use_running_average: overrides the attribute.
+            mask: which values count: booleans or weights that broadcast to `x`, equal
+                for all channels.
             residual: added before the activation; shape of `x`.
             update_stats: as in `bnjax.nnx.BatchNorm`.
 

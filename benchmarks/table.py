@@ -93,7 +93,7 @@ def _resnet50(folder: Path) -> list[list[str]]:
         kinds = _kinds(path, "resnet50")
         if (flax := kinds.get("flax")) is None:
             continue
-        device = path.stem.removeprefix("compiled-").replace("h", "H")
+        device = _device(path.stem.removeprefix("compiled-"))
         # Traffic tells of a GPU what cycles tell of a TPU.
         first = "cycles" if flax["cycles"] is not None else "traffic"
         pairs = [("", "bnjax_inside", first), ("", "bnjax_inside", "memory")]
@@ -106,7 +106,7 @@ def _resnet50(folder: Path) -> list[list[str]]:
                 rows.append(
                     [
                         f"ResNet-50 training step{note}: {word}",
-                        f"{'TPU ' if device[0] == 'v' else ''}{device}, compiled",
+                        f"{device}, compiled",
                         f"{share:.3f}",
                         *[""] * (len(_PEERS) - 1),
                     ]
@@ -137,6 +137,11 @@ def memory(folder: Path) -> str:
     return markdown(header, lines)
 
 
+def _device(target: str) -> str:
+    """Return the name by which people know a target, such as "TPU v5e"."""
+    return f"TPU {target}" if target[0] == "v" else f"NVIDIA {target.upper()}"
+
+
 def _kinds(path: Path, network: str) -> dict[str, dict[str, Any]]:
     """Return the programs of a network in bfloat16 on one chip, by kind."""
     return {
@@ -156,7 +161,7 @@ def _memory(target: str, network: str, wanted: dict[str, dict[str, Any]]) -> lis
     for kind in ("flax", "flax_policy", "bnjax", "bnjax_inside", "bnjax_policy"):
         if (row := wanted.get(kind)) is None:
             continue
-        cells = [target, network, kind]
+        cells = [_device(target), network, kind]
         for name, factor, unit in (*figures, ("cycles", 1e-6, "M")):
             value = row[name]
             cells.append(

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.figures import WITH, WITHOUT
 from benchmarks.report import RESULTS as BENCHMARKS
-from benchmarks.report import percent
+from benchmarks.report import ROOT, percent
 from benchmarks.timing import ratio
 from experiments import adabn, batch_size, cancellation, population, renorm
 from experiments import domains as kinds
@@ -331,3 +331,75 @@ def test_the_summary_of_performance():
     ]
     span = f"{min(compiled):.2f} to {max(compiled):.2f}"
     assert f"takes {span} times as long as with Flax's" in text
+
+
+def test_the_speed_of_a_folded_network():
+    (row,) = result("folding", BENCHMARKS)["rows"]
+    ours, flax = (row["ratios"][f"{name} / folded"] for name in ("unfolded", "flax"))
+    text = page("docs/library/folding.md")
+    assert f"takes {ours['median_of_rounds']:.2f} times as long as the folded" in text
+    assert f"with Flax's {flax['median_of_rounds']:.2f} times" in text
+    lowest = min(ours["lowest"], flax["lowest"])
+    highest = max(ours["highest"], flax["highest"])
+    assert f"range from {lowest:.2f} to {highest:.2f}" in text
+    folded, unfolded = (row[name]["flops"] / 1e9 for name in ("folded", "unfolded"))
+    assert f"needs {folded:.2f} GFLOP, the unfolded network {unfolded:.2f}" in text
+    folded, unfolded = (row[name]["bytes_accessed"] for name in ("folded", "unfolded"))
+    assert folded == pytest.approx(unfolded, rel=1e-3)
+
+
+def test_the_rate_of_streaming():
+    found = result("streaming_rate", BENCHMARKS)
+    text = page("docs/programs/data.md")
+    assert f"reads {found['images_per_second_and_core']:,.0f} images/s" in text
+    small, large = (
+        round(100 * row["share_waiting"])
+        for row in found["rows"]
+        if row["workers"] == 2 and row["batch_size"] in (16, 32)
+    )
+    needs = f"needs {found['model_step_ms']:.0f} ms a step waits {small} % of the time"
+    assert f"{needs} with batches of 16, and {large} % with batches of 32" in text
+
+
+# Numbers of the README that are no measurements: versions, sections, defaults, names.
+NOT_MEASURED = [
+    "3.11",
+    "4.1",
+    "1,797",
+    "0.9",
+    "0.1",
+    "1e-5",
+    "1",
+    "10,000",
+    "50,000",
+    "5",
+    "3",
+    "2.0",
+    "2015",
+    "1502.03167",
+    "13",
+]
+
+
+def test_every_number_of_the_readme():
+    """A number of the README is in a tested phrase, or said to be no measurement."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    text = re.sub(r"(?s)<!-- tables.*?<!-- end -->|```.*?```|`[^`]*`", "", text)
+    text = re.sub(r"\]\([^)]*\)|[\w-]+\.json|ResNet-\d+|CIFAR-10|bfloat16", "", text)
+    runs, best = result("mnist")["runs"], result("cifar10")["table"]
+    at = [runs[WITH][0]["steps"].index(step) for step in (10_000, 50_000)]
+    derived = [
+        percent(middle(runs[name], "test_accuracy", i)) for name in BOTH for i in at
+    ]
+    derived += [percent(best[name]["best_accuracy"]) for name in ("BN-x5", "Inception")]
+    layer, loop = (
+        result(name, BENCHMARKS) for name in ("mnist_steps_per_second", "training_rate")
+    )
+    rates, medians = layer["steps_per_second"], layer["steps_per_second_median"]
+    derived.append(f"{ratio(rates['bnjax'], rates['flax']):.2f}")
+    derived.append(f"{medians['none'] / medians['bnjax']:.2f}")
+    loops = loop["steps_per_second"]
+    derived.append(f"{ratio(loops['train.py'], loops['flax loop']):.2f}")
+    found = re.findall(r"\d[\d,.e-]*\d|\d", text)
+    assert set(derived) <= set(found)
+    assert set(found) == {*derived, *NOT_MEASURED}

@@ -8,7 +8,10 @@ from pathlib import Path
 # The notebooks lay out a mesh over eight devices, as the tests do.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = str(Path(__file__).parents[1])
+sys.path.insert(0, ROOT)
+# The notebooks are run in processes of their own.
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
 
 from sphinx.util import inspect
 

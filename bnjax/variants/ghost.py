@@ -173,8 +173,7 @@ class GhostBatchNorm(BatchNorm):
         updating = options.pop("update_stats")
         options["virtual_batch_size"] = self.virtual_batch_size
         if not (updating and self.is_mutable_collection(MOMENTS)):
-            y, new = ghost_batch_norm(x, scale, bias, batch_stats, **options)
-            return y, new if updating else batch_stats
+            return ghost_batch_norm(x, scale, bias, batch_stats, **options)
         del options["momentum"], options["unbiased"]
         origin = batch_stats.mean if options.pop("use_fast_variance") else None
         y, moments = normalize_groups(x, scale, bias, origin=origin, **options)
@@ -219,10 +218,9 @@ class NnxGhostBatchNorm(bnjax.nnx.BatchNorm):
         if options["use_running_average"]:
             return super()._transform(x, scale, bias, batch_stats, **options)
         del options["use_running_average"]
-        updating = options.pop("update_stats")
+        del options["update_stats"]  # the layer keeps the statistics if it is False
         options["virtual_batch_size"] = self.virtual_batch_size
-        y, new = ghost_batch_norm(x, scale, bias, batch_stats, **options)
-        return y, new if updating else batch_stats
+        return ghost_batch_norm(x, scale, bias, batch_stats, **options)
 
 
 def _refuse_mask(mask: jax.Array | None) -> None:

@@ -1,11 +1,11 @@
-"""The command line: one function a command, whose signature tyro reads as its flags.
+"""The command line: one function for each command, whose signature gives its flags.
 
 bnjax --help            every command
 bnjax COMMAND --help    its flags
 
-`python -m bnjax`, train.py and eval.py call the same functions. What only a command
-needs is imported in it, so that help comes at once. docs/programs/command-line.md says
-more.
+tyro reads the signatures. `python -m bnjax`, train.py and eval.py call the same
+functions. Each command imports what only it needs, so that help appears at once.
+docs/programs/command-line.md says more.
 """
 
 import contextlib
@@ -57,14 +57,14 @@ Images = Annotated[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do what the command line says; return the exit status."""
+    """Run the command line, and return the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words in (["--help"], ["-h"]):
         print("usage: bnjax COMMAND ...\n")
         for name, command in COMMANDS.items():
             summary = (command.__doc__ or "").partition("\n")[0]
             print(f"  {name:{max(map(len, COMMANDS)) + 2}}{summary}")
-        print("\nIts arguments and flags: bnjax COMMAND --help.")
+        print("\nArguments and flags of a command: bnjax COMMAND --help.")
         return 0
     if words == ["--version"]:
         print(bnjax.__version__)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, words: Sequence[str], *, prog: str) -> int:
-    """Run a command by its name, called `prog` in its help; return the exit status."""
+    """Run a command by its name, and return the exit status; its help shows `prog`."""
 
     def run() -> None:
         if name not in COMMANDS:
@@ -97,14 +97,15 @@ def run_command(name: str, words: Sequence[str], *, prog: str) -> int:
 
 
 def run_reporting(main: Callable[[], None]) -> int:
-    """Run `main` and turn what a person can put right into one line on stderr.
+    """Run `main`, and report errors that a user can fix in one line on stderr.
 
-    The exit status is 0, 2 for a setting, 128 and its number for a signal, else 1.
+    The exit status is 0 on success, 2 for a wrong setting, 128 plus its number for a
+    signal, and 1 for other errors.
     """
     try:
         main()
     except BrokenPipeError:
-        # Whoever read the output has left; Python would flush to them at exit.
+        # The reader of the output has ended; Python would flush to it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt:
@@ -120,7 +121,7 @@ def run_reporting(main: Callable[[], None]) -> int:
         )
         return 1
     except Exception as error:
-        # Imported here: --help needs none of it.
+        # Imported here, because --help does not need it.
         from bnjax._cpu.build import BuildError
         from bnjax.data.config import DataError
         from bnjax.interop.export import ExportError
@@ -139,7 +140,7 @@ def run_reporting(main: Callable[[], None]) -> int:
         else:
             raise
         label = "error: " if isinstance(error, ValueError) else ""
-        # A compiler's message has many lines.
+        # The message of a compiler has many lines.
         words = str(error).split() if isinstance(error, BuildError) else [str(error)]
         print(f"{label}{' '.join(words)}", file=sys.stderr)
         leave_hosts(status)
@@ -161,8 +162,9 @@ def parse_train(
 ) -> tuple[str, "Config"]:
     """Read `[PRESET] [--flags]`; return the preset's name and its configuration.
 
-    A `--model` other than the preset's starts from its own options; one of the user's
-    own also from the defaults of `--bn`, and its module may lie in the current folder.
+    A `--model` other than the preset's starts from its own options. A user's network
+    also starts from the defaults of `--bn`, and its module may be in the current
+    folder.
     """
     from bnjax.training.config import Config, is_import_path, validate
     from bnjax.training.presets import DEFAULT, PRESETS
@@ -205,7 +207,7 @@ def parse_train(
 
 
 _MODEL_FLAGS = ("--model", "--model.name")
-# What other programs call these flags.
+# Names of flags in other programs.
 _OTHER_NAMES = {
     "--epochs": "--steps, each of them a batch",
     "--bs": "--batch-size",
@@ -219,7 +221,7 @@ _OTHER_NAMES = {
 
 
 def _with_model(config: "Config", flags: Sequence[str]) -> "Config":
-    """Return the preset for the model that the flags name."""
+    """Return the preset with the model that the flags name."""
     from bnjax.training.config import BatchNormConfig, ModelConfig, is_import_path
 
     name = config.model.name
@@ -236,14 +238,14 @@ def _with_model(config: "Config", flags: Sequence[str]) -> "Config":
 def _with_options(
     given: "OptimizerConfig", preset: "OptimizerConfig"
 ) -> "OptimizerConfig":
-    """Return the optimizer with the preset's keywords below those that are given.
+    """Return the optimizer with the given keywords, and the preset's for the rest.
 
-    Another optimizer or schedule than the preset's has none of its keywords.
+    An optimizer or schedule other than the preset's does not get the preset's keywords.
     """
     changes = {}
     for name, field in (("name", "options"), ("schedule", "schedule_options")):
         ours, theirs = getattr(preset, field), getattr(given, field)
-        if theirs is ours:  # tyro gives the very default where a flag is left out.
+        if theirs is ours:  # Without the flag, tyro returns the default object itself.
             theirs = {}
         same = getattr(given, name) == getattr(preset, name)
         changes[field] = {**(ours if same else {}), **theirs}
@@ -251,7 +253,7 @@ def _with_options(
 
 
 def _check_flags(config: "Config", words: Sequence[str]) -> None:
-    """Refuse a flag by another program's name, or without the group that it is in."""
+    """Refuse a flag with another program's name, or without its group."""
     from bnjax.training.config import as_flag, flag_values
 
     flags = [as_flag(name) for name in flag_values(config)]
@@ -264,7 +266,7 @@ def _check_flags(config: "Config", words: Sequence[str]) -> None:
 
 
 def _list_presets(prog: str) -> str:
-    """Return the text that --help opens with: each preset in a line."""
+    """Return the first text of --help, with one line for each preset."""
     from bnjax.training.presets import DEFAULT, PRESETS
 
     text = "Train a network. PRESET is one of:\n"
@@ -273,8 +275,8 @@ def _list_presets(prog: str) -> str:
         names = f"{first} to {rest[-1].rpartition('-')[2]}" if rest else first
         text += f"  {names}: {summary}\n"
     return (
-        f"{text}\nWhat to expect of one, and its settings: {prog} PRESET --help.\n"
-        f"Without a preset it is {DEFAULT}, whose settings follow:"
+        f"{text}\nExpected results and settings of a preset: {prog} PRESET --help.\n"
+        f"Without PRESET, {DEFAULT} is used, with these settings:"
     )
 
 
@@ -287,19 +289,20 @@ def evaluate(
     trust: Flag = False,
     data_dir: Path | None = None,
 ) -> None:
-    """Score the newest checkpoint of a run on its test set.
+    """Evaluate the newest checkpoint of a run on its test set.
 
-    With several runs, each and their ensemble: class probabilities averaged.
+    With several runs, evaluate each of them and their ensemble, which averages class
+    probabilities.
 
     Args:
         run: A folder that train.py wrote.
-        others: More of them, for an ensemble.
-        crops: Of each image: 1 as the run itself evaluated, 10, or 144.
-        batch_stats_from: Score by the moving averages of training, and by
+        others: More such folders, for an ensemble.
+        crops: Crops of each image: 1 (as in the run's evaluation), 10 or 144.
+        batch_stats_from: Evaluate with the moving averages of training, and with
             population statistics over this many training batches.
-        output: JSON goes here. None: to RUN/eval.json; an ensemble's nowhere.
+        output: The JSON file to write. None: RUN/eval.json; no file for an ensemble.
         trust: Import the code that a run names as its network.
-        data_dir: Where tfds sets are. None: where the run had them.
+        data_dir: The folder of tfds sets. None: the folder that the run used.
     """
     from bnjax.training.evaluation import evaluate_runs
 
@@ -322,17 +325,17 @@ def predict(
     force: Flag = False,
     trust: Flag = False,
 ) -> None:
-    """Classify images.
+    """Classify images with the newest checkpoint of a run.
 
-    The newest checkpoint is given them prepared as the run's test images.
+    Images are prepared as the test images of the run.
 
     Args:
         run: A folder that train.py wrote.
-        images: Files, or folders that are searched for them.
-        top: How many classes to give for each, the most probable ones.
-        json: Print JSON in place of the table.
-        output: JSON goes to this file too.
-        force: Replace --output if it is there.
+        images: Image files, or folders to search for images.
+        top: The number of most probable classes to show for each image.
+        json: Print JSON instead of the table.
+        output: Also write the JSON to this file.
+        force: Replace --output if it exists.
         trust: Import the code that the run names as its network.
     """
     from bnjax.training.evaluation import load_run
@@ -373,21 +376,21 @@ def export(
     force: Flag = False,
     trust: Flag = False,
 ) -> None:
-    """Write the network as StableHLO, which JAX alone runs.
+    """Export the network as StableHLO, which needs only JAX to run.
 
-    The file holds the weights, takes any number of images, and needs JAX alone:
+    The file holds the weights and accepts any number of images. To run it:
     jax.export.deserialize(bytearray(open(OUT, "rb").read())).call(images).
 
     Args:
         run: A folder that train.py wrote.
-        out: The file to write, which ends in .stablehlo.
-        fold: Fold BN into the layer before it, where there is one.
-        platforms: What it is to run on; none of them is needed here.
-        inputs: pixels: uint8, as the data set stores them, scaled inside.
-            floats: float32, scaled as in training by the caller.
-        softmax: Give class probabilities in place of logits.
-        batch_size: The only number of images it takes. None: any.
-        force: Replace OUT if it is there.
+        out: The file to write; its name ends in .stablehlo.
+        fold: Fold BN into the layer before it, if there is one.
+        platforms: The platforms to run on; this machine need not have them.
+        inputs: pixels: uint8, as the data set stores them; the function scales them.
+            floats: float32, which the caller scales as in training.
+        softmax: Return class probabilities instead of logits.
+        batch_size: The only number of images that it accepts. None: any number.
+        force: Replace OUT if it exists.
         trust: Import the code that the run names as its network.
     """
     import jax
@@ -409,7 +412,7 @@ def export(
         try:
             network, _ = fold_state(program, state, opened.source.image_shape)
         except RunError as error:
-            raise RunError(f"{error} Or export it as it is: --no-fold.") from error
+            raise RunError(f"{error} Or export without folding: --no-fold.") from error
     else:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         network = functools.partial(program.model.apply, variables, train=False)
@@ -448,13 +451,14 @@ def fold(
 ) -> None:
     """Write the weights with batch normalization folded into them.
 
-    What was folded into what, or why not, is printed, and written as JSON beside OUT.
+    A report says which layer was folded into which, or why not. It is printed, and
+    written as JSON beside OUT.
 
     Args:
         run: A folder that train.py wrote.
         out: The file to write, .npz or .safetensors.
-        dtype: Of the weights. None: as the network has them.
-        force: Replace files that are there.
+        dtype: The dtype of the weights. None: the dtype of the network.
+        force: Replace existing files.
         trust: Import the code that the run names as its network.
     """
     from flax.traverse_util import flatten_dict
@@ -473,7 +477,7 @@ def fold(
         check_output(path, overwrite=force)
     if out.suffix == ".npz" and dtype == "bfloat16":
         raise SettingError(
-            f"{out}: NumPy's files have no bfloat16. Give a name that ends in "
+            f"{out}: NumPy's files do not support bfloat16. Give a name that ends in "
             ".safetensors, or --dtype float32.",
         )
     opened = load_run(run, trust=trust, examples=False)
@@ -515,14 +519,15 @@ def inspect(
 ) -> None:
     """Show the parameters and statistics of every BN layer.
 
-    A unit is dead where its scale or its variance is next to nothing: what goes in
-    hardly changes what comes out.
+    A unit is dead if its scale or its variance is nearly 0: its input hardly affects
+    its output.
 
     Args:
         run: A folder that train.py wrote.
-        json: Print JSON in place of the table.
-        scale_below: A unit is dead where |scale| is below this.
-        var_below: And where var is below this. None: the run's epsilon.
+        json: Print JSON instead of the table.
+        scale_below: A unit is dead if its absolute scale is below this.
+        var_below: A unit is dead if its variance is below this. None: the epsilon of
+            the run.
         trust: Import the code that the run names as its network.
     """
     from bnjax.training.evaluation import load_run
@@ -571,18 +576,18 @@ def doctor(
     trust: Flag = False,
     data_dir: Path | None = None,
 ) -> None:
-    """Find the mistakes with batch normalization in a run.
+    """Find mistakes with batch normalization in a run.
 
-    The newest checkpoint is given the run's first training batch. The exit status is 1
-    where there is an error among the findings; docs/library/doctor.md says what
-    each means.
+    The doctor examines the newest checkpoint on the run's first training batch. The
+    exit status is 1 if a finding is an error. docs/library/doctor.md says what each
+    finding means.
 
     Args:
         run: A folder that train.py wrote.
-        json: Print JSON in place of the table.
-        ignore: Names of findings to leave out, such as few-values.
+        json: Print JSON instead of the table.
+        ignore: Names of findings to skip, such as few-values.
         trust: Import the code that the run names as its network.
-        data_dir: Where tfds sets are. None: where the run had them.
+        data_dir: The folder of tfds sets. None: the folder that the run used.
     """
     from bnjax.doctor import RULES
     from bnjax.training.config import RunError
@@ -594,7 +599,7 @@ def doctor(
         if name not in names:
             raise SettingError(
                 f"--ignore {name}: there is no such finding.{did_you_mean(name, names)}"
-                f" Expected some of: {', '.join(names)}."
+                f" Expected names among: {', '.join(names)}."
             )
     state, findings = examine_run(load_run(run, data_dir, trust=trust), ignore)
     layers = len(find_layers(state.params, state.batch_stats))
@@ -623,29 +628,29 @@ def report(
     trust: Flag = False,
     data_dir: Path | None = None,
 ) -> None:
-    """Write one HTML file that shows runs side by side.
+    """Compare runs in one HTML file.
 
-    It has how they ended and how their settings differ, curves of accuracy and loss,
-    the steps to an accuracy, the numbers of BN layers through training, and what the
-    doctor finds in each.
+    The file shows the final results, the differences between the settings, curves of
+    accuracy and loss, the steps to an accuracy, the numbers of BN layers during
+    training, and the findings of the doctor.
 
     Args:
-        runs: Folders that train.py wrote; a run may still go on.
+        runs: Folders that train.py wrote; a run may still be training.
         output: The file to write.
-        accuracy: Show how many steps each run took to these, from 0 to 1. Without:
-            to the best that every run of the same settings reached.
-        layers: Names or patterns of the layers to draw, such as bn_0 "block1/*".
-            Without: the first, a middle and the last.
+        accuracy: Show the steps that each run took to these accuracies, from 0 to 1.
+            Default: the best that every run with the same settings reached.
+        layers: Names or patterns of the layers to draw, such as `bn_0` or `block1/*`.
+            Default: the first, a middle and the last.
         doctor: Examine the newest checkpoint of each run.
-        force: Replace --output if it is there.
+        force: Replace --output if it exists.
         trust: Import the code that a run names as its network.
-        data_dir: Where tfds sets are. None: where the run had them.
+        data_dir: The folder of tfds sets. None: the folder that the run used.
     """
     from bnjax.report import check_layers, make_report, read_runs
     from bnjax.training.runs import try_to_examine
 
     if not runs:
-        raise SettingError("no run is given: name folders that train.py wrote.")
+        raise SettingError("no run is given: give folders that train.py wrote.")
     check_output(output, overwrite=force)
     for value in accuracy:
         if not 0 < value <= 1:
@@ -680,22 +685,23 @@ def recompute_stats(
     trust: Flag = False,
     data_dir: Path | None = None,
 ) -> None:
-    """Estimate the population statistics again, as a new run.
+    """Re-estimate the population statistics of a run, and write them as a new run.
 
-    They are those over batches of the training set, augmented as in the training's
-    first steps. The parameters are those of the newest checkpoint. eval.py and the
-    other commands read the result.
+    The statistics are over batches of the training set, augmented as in the first
+    steps of training. The parameters are those of the newest checkpoint. eval.py and
+    the other commands can read the new run.
 
     Args:
         run: A folder that train.py wrote.
         output: The folder to write.
-        batches: How many, of the run's batch size, from its first step on.
+        batches: The number of batches, of the run's batch size, from its first step.
         method: paper: Algorithm 2, means of the batches' statistics.
-            pooled: statistics of all their values, more exact for small batches.
-        layers: Names or patterns of the layers, such as bn_0 "block1/*". Without: all.
-        force: Replace a run that is in --output.
+            pooled: statistics of all values together, more exact for small batches.
+        layers: Names or patterns of the layers, such as `bn_0` or `block1/*`.
+            Default: all layers.
+        force: Replace a run in --output.
         trust: Import the code that the run names as its network.
-        data_dir: Where tfds sets are. None: where the run had them.
+        data_dir: The folder of tfds sets. None: the folder that the run used.
     """
     from bnjax.training.config import RunError
     from bnjax.training.evaluation import PopulationEstimator, load_run
@@ -714,7 +720,7 @@ def recompute_stats(
     config, source = opened.config, opened.source
     if config.ema is not None:
         raise RunError(
-            f"{run} was trained with --ema: eval.py takes its statistics again "
+            f"{run} was trained with --ema: eval.py re-estimates its statistics "
             "each time, over --batch-stats-from batches."
         )
     program, state, metadata = opened.restore_with_metadata()
@@ -761,28 +767,29 @@ def import_torch(
     data_dir: Path | None = None,
     flags: Annotated[tuple[str, ...], tyro.conf.Suppress] = (),
 ) -> None:
-    """Make a run of weights from PyTorch.
+    """Make a run from PyTorch weights.
 
-    Residual networks of torchvision and timm are known by their names; of a network of
-    your own a mapping is proposed, which --confirm takes. Where the data set is not
-    there, the number of classes is that of the weights. After -- may follow flags of
-    train.py that the preset needs, such as --data.name.
+    The command knows the layer names of torchvision's and timm's residual networks. For
+    another network it proposes a mapping, which --confirm accepts. If the data set does
+    not exist, the weights give the number of classes. Flags of train.py that the preset
+    needs, such as --data.name, may follow after --.
 
     Args:
-        file: Of PyTorch: .safetensors, or a state_dict() in .pt, .pth or .bin.
+        file: PyTorch weights: .safetensors, or a state_dict() in .pt, .pth or .bin.
         output: The folder to write.
-        preset: Of train.py: says which network, and on which data.
+        preset: A preset of train.py, which gives the network and the data set.
         model: Another network than the preset's.
-        mapping: Which layer is which, a JSON file. None: as the network has it.
-        names: More of the mapping, such as linear=logits.
-        ignore: Layers or tensors of PyTorch that go nowhere.
-        keep: Layers or arrays of ours that keep their first values.
-        confirm: Take the mapping that was proposed.
-        image_shape: Height, width, channels, where the data set is not there.
-        force: Replace a run that is in --output.
-        data_dir: Where the data set is. None: $TFDS_DATA_DIR, else
+        mapping: A JSON file that maps PyTorch layers to Flax layers. None: the mapping
+            of the network.
+        names: More entries of the mapping, such as linear=logits.
+        ignore: PyTorch layers or tensors to drop.
+        keep: Flax layers or arrays that keep their initial values.
+        confirm: Accept the proposed mapping.
+        image_shape: Height, width and channels, if the data set does not exist.
+        force: Replace a run in --output.
+        data_dir: The folder of the data set. None: $TFDS_DATA_DIR, else
             ~/tensorflow_datasets.
-        flags: What follows --.
+        flags: The flags after --.
     """
     from bnjax.interop.torch import TorchError, from_torch, known_mapping, prefer
     from bnjax.interop.torch_files import format_mapping, read_mapping, read_state_dict
@@ -798,8 +805,8 @@ def import_torch(
     for pair in names:
         if not all(pair.partition("=")):
             raise SettingError(
-                f"--names {pair}: expected THEIRS=OURS, a layer of PyTorch and the "
-                "path of ours, such as linear=logits."
+                f"--names {pair}: expected TORCH=FLAX, a PyTorch layer and the path of "
+                "a Flax layer, such as linear=logits."
             )
     told: dict[str, Any] = dict(pair.split("=", 1) for pair in names)
     told |= dict.fromkeys(ignore)
@@ -819,10 +826,10 @@ def import_torch(
             by_order = ", ".join(alike(layers, variables)) or "none"
             raise TorchError(
                 f"{file} was not imported: no mapping is known for {config.model.name}."
-                f" By the shapes of its arrays it could be:\n{format_mapping(layers)}\n"
-                f"By order alone, since others have the same shapes: {by_order}. If "
-                "all of it is right, add --confirm; else write it to a file, put it "
-                "right, and give --mapping FILE."
+                f" The shapes of its arrays suggest:\n{format_mapping(layers)}\n"
+                "Paired only by order, because other layers have the same shapes: "
+                f"{by_order}. If the mapping is right, add --confirm; otherwise write "
+                "it to a file, correct it, and give --mapping FILE."
             )
     imported = from_torch(tensors, variables, prefer(told, layers), keep=keep)
     write_run(

@@ -5,17 +5,17 @@ import re
 import sys
 from pathlib import Path
 
-# The notebooks lay out a mesh over eight devices, as the tests do.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-ROOT = str(Path(__file__).parents[1])
-sys.path.insert(0, ROOT)
-# The notebooks are run in processes of their own.
-os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
-
 from sphinx.util import inspect
 
-import bnjax
+# The notebooks lay out a mesh over eight devices, as the tests do, and are run in
+# processes of their own.
+ROOT = str(Path(__file__).parents[1])
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+sys.path.insert(0, ROOT)
+
+import bnjax  # noqa: E402
 
 project = "bnjax"
 author = "the bnjax authors"

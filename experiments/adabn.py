@@ -1,13 +1,13 @@
-"""Adaptation to other images by their statistics alone: AdaBN.
+"""Adaptation to changed images by their statistics: AdaBN.
 
     python -m experiments.adabn
 
-Trains LeNet (preset `lenet-mnist`, 1,000 steps) on MNIST and evaluates it on the test
-images changed in four ways: with the statistics of training, and with those estimated
-again, for all layers or for the first alone, on 10,000 training images changed in the
-same way, without their labels. The parameters stay as they are. Writes
-experiments/results/adabn.json and docs/figures/adabn.png. About two minutes on one CPU
-core; started again, it trains only what is not in runs/experiments.
+Trains LeNet (preset `lenet-mnist`, 1,000 steps) on MNIST and evaluates it on test
+images that are changed in four ways. It normalizes by the statistics of training, or by
+statistics re-estimated, for all layers or only for the first, on 10,000 training images
+with the same change, without their labels. The parameters do not change. Writes
+experiments/results/adabn.json and docs/figures/adabn.png. Takes about two minutes on
+one CPU core; a second start trains only runs that are not in runs/experiments.
 
 References:
     Li et al. (2016), "Revisiting Batch Normalization For Practical Domain Adaptation".

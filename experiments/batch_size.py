@@ -1,15 +1,15 @@
-"""Where batch normalization stops working as the mini-batch shrinks.
+"""The mini-batch size at which batch normalization stops working.
 
     python -m experiments.batch_size
 
-Trains the network of the `mnist` preset, its weights started at 0.1, with and without
-batch normalization, on mini-batches of 2 to 256; of 1, normalization is refused.
-Every run sees the same number of examples, at a learning rate in proportion to the
-batch (0.5 for 64), and BN's running statistics look back over as many examples
-(momentum 0.99 for 64), so that what changes with the batch is the noise of its
-statistics. Writes experiments/results/batch_size.json and
-docs/figures/batch_size.png. About six minutes on two CPU cores; started again, it
-trains only what is not in runs/experiments.
+Trains the network of the `mnist` preset, with initial weights of 0.1, with and without
+batch normalization, on mini-batches of 2 to 256; normalization refuses batches of 1.
+Every run uses the same number of examples, at a learning rate in proportion to the
+batch (0.5 for 64). BN's running statistics also cover the same number of examples
+(momentum 0.99 for 64). Only the noise of the statistics therefore changes with the
+batch. Writes experiments/results/batch_size.json and docs/figures/batch_size.png. Takes
+about six minutes on two CPU cores; a second start trains only runs that are not in
+runs/experiments.
 """
 
 from typing import Any
@@ -81,7 +81,7 @@ def accuracies(config: Config) -> dict[str, Any]:
     (run,) = visit(config, [config.steps])
     task, size = Task(config), config.batch_size
     variables = variables_of(run.state)
-    # In the set's own order, neighbours might be alike.
+    # In the order of the set, neighbors might be alike.
     order = np.random.default_rng(0).permutation(len(task.test.labels))
     batches = order[: len(order) // size * size].reshape(-1, size)
 

@@ -1,13 +1,14 @@
-"""Section 2 of the paper: normalizing outside the gradient makes a bias grow for ever.
+"""Section 2 of the paper: normalizing outside the gradient makes a bias grow forever.
 
     python -m experiments.bias_drift
 
-One unit x = w*u + b is fitted to targets t = 2u + 1 over 64 examples after its mean is
-taken away. Where the gradient does not go through the mean, each step adds the same to
-b, learning rate * mean(t), and the mean takes it away again: b grows by a line without
-end while the loss stands still. Where it goes through, b stays. With the standard
-deviation outside the gradient too, w grows besides. Writes
-experiments/results/bias_drift.json and docs/figures/bias_drift.png. A few seconds.
+Fits one unit x = w*u + b to targets t = 2u + 1 over 64 examples after subtracting its
+mean. If the gradient does not include the mean, each step adds learning rate * mean(t)
+to b, and subtracting the mean cancels it: b grows linearly without bound while the loss
+does not change. If the gradient includes the mean, b does not change. If the standard
+deviation is outside the gradient too, w also grows. Writes
+experiments/results/bias_drift.json and docs/figures/bias_drift.png. Takes a few
+seconds.
 """
 
 import functools

@@ -2,13 +2,14 @@
 
     python -m experiments.cifar10
 
-Trains the five networks of the paper, Inception with sigmoids and Inception at 5 times
-the learning rate, all of an eighth of the width, after a sweep of the learning rate of
-the network without normalization; the headline networks once for each of three seeds.
-Then BN-x5 and BN-x5-Sigmoid in a fifth of the steps, with a decay as much faster.
-Writes experiments/results/cifar10.json and docs/figures/cifar10.png. About 85 minutes
-on one CPU core; started again, it trains only what is not in runs/experiments.
-CIFAR-10 (JPEG) has to be prepared: see docs/programs/data.md.
+First sweeps the learning rate of the network without normalization. Then trains the
+five networks of the paper, Inception with sigmoids and Inception at 5 times the
+learning rate, all with an eighth of the width; the headline networks once for each of
+three seeds. Finally trains BN-x5 and BN-x5-Sigmoid in a fifth of the steps, with a
+decay five times as fast. Writes experiments/results/cifar10.json and
+docs/figures/cifar10.png. Takes about 85 minutes on one CPU core; a second start trains
+only runs that are not in runs/experiments. CIFAR-10 (JPEG) must be prepared: see
+docs/programs/data.md.
 """
 
 import functools

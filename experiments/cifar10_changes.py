@@ -1,14 +1,13 @@
-"""Which of the changes of section 4.2.1 matters, at the size of CIFAR-10.
+"""The effect of each change of section 4.2.1, at the size of CIFAR-10.
 
     python -m experiments.cifar10_changes
 
-Trains the preset `cifar10-bn-x5` with each of its changes taken back, one at a time.
-Small images are shifted and mirrored, which leaves colours alone; the change of
-photometric distortion is measured with the crops and colours of ImageNet's presets, so
-that it stands beside a BN-x5 of its own. Writes
-experiments/results/cifar10_changes.json and docs/figures/cifar10_changes.png. Started
-again, it trains only what is not in runs/experiments. CIFAR-10 (JPEG) has to be
-prepared: see docs/programs/data.md.
+Trains the preset `cifar10-bn-x5` with each of its changes undone, one at a time. Small
+images are shifted and mirrored, without a change of colors. The change of photometric
+distortion is therefore measured with the crops and colors of the ImageNet presets, and
+compared with a BN-x5 that has them too. Writes experiments/results/cifar10_changes.json
+and docs/figures/cifar10_changes.png. A second start trains only runs that are not in
+runs/experiments. CIFAR-10 (JPEG) must be prepared: see docs/programs/data.md.
 """
 
 from typing import Any

@@ -2,11 +2,10 @@
 
     python -m experiments.cifar10_ensemble
 
-Trains the presets `cifar10-ensemble-1` to `-6` and evaluates each of them and all of
-them together on one crop, on ten and on 144. Writes
-experiments/results/cifar10_ensemble.json; the runs stay in
-runs/experiments/cifar10-ensemble-*, and one that is there is not trained again.
-CIFAR-10 (JPEG) has to be prepared: see docs/programs/data.md.
+Trains the presets `cifar10-ensemble-1` to `-6` and evaluates each of them and their
+ensemble on 1, 10 and 144 crops. Writes experiments/results/cifar10_ensemble.json; the
+runs stay in runs/experiments/cifar10-ensemble-*, and an existing run is not trained
+again. CIFAR-10 (JPEG) must be prepared: see docs/programs/data.md.
 """
 
 import tempfile

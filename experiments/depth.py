@@ -3,10 +3,11 @@
     python -m experiments.depth
 
 Trains the presets `cifar10-resnet20` and `cifar10-resnet110` with and without batch
-normalization for as many steps of 32 examples, without at a tenth and a hundredth of
-the learning rate too. Writes experiments/results/depth.json and
-docs/figures/depth.png. Started again, it trains only what is not in runs/experiments.
-CIFAR-10 (JPEG) has to be prepared: see docs/programs/data.md.
+normalization, all for the same number of steps of 32 examples. Without batch
+normalization, it also uses a tenth and a hundredth of the learning rate. Writes
+experiments/results/depth.json and docs/figures/depth.png. A second start trains only
+runs that are not in runs/experiments. CIFAR-10 (JPEG) must be prepared: see
+docs/programs/data.md.
 """
 
 import functools

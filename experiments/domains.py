@@ -1,20 +1,20 @@
-"""One population of statistics or two; and adaptation to images of another kind.
+"""One or two populations of statistics, and adaptation to images of another kind.
 
     python -m experiments.domains
 
-Networks of three layers of 100 ReLUs on MNIST, 1,000 steps of 128 images:
+Trains networks of three layers of 100 ReLUs on MNIST for 1,000 steps of 128 images:
 
-- trained on images of two kinds, half of each mini-batch being changed (inverted, or
-  with noise), with one population of running statistics for both kinds, normalized
-  together or apart, and with two, scale and bias shared or not; accuracy on the test
-  images of each kind;
-- trained on the images as they are and tested on those with noise, in test batches of
-  4 to 500: the statistics of training blended with the batch's, of a weight N from 0
-  to infinity (`bnjax.variants.adaptation`), and AdaBN, all statistics estimated again
-  on 10,000 training images with noise. The batches are random, or of one class each.
+- On images of two kinds: half of each mini-batch is changed (inverted, or with noise).
+  One population of running statistics serves both kinds, normalized together or
+  separately; or there are two populations, with shared or separate scale and bias. The
+  result is the accuracy on the test images of each kind.
+- On unchanged images, tested on images with noise in test batches of 4 to 500. The
+  statistics of training are blended with those of the batch, with a weight N from 0 to
+  infinity (`bnjax.variants.adaptation`); or AdaBN re-estimates all statistics on 10,000
+  training images with noise. The batches are random, or of one class each.
 
-Writes experiments/results/domains.json. About three minutes on two CPU cores; started
-again, it trains only what is not in runs/experiments.
+Writes experiments/results/domains.json. Takes about three minutes on two CPU cores; a
+second start trains only runs that are not in runs/experiments.
 
 References:
     Xie et al. (2020), "Adversarial examples improve image recognition"; Schneider et

@@ -2,14 +2,15 @@
 
     python -m experiments.jacobian
 
-Trains the network of the `mnist` preset with batch normalization and without, from
-weights of a standard deviation of 0.01 and of 0.1, and takes the exact Jacobian of the
-map from one hidden layer's output to the next's at 50 test examples. As the paper's
-argument is about normalized vectors, both outputs are measured in units of their own
-standard deviation over 1,000 test examples, unit by unit, in both networks; the raw
-values are in the result too. BN normalizes by the statistics of those examples. Writes
-experiments/results/jacobian.json and docs/figures/jacobian.png. About two minutes on
-two CPU cores; started again, it trains only what is not in runs/experiments.
+Trains the network of the `mnist` preset with and without batch normalization, from
+weights with a standard deviation of 0.01 and of 0.1. Then computes the exact Jacobian
+of the map from one hidden layer's output to the next layer's output at 50 test
+examples. The paper's argument is about normalized vectors. Both outputs are therefore
+measured in units of each unit's standard deviation over 1,000 test examples, in both
+networks; the result has the raw values too. BN normalizes by the statistics of these
+examples. Writes experiments/results/jacobian.json and docs/figures/jacobian.png. Takes
+about two minutes on two CPU cores; a second start trains only runs that are not in
+runs/experiments.
 """
 
 import dataclasses

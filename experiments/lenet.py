@@ -2,10 +2,11 @@
 
     python -m experiments.lenet
 
-Trains the preset `lenet-mnist` for 10 epochs with bnjax's layer, with Flax's in its
-place, and without one. Writes experiments/results/lenet.json. The example of Dive into
-Deep Learning, which compares a layer written from scratch with its framework's, is on
-Fashion-MNIST: `--preset lenet` where that is prepared (docs/programs/data.md).
+Trains the preset `lenet-mnist` for 10 epochs with bnjax's layer, with Flax's layer, and
+without batch normalization. Writes experiments/results/lenet.json. The example of Dive
+into Deep Learning, which compares a layer written from scratch with its framework's
+layer, uses Fashion-MNIST: give `--preset lenet` if that set is prepared
+(docs/programs/data.md).
 """
 
 import functools

@@ -2,13 +2,13 @@
 
     python -m experiments.mnist
 
-Trains the `mnist` preset with batch normalization and without, once for each of five
-seeds (Figure 1a); records the percentiles of the inputs of the last hidden layer's
-sigmoids (Figure 1b, c); and trains both networks at other learning rates and standard
-deviations of the weights, neither of which the paper states. Writes
-experiments/results/mnist.json and docs/figures/mnist.png. MNIST has to be prepared
-(docs/programs/training.md). About ten minutes on two CPU cores; started again, it
-trains only what is not in runs/experiments.
+Trains the `mnist` preset with and without batch normalization, once for each of five
+seeds (Figure 1a), and records the percentiles of the inputs of the last hidden layer's
+sigmoids (Figure 1b, c). Then trains both networks at other learning rates and standard
+deviations of the weights, because the paper states neither. Writes
+experiments/results/mnist.json and docs/figures/mnist.png. MNIST must be prepared
+(docs/programs/training.md). Takes about ten minutes on two CPU cores; a second start
+trains only runs that are not in runs/experiments.
 """
 
 import functools

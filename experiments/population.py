@@ -1,20 +1,21 @@
-"""Where population statistics are better than moving averages, and where they are not.
+"""When population statistics are better than moving averages, and when they are not.
 
     python -m experiments.population
 
-Test accuracy on MNIST of the network of the `mnist` preset, normalized by the moving
-averages of training and by the statistics of `bnjax.population.recompute_batch_stats`
-over 6,000 training examples:
+Measures the test accuracy on MNIST of the network of the `mnist` preset, normalized by
+the moving averages of training and by the statistics of
+`bnjax.population.recompute_batch_stats` over 6,000 training examples:
 
-- after 10 to 500 steps, the moving averages having a momentum of 0.99;
+- after 10 to 500 steps, with moving averages of momentum 0.99;
 - for an exponential moving average of the parameters (0.99 a step), with the moving
-  averages of the network it is the average of, with those averaged likewise, and with
-  statistics of its own;
-- trained and estimated with mini-batches of 4 to 256, all runs as in
+  averages of the trained network, with an average of these, and with its own
+  statistics;
+- with mini-batches of 4 to 256 in training and estimation, all runs as in
   `experiments.batch_size`.
 
-Writes experiments/results/population.json and docs/figures/population.png. About four
-minutes on one CPU core; started again, it trains only what is not in runs/experiments.
+Writes experiments/results/population.json and docs/figures/population.png. Takes about
+four minutes on one CPU core; a second start trains only runs that are not in
+runs/experiments.
 """
 
 from collections.abc import Iterator

@@ -2,14 +2,14 @@
 
     python -m experiments.recurrent
 
-Trains an LSTM of 64 units with and without batch normalization: on images as sequences
-of 28 rows, and as sequences of 196 pixels. These are of images averaged to 14x14, not
-the paper's 784 pixels, and the run is a few hundred steps, not the paper's 100,000: it
-shows how fast the first steps learn. RMSProp at 1e-3, gradients clipped to a norm of 1,
-initial noise of 0.1 in training with normalization, as in the paper. Accuracies of the
-test set by the running statistics. Writes experiments/results/recurrent.json. About
-four minutes on two CPU cores; started again, it trains only what is not in
-runs/experiments.
+Trains an LSTM of 64 units with and without batch normalization, on images as sequences
+of 28 rows and as sequences of 196 pixels. The pixels are of images averaged to 14x14,
+not the paper's 784 pixels, and a run has a few hundred steps, not the paper's 100,000:
+it shows how fast the first steps learn. As in the paper, the optimizer is RMSProp at
+1e-3, gradients are clipped to a norm of 1, and training with normalization has initial
+noise of 0.1. The accuracies are on the test set, with the running statistics. Writes
+experiments/results/recurrent.json. Takes about four minutes on two CPU cores; a second
+start trains only runs that are not in runs/experiments.
 """
 
 import functools

@@ -1,16 +1,16 @@
-"""Batch renormalization against batch normalization, where batches say little.
+"""Batch renormalization and batch normalization on batches with poor statistics.
 
     python -m experiments.renorm
 
-Trains the network of the `mnist` preset, its weights started at 0.1, on batches of 2,
+Trains the network of the `mnist` preset, with initial weights of 0.1, on batches of 2,
 of 4, and of 32 images of one class each, with batch normalization, with batch
-renormalization and without. Every run sees as many examples, at a learning rate in
-proportion to the batch (0.5 for 64), and the running statistics look back over as many
-(momentum 0.99 for 64). r_max and d_max rise as in the paper, at the same shares of the
-run: from 1 and 0 after a sixteenth to 3 after a half and to 5 after five sixteenths.
-Accuracies are by the running statistics. Writes experiments/results/renorm.json. About
-three minutes on two CPU cores; started again, it trains only what is not in
-runs/experiments.
+renormalization and without normalization. Every run uses the same number of examples,
+at a learning rate in proportion to the batch (0.5 for 64), and the running statistics
+cover the same number of examples (momentum 0.99 for 64). r_max and d_max rise as in the
+paper, at the same fractions of the run: from 1 and 0 after a sixteenth to 3 after a
+half and to 5 after five sixteenths. The accuracies are with the running statistics.
+Writes experiments/results/renorm.json. Takes about three minutes on two CPU cores; a
+second start trains only runs that are not in runs/experiments.
 """
 
 import functools

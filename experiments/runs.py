@@ -1,8 +1,8 @@
-"""What the experiments share: configurations, runs that are kept, and their results.
+"""Shared code of the experiments: configurations, records of runs, and results.
 
-A run that has ended is one line of runs/experiments/<experiment>.jsonl, by its
-configuration. An experiment that is started again trains only what is not there; delete
-the file to train all again. Each record names the commit it was measured at.
+A finished run is one line of runs/experiments/<experiment>.jsonl, by its configuration.
+A second start of an experiment trains only runs that are not there; delete the file to
+train all of them again. Each record names the commit of its measurement.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def preset(name: str, changes: dict[str, Any] | None = None) -> Config:
 def changed(config: Any, changes: dict[str, Any]) -> Any:
     """Return a configuration with some fields exchanged, by their dotted names.
 
-    Example:
+    Examples:
         >>> changed(preset("mnist"), {"seed": 3, "model.weight_std": 0.1}).seed
         3
     """

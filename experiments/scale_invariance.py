@@ -2,17 +2,17 @@
 
     python -m experiments.scale_invariance
 
-For scalars a from 1e-3 to 1e3, in float32, measures how well these hold,
+For scalars a from 1e-3 to 1e3, in float32, measures the error of these equations,
 
     BN((aW)u) = BN(Wu)
     d BN((aW)u) / du = d BN(Wu) / du
     d BN((aW)u) / d(aW) = (1/a) * d BN(Wu) / dW
 
-as the norm of the difference over the norm of the right-hand side, for whole Jacobians.
-They are exact where epsilon is 0: at an epsilon of 1e-5 they fail for small a, by as
-much as the formula sqrt((var + epsilon) / (var + epsilon / a**2)) says. Writes
-experiments/results/scale_invariance.json and docs/figures/scale_invariance.png. A few
-seconds.
+as the norm of the difference divided by the norm of the right-hand side, for whole
+Jacobians. The equations are exact if epsilon is 0. At an epsilon of 1e-5 they fail for
+small a, according to the formula sqrt((var + epsilon) / (var + epsilon / a**2)). Writes
+experiments/results/scale_invariance.json and docs/figures/scale_invariance.png. Takes a
+few seconds.
 """
 
 import functools

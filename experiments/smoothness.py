@@ -2,18 +2,19 @@
 
     python -m experiments.smoothness
 
-Trains two networks, each without batch normalization, with it, and with noise after it
-that shifts and scales each unit anew in every step: the network of the `mnist` preset,
-its weights started at 0.1, and LeNet with ReLU on CIFAR-10 (JPEG). Twenty times in a
-run, on the batch of the step and before it is taken, it measures how the loss and its
-gradient change along the gradient, from half to four times the learning rate, and how
-far the step of the layers below turns the gradient of each layer. Writes
-experiments/results/smoothness.json and docs/figures/smoothness.png. About eight minutes
-on two CPU cores; started again, it trains only what is not in runs/experiments.
-CIFAR-10 (JPEG) has to be prepared: see docs/programs/data.md.
+Trains two networks: the network of the `mnist` preset with initial weights of 0.1, and
+LeNet with ReLU on CIFAR-10 (JPEG). Each network is trained without batch normalization,
+with batch normalization, and with batch normalization and noise after it, which shifts
+and scales each unit differently in every step. Twenty times in a run, before a step and
+on its batch, it measures how the loss and its gradient change along the gradient, from
+half to four times the learning rate, and how far the step of the layers below turns the
+gradient of each layer. Writes experiments/results/smoothness.json and
+docs/figures/smoothness.png. Takes about eight minutes on two CPU cores; a second start
+trains only runs that are not in runs/experiments. CIFAR-10 (JPEG) must be prepared: see
+docs/programs/data.md.
 
 References:
-    Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?".
+    Santurkar et al. (2018), "How Does Batch Normalization Help Optimization?".
 """
 
 import dataclasses

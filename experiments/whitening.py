@@ -1,13 +1,14 @@
-"""Whitening in place of batch normalization, on the MNIST network.
+"""Whitening instead of batch normalization, on the MNIST network.
 
     python -m experiments.whitening
 
 Trains the network of the `mnist` preset with batch normalization, and with whitening of
 groups of 10 and of 50 of its 100 units, by ZCA and by five steps of Newton's method,
-for as many steps on the same batches of 60. Its test accuracy is by running statistics
-and, for what the network has learned apart from these, by those of test batches of
-1,000. Writes experiments/results/whitening.json. About three minutes on two CPU cores;
-started again, it trains only what is not in runs/experiments.
+for the same number of steps on the same batches of 60. Measures the test accuracy with
+running statistics and, to separate their effect from the learned network, with the
+statistics of test batches of 1,000. Writes experiments/results/whitening.json. Takes
+about three minutes on two CPU cores; a second start trains only runs that are not in
+runs/experiments.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""Batch norm layers of a model exchanged: for ours, for shared or frozen ones.
+"""Replace the batch norm layers of a model: by bnjax's, by frozen or shared layers.
 
-The variables stay where they are and keep their names, so that checkpoints, optimizers
-and sharding rules of the model go on working.
+The variables stay in place and keep their names. Checkpoints, optimizers and sharding
+rules of the model therefore keep working.
 """
 
 from bnjax.convert.exchange import convert as convert

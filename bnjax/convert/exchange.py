@@ -1,4 +1,4 @@
-"""A model with its batch norm layers exchanged, and the proof that it is the same."""
+"""Replace the batch norm layers of a model, and check that the outputs stay equal."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -52,39 +52,41 @@ def convert(
     tolerance: float | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Exchange the batch norm layers of a model, and prove that it still is the same.
+    """Replace the batch norm layers of a model, and check that the outputs stay equal.
 
-    Flax's layers and bnjax's are exchanged, wherever they are in the model. The outputs
-    in evaluation on `inputs` are computed before and after. Unless `may_change`,
-    they must be equal to rounding.
+    The function replaces Flax's and bnjax's batch norm layers at any depth of the
+    model. It computes the outputs of evaluation on `inputs` before and after. The
+    outputs must be equal up to rounding, unless `may_change` is True.
 
     Args:
-        model: a flax.linen.Module that is not bound, or an nnx.Module. It stays as it
-            is.
+        model: an unbound `flax.linen.Module` or an `nnx.Module`. The model itself does
+            not change.
         to: a `ToBatchNorm`, `ToFrozen` or `ToGroupNorm`.
-        *inputs: what the model is called with: a batch, small but of real examples.
-        variables: of a linen model, "params" and "batch_stats" among them.
-        layers: those to exchange, None for all: names such as "block/bn" or patterns
-            such as "block/*" (`*` also matches "/"), one or several, or a function of
-            the name and the layer.
-        may_change: leave out the comparison, because the function is meant to change.
-        tolerance: how far outputs may differ, relative to the largest of each array;
-            None for the square root of its dtype's epsilon (3e-4 for float32, and for
-            float64, since parameters and statistics are float32 there too).
-        **kwargs: keywords of the call in evaluation, such as `train=False`; in linen
-            also those of `apply`, such as `method` or `rngs`. In nnx, `eval()` is set.
+        *inputs: the inputs of the model: a small batch of real examples.
+        variables: the variables of a linen model, with "params" and "batch_stats".
+        layers: the layers to replace: one or several names such as `"block/bn"` or
+            patterns such as `"block/*"` (`*` also matches `/`), or a function of the
+            name and the layer. None replaces all layers.
+        may_change: skip the comparison, because the function is meant to change.
+        tolerance: the largest difference of the outputs, relative to the largest value
+            of each array. None is the square root of the dtype's epsilon (3e-4 for
+            float32, and for float64, because parameters and statistics are float32
+            there too).
+        **kwargs: keywords of the call in evaluation, such as `train=False`; for linen
+            also keywords of `apply`, such as `method` or `rngs`. An nnx model is
+            called after `eval()`.
 
     Returns:
-        For nnx the new model, in the mode of the old one. For linen the new model and
-        its variables; these are new for `ToGroupNorm` alone. The new model is of a
-        subclass of the old one's class, and is used as the old one is.
+        For nnx, the new model in the mode of the old one. For linen, the new model and
+        its variables; only `ToGroupNorm` makes new variables. The class of the new
+        model is a subclass of the old model's class, and you use it in the same way.
 
     Raises:
-        ValueError: where the outputs differ, are not finite or 0 everywhere; where
-            `ToGroupNorm` is asked for without `may_change`; for a layer of a class
-            whose own call would be lost, such as one that applies an activation; where
-            `layers` fits none.
-        TypeError: for a model that is of neither kind, or without `variables`.
+        ValueError: if the outputs differ, are not finite, or are 0 everywhere; if `to`
+            is a `ToGroupNorm` and `may_change` is False; if the class of a layer has a
+            call of its own that would be lost, such as one that applies an activation;
+            or if `layers` matches no layer.
+        TypeError: if the model is of neither kind, or if `variables` is missing.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -108,7 +110,7 @@ def convert(
     """
     if isinstance(to, ToGroupNorm) and not may_change:
         raise ValueError(
-            "convert: ToGroupNorm makes another function of the model, with a new "
+            "convert: ToGroupNorm changes the function of the model and gives it a new "
             "scale and bias; expected may_change=True, and training afterwards."
         )
     if not isinstance(to, Target):
@@ -124,8 +126,8 @@ def convert(
         layers = (layers,) if isinstance(layers, str) else tuple(layers)
         if not layers or not all(isinstance(each, str) for each in layers):
             raise TypeError(
-                f"convert: layers={layers!r}; expected None for all, a name or a "
-                "pattern such as 'block_1/*', several of them, or a function of the "
+                f"convert: layers={layers!r}; expected None for all layers, one or "
+                "several names or patterns such as 'block_1/*', or a function of the "
                 "name and the layer."
             )
     conversion = Conversion(to, layers)
@@ -133,8 +135,8 @@ def convert(
     if isinstance(model, nnx.Module):
         if variables is not None:
             raise TypeError(
-                "convert: variables was given with an nnx.Module, which has its own; "
-                "expected none."
+                "convert: variables was given with an nnx.Module, which holds its own "
+                "variables; expected variables=None."
             )
         return _convert_nnx(model, conversion, compare, inputs, kwargs)
     if not isinstance(model, nn.Module):
@@ -150,8 +152,8 @@ def convert(
     return convert_linen(model, variables, conversion, compare, inputs, kwargs)
 
 
-# flax.nnx: a layer of a copy of the model changes its class, so that all who refer to
-# it refer to what it has become.
+# flax.nnx: each layer in a copy of the model changes its class in place, so that every
+# reference to the layer remains valid.
 
 
 def _convert_nnx(
@@ -181,10 +183,10 @@ def _convert_nnx(
 
 
 def _compare(before: Any, after: Any, tolerance: float | None) -> None:
-    """Refuse outputs of evaluation that are not equal, or that prove nothing."""
+    """Refuse outputs of evaluation that are not equal or that cannot be compared."""
     old, new = jax.tree.structure(before), jax.tree.structure(after)
     if old != new:
-        raise ValueError(f"convert: the outputs were {old} and are {new} now.")
+        raise ValueError(f"convert: the outputs were {old} and are now {new}.")
     largest = 0.0
     leaves = zip(
         jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
@@ -195,32 +197,33 @@ def _compare(before: Any, after: Any, tolerance: float | None) -> None:
         place = f"convert: the output{jax.tree_util.keystr(path)}"
         kinds = [f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in (old, new)]
         if kinds[0] != kinds[1]:
-            raise ValueError(f"{place} was {kinds[0]} and is {kinds[1]} now.")
+            raise ValueError(f"{place} was {kinds[0]} and is now {kinds[1]}.")
         limit = tolerance
         if limit is None:
-            # Parameters and statistics are float32 beside a float64 output too.
+            # Parameters and statistics are float32 even if the output is float64.
             kind = jnp.finfo(jnp.result_type(old))
             limit = max(float(kind.eps), float(jnp.finfo(jnp.float32).eps)) ** 0.5
         a, b = (np.asarray(x).astype(np.complex128) for x in (old, new))
         if not np.isfinite(a).all():
             raise ValueError(
-                f"{place} is not finite before any layer is exchanged; expected inputs "
+                f"{place} is not finite before any layer is replaced; expected inputs "
                 "and variables with finite outputs, which can be compared."
             )
         size = np.abs(a).max(initial=0)
         error = np.abs(a - b).max(initial=0)
         if not error <= limit * size:
             raise ValueError(
-                f"{place} changes by {error:.3g}, its largest value is {size:.3g}; "
-                f"expected at most {limit:.3g} of that. The layers compute something "
-                "else now: look for another epsilon, or for a call that is not one of "
-                "evaluation. If another function is what you want, pass "
-                "may_change=True."
+                f"{place} changes by {error:.3g}, and its largest value is {size:.3g}; "
+                f"expected a change of at most {limit:.3g} times the largest value. "
+                "The layers now compute another function: check epsilon, and check "
+                "that the call is one of evaluation. If the function is meant to "
+                "change, pass may_change=True."
             )
         largest = max(largest, size)
     if largest == 0:
         raise ValueError(
             "convert: the outputs are 0 everywhere, so that comparing them proves "
-            "nothing; expected others. Give variables that are trained or whose last "
-            "layer does not start at 0, or in linen method=... that returns features."
+            "nothing; expected outputs that are not 0. Give trained variables, "
+            "variables whose last layer does not start at 0, or, in linen, a "
+            "method=... that returns features."
         )

@@ -1,4 +1,4 @@
-"""The layers that others become: frozen, group norm, of a mode of their own."""
+"""The layers that replace batch norm: frozen, group norm, with a fixed mode."""
 
 import functools
 import inspect
@@ -17,12 +17,12 @@ from bnjax._validate import Activation, layer_name
 from bnjax.functional import BatchStats
 from bnjax.variants.ghost import GhostBatchNorm, NnxGhostBatchNorm
 
-# Classes that were made here, from a model's or a layer's own.
+# Marks of the classes that bnjax.convert derives from a model's or a layer's class.
 EXCHANGED_KIND, OWN_MODE = "exchanged_kind", "own_mode"
 
 
 class LinenFrozenBatchNorm(bnjax.linen.BatchNorm):
-    """`bnjax.linen.BatchNorm` that normalizes by its running statistics always."""
+    """A `bnjax.linen.BatchNorm` that always normalizes by its running statistics."""
 
     use_running_average: bool | None = True
     train_scale_and_bias: bool = True
@@ -37,7 +37,7 @@ class LinenFrozenBatchNorm(bnjax.linen.BatchNorm):
 
 
 class LinenGroupNorm(nn.GroupNorm):
-    """`flax.linen.GroupNorm` that is called as `bnjax.linen.BatchNorm` is."""
+    """A `flax.linen.GroupNorm` with the call signature of `bnjax.linen.BatchNorm`."""
 
     activation: Activation | None = None
 
@@ -61,14 +61,14 @@ class LinenGroupNorm(nn.GroupNorm):
 
 
 class NnxFrozenBatchNorm(bnjax.nnx.BatchNorm):
-    """`bnjax.nnx.BatchNorm` that normalizes by its running statistics always."""
+    """A `bnjax.nnx.BatchNorm` that always normalizes by its running statistics."""
 
     train_scale_and_bias: bool
 
     def __call__(
         self, x: jax.Array, use_running_average: bool | None = None, **kwargs: Any
     ) -> jax.Array:
-        """Normalize `x`; the mode is not looked at."""
+        """Normalize `x`; the mode is ignored."""
         del use_running_average
         return super().__call__(x, True, **kwargs)
 
@@ -81,7 +81,7 @@ class NnxFrozenBatchNorm(bnjax.nnx.BatchNorm):
 
 
 class NnxGroupNorm(nnx.GroupNorm):
-    """`flax.nnx.GroupNorm` that is called as `bnjax.nnx.BatchNorm` is."""
+    """A `flax.nnx.GroupNorm` with the call signature of `bnjax.nnx.BatchNorm`."""
 
     activation: Activation | None
 
@@ -102,7 +102,7 @@ class NnxGroupNorm(nnx.GroupNorm):
 
 @functools.cache
 def own_mode(kind: Any) -> Any:
-    """A class of layers of nnx with the mode of `train()` and `eval()` alone."""
+    """Return a class of nnx layers whose mode only `train()` and `eval()` set."""
     if hasattr(kind, OWN_MODE):
         return kind
 
@@ -126,7 +126,7 @@ _KNOWN = (
 
 
 def refuse_loss(name: str, old: type, new: type) -> None:
-    """Refuse to replace a layer by one that does not do all that it does."""
+    """Refuse to replace a layer if the new class would lose methods of the old one."""
     for kind in old.__mro__:
         made_here = not vars(kind).keys().isdisjoint((EXCHANGED_KIND, OWN_MODE))
         if issubclass(new, kind) or kind in _KNOWN or made_here:
@@ -138,9 +138,9 @@ def refuse_loss(name: str, old: type, new: type) -> None:
         ]
         if lost:
             raise ValueError(
-                f"convert: layer {name} is a {old.__module__}.{old.__qualname__}; what "
-                f"{', '.join(lost)} does would be lost, such as an activation. "
-                "Expected a layer without a call of its own: leave this one out with "
+                f"convert: layer {name} is a {old.__module__}.{old.__qualname__}; the "
+                f"work of {', '.join(lost)}, such as an activation, would be lost. "
+                "Expected a layer without a call of its own: leave this layer out with "
                 "layers=..., or derive its class from bnjax's BatchNorm."
             )
 
@@ -148,8 +148,9 @@ def refuse_loss(name: str, old: type, new: type) -> None:
 def _refuse_mask(mask: jax.Array | None) -> None:
     if mask is not None:
         raise ValueError(
-            "convert: a mask was given to a layer that is a GroupNorm now, for which "
-            "each example is apart; expected none. Leave the layer out with layers=..."
+            "convert: a mask was given to a layer that is now a GroupNorm, which "
+            "normalizes each example by itself; expected no mask. Leave the layer out "
+            "with layers=..."
         )
 
 
@@ -158,7 +159,7 @@ def check_last_axis(name: str, axis: Any) -> None:
     if axis != -1:
         raise ValueError(
             f"convert: layer {name} has axis={axis!r}; expected -1, because GroupNorm "
-            "has the channels last. Leave the layer out with layers=..."
+            "expects the channels last. Leave the layer out with layers=..."
         )
 
 
@@ -178,7 +179,7 @@ def check_groups(
 def _finished(
     y: jax.Array, residual: jax.Array | None, activation: Activation | None
 ) -> jax.Array:
-    """Apply what bnjax's layer does after it has normalized."""
+    """Add the residual and apply the activation, as bnjax's layer does."""
     activate = _validate.as_activation(activation)
     residual = _validate.check_residual(residual, y.shape)
     y = y if residual is None else y + residual

@@ -1,7 +1,8 @@
-"""Layers of a flax.linen model exchanged.
+"""Replace the layers of a flax.linen model.
 
-They are made inside of the model's methods, and exchanged as they are called. The new
-layer is bound to the scope of the old one, whose variables it finds.
+A linen model makes its layers inside its methods. Each layer is therefore replaced when
+it is called. The new layer is bound to the scope of the old layer and reads the
+variables there.
 """
 
 import contextlib
@@ -19,12 +20,12 @@ from bnjax._validate import layer_name
 from bnjax.convert.layers import EXCHANGED_KIND
 from bnjax.convert.targets import Conversion, ToGroupNorm
 
-# Set on the layer that takes another's place: its own call is not exchanged again.
+# Set on a layer that replaced another layer, so that its call is not replaced again.
 _EXCHANGED = "_exchanged"
 
 # The conversions of the models that are being called, outermost first, each with the
-# length of its model's path. JAX's caches depend on it: what nn.jit compiled of the
-# model before is not taken for the new one's.
+# length of its model's path. The context is part of JAX's cache keys: a program that
+# nn.jit compiled for the old model is not used for the new one.
 _ACTIVE = jax.make_user_context(())
 
 
@@ -64,7 +65,7 @@ def _exchange(
 def _exchanged_class(
     kind: type[nn.Module], conversions: tuple[Conversion, ...]
 ) -> type[nn.Module]:
-    """A subclass whose methods run with layers exchanged."""
+    """Return a subclass whose methods run with the new layers."""
 
     def exchanging(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -99,7 +100,7 @@ def _with_conversions(
 
 @dataclasses.dataclass(eq=False)
 class _Recorder:
-    """Notes the layers that are called, and leaves them as they are."""
+    """Records the layers that are called, and does not change them."""
 
     layers: dict[str, nn.BatchNorm]
 
@@ -117,11 +118,11 @@ def convert_linen(
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[nn.Module, Mapping[str, Any]]:
-    """Exchange layers of a linen model; `compare` is given both outputs."""
+    """Replace layers of a linen model; `compare` gets the old and the new outputs."""
     if model.scope is not None:
         raise ValueError(
-            f"convert: the {type(model).__name__} is bound to variables; expected one "
-            "that is not: model.unbind()[0], outside of other modules."
+            f"convert: the {type(model).__name__} is bound to variables; expected an "
+            "unbound module: model.unbind()[0], outside of other modules."
         )
 
     def evaluated(*conversions: Conversion) -> nn.Module:
@@ -135,14 +136,13 @@ def convert_linen(
             before: Any = evaluated(*old).apply(variables, *inputs, **kwargs)
     except Exception as error:
         error.add_note(
-            "convert: this was the call of the model as it is, with the inputs and "
-            "keywords that were given; expected those of evaluation, such as "
-            "train=False."
+            "convert: this was the call of the unchanged model, with the given inputs "
+            "and keywords; expected the keywords of evaluation, such as train=False."
         )
         raise
     chosen = conversion.choose(recorder.layers)
     for name, layer in chosen.items():
-        # What cannot be exchanged is refused here, not in the first call.
+        # Refuse a layer that cannot be replaced now, not in the first call.
         conversion.to.linen(name, layer)
     new = _with_conversions(model, (*old, conversion))
     if isinstance(conversion.to, ToGroupNorm):
@@ -156,7 +156,7 @@ def convert_linen(
 def _check_called(
     variables: Mapping[str, Any], called: Iterable[str], conversion: Conversion
 ) -> None:
-    """Refuse layers that are to have new parameters but are not called."""
+    """Refuse layers that need new parameters but are not called."""
     stats = flatten_dict(unfreeze(variables.get("batch_stats", {})))
     names = {layer_name(path[:-1]) for path in stats if path[-1] == "mean"}
     uncalled = names.difference(called)
@@ -166,7 +166,7 @@ def _check_called(
         raise ValueError(
             "convert: this call of the model does not reach the layers "
             f"{', '.join(sorted(uncalled))}, whose new parameters would be missing; "
-            "expected a call that reaches all, or layers=... with the names of others."
+            "expected a call that reaches all layers, or layers=... without these."
         )
 
 
@@ -178,7 +178,7 @@ def _new_params(
     inputs: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    """The variables with parameters made anew, and no statistics, for some layers."""
+    """Return the variables with new parameters and no statistics for some layers."""
     rest = dict(variables)
     for collection in "params", "batch_stats":
         flat = flatten_dict(unfreeze(rest.pop(collection, {})))

@@ -1,4 +1,4 @@
-"""What the batch norm layers of a model can become."""
+"""The targets of a conversion: what replaces the batch norm layers of a model."""
 
 import dataclasses
 import fnmatch
@@ -21,25 +21,26 @@ Layers = str | Iterable[str] | Callable[[str, Any], bool] | None
 
 @dataclasses.dataclass(frozen=True)
 class ToBatchNorm:
-    """Layers become `bnjax.linen.BatchNorm` or `bnjax.nnx.BatchNorm`.
+    """Replace layers by `bnjax.linen.BatchNorm` or `bnjax.nnx.BatchNorm`.
 
-    Scale, bias, running statistics and every attribute are carried over. A layer that
-    is one of bnjax's already keeps its class and changes its attributes alone. What is
-    None here stays as the layer has it.
+    The new layer keeps the scale, the bias, the running statistics and every attribute.
+    A layer of bnjax keeps its class and changes its attributes only. An attribute that
+    is None here keeps the value of the layer.
 
     Attributes:
-        axis_name: axis or axes of pmap or shard_map whose devices share statistics; ()
-            for none. Under jit with sharded arrays they are shared without it.
-        axis_index_groups: groups of that axis.
-        virtual_batch_size: in training, statistics of so many examples at a time, by
-            `bnjax.variants.ghost`.
-        momentum: weight of the old statistics (PyTorch's 0.1 is 0.9 here).
-        epsilon: added to the variance. Another one changes the function.
-        unbiased: keep the running variance with m / (m - 1).
-        use_running_average: the mode of the layers, frozen ones included, whatever
-            their model calls them with: False trains a model that was written for
-            inference. In nnx `train()` and `eval()` go on to switch it; of a linen
-            model make one for each mode.
+        axis_name: the axis or axes of pmap or shard_map whose devices share statistics;
+            () for none. Under jit with sharded arrays, devices share statistics without
+            an axis name.
+        axis_index_groups: groups of devices along that axis.
+        virtual_batch_size: compute the statistics of training over this many examples
+            at a time, by `bnjax.variants.ghost`.
+        momentum: the weight of the old statistics (PyTorch's 0.1 is 0.9 here).
+        epsilon: the number added to the variance. Another value changes the function.
+        unbiased: keep the running variance with the factor m / (m - 1).
+        use_running_average: the mode of the layers, including frozen layers, whatever
+            mode the model passes to them. False trains a model that was written for
+            inference. In nnx, `train()` and `eval()` still switch the mode. For linen,
+            make one model for each mode.
     """
 
     axis_name: AxisName | None = None
@@ -55,7 +56,7 @@ class ToBatchNorm:
         if groups is not None and not self.axis_name:
             raise ValueError(
                 f"convert: axis_index_groups={groups!r} without axis_name; expected "
-                "the name of the axis that they divide."
+                "the name of the axis that the groups divide."
             )
         if isinstance(self.axis_name, list):
             object.__setattr__(self, "axis_name", tuple(self.axis_name))
@@ -68,18 +69,18 @@ class ToBatchNorm:
             _validate.check_epsilon(self.epsilon)
 
     def in_evaluation(self) -> "ToBatchNorm":
-        """The same in the mode of evaluation, where it sets the mode."""
+        """The same target; if it sets the mode, the mode is that of evaluation."""
         if self.use_running_average is None:
             return self
         return dataclasses.replace(self, use_running_average=True)
 
     def linen(self, name: str, layer: nn.BatchNorm) -> nn.Module:
-        """What takes the place of a layer of linen, not bound to a scope."""
+        """Return the new layer for a linen layer, not bound to a scope."""
         ours = bnjax.linen.BatchNorm, GhostBatchNorm, kinds.LinenFrozenBatchNorm
         return _linen_like(name, layer, self._kind(layer, *ours), **self._changes())
 
     def nnx(self, name: str, layer: nnx.BatchNorm) -> None:
-        """Turn a layer of nnx into another."""
+        """Turn an nnx layer into the new layer, in place."""
         ours = bnjax.nnx.BatchNorm, NnxGhostBatchNorm, kinds.NnxFrozenBatchNorm
         kind = self._kind(layer, *ours)
         if self.use_running_average is not None or hasattr(layer, kinds.OWN_MODE):
@@ -106,41 +107,46 @@ class ToBatchNorm:
 
 @dataclasses.dataclass(frozen=True)
 class ToFrozen:
-    """Layers normalize by their running statistics in training too, and leave them.
+    """Freeze layers: they normalize by their running statistics in training too.
+
+    Training does not change these statistics.
 
     Attributes:
-        train_scale_and_bias: False stops the gradient of both. They stay parameters:
-            an optimizer with weight decay still shrinks them unless it is masked.
+        train_scale_and_bias: False stops the gradient of scale and bias. Both stay
+            parameters: an optimizer with weight decay still shrinks them unless the
+            decay is masked.
     """
 
     train_scale_and_bias: bool = True
 
     def in_evaluation(self) -> "ToFrozen":
-        """The same: there is one mode."""
+        """The same target, because it has only one mode."""
         return self
 
     def linen(self, name: str, layer: nn.BatchNorm) -> nn.Module:
-        """What takes the place of a layer of linen, not bound to a scope."""
+        """Return the new layer for a linen layer, not bound to a scope."""
         changes = {**dataclasses.asdict(self), "use_running_average": True}
         return _linen_like(name, layer, kinds.LinenFrozenBatchNorm, **changes)
 
     def nnx(self, name: str, layer: nnx.BatchNorm) -> None:
-        """Turn a layer of nnx into another."""
+        """Turn an nnx layer into the new layer, in place."""
         _turn_into(name, layer, kinds.NnxFrozenBatchNorm, **dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class ToGroupNorm:
-    """Layers become group normalization with a new scale and bias: another function.
+    """Replace layers by group normalization with a new scale and bias.
 
-    Statistics are those of one example and a group of its channels, the same in
-    training and evaluation. Epsilon, dtypes, an activation and a residual are carried
-    over. Scale and bias start at 1 and 0; in linen as the layer's initializers say.
+    The function of the model changes. Group normalization computes the statistics of
+    one example over a group of its channels, in training and in evaluation. The new
+    layer keeps epsilon, the dtypes, the activation and the residual. Scale and bias
+    start at 1 and 0; in linen, the initializers of the layer set them.
 
     Attributes:
-        num_groups: groups of the channels, by which their number can be divided.
-        group_size: channels in a group instead; num_groups is None then.
-        seed: of initializers that draw.
+        num_groups: the number of groups, a divisor of the number of channels.
+        group_size: the number of channels in a group. If it is given, `num_groups` is
+            None.
+        seed: the seed of random initializers.
 
     References:
         Wu & He (2018), "Group normalization".
@@ -157,22 +163,23 @@ class ToGroupNorm:
         if len(sizes) != 1 or sizes[0] < 1:
             raise ValueError(
                 f"convert: num_groups={self.num_groups} and group_size="
-                f"{self.group_size}; expected one of them, 1 or more, the other None."
+                f"{self.group_size}; expected one of the two, 1 or more, and None for "
+                "the other."
             )
 
     def in_evaluation(self) -> "ToGroupNorm":
-        """The same: there is one mode."""
+        """The same target, because it has only one mode."""
         return self
 
     def linen(self, name: str, layer: nn.BatchNorm) -> nn.Module:
-        """What takes the place of a layer of linen, not bound to a scope."""
+        """Return the new layer for a linen layer, not bound to a scope."""
         kinds.check_last_axis(name, layer.axis)
         sizes = {"num_groups": self.num_groups, "group_size": self.group_size}
         alone = {"axis_name": None, "axis_index_groups": None}
         return _linen_like(name, layer, kinds.LinenGroupNorm, **sizes, **alone)
 
     def nnx(self, name: str, layer: nnx.BatchNorm) -> None:
-        """Turn a layer of nnx into another."""
+        """Turn an nnx layer into the new layer, in place."""
         kinds.check_last_axis(name, layer.axis)
         kinds.check_groups(name, layer.num_features, self.num_groups, self.group_size)
         groups = self.num_groups or layer.num_features // (self.group_size or 1)
@@ -197,13 +204,13 @@ Target = ToBatchNorm | ToFrozen | ToGroupNorm
 
 
 class Conversion(NamedTuple):
-    """Which layers become what."""
+    """A target, and the layers that it replaces."""
 
     to: Any
     layers: Any
 
     def fits(self, name: str, layer: Any) -> bool:
-        """Whether a layer is one to exchange."""
+        """Whether to replace this layer."""
         if self.layers is None:
             return True
         if callable(self.layers):
@@ -211,7 +218,7 @@ class Conversion(NamedTuple):
         return any(fnmatch.fnmatchcase(name, each) for each in self.layers)
 
     def choose(self, found: Mapping[str, Any]) -> dict[str, Any]:
-        """The layers to exchange, of all there are by name; an error if none."""
+        """Return the layers to replace, by name; raise an error if there are none."""
         listed = f"Its batch norm layers are: {', '.join(found)}."
         if not found:
             raise ValueError(
@@ -221,14 +228,14 @@ class Conversion(NamedTuple):
         for pattern in () if callable(self.layers) else self.layers or ():
             if not fnmatch.filter(found, pattern):
                 raise ValueError(
-                    f"convert: layers={pattern!r} fits no layer."
+                    f"convert: layers={pattern!r} matches no layer."
                     f"{_validate.did_you_mean(pattern, found)} {listed}"
                 )
         chosen = {name: each for name, each in found.items() if self.fits(name, each)}
         if not chosen:
             raise ValueError(
-                "convert: layers is a function that is true of no layer; expected one "
-                f"that is true of some. {listed}"
+                "convert: layers is a function that returns True for no layer; "
+                f"expected True for one or more. {listed}"
             )
         return chosen
 

@@ -1,4 +1,4 @@
-"""The test set in blocks of a bounded size, and the crops of its images."""
+"""Blocks of the test set of bounded size, and the crops of their images."""
 
 import dataclasses
 import math
@@ -15,13 +15,17 @@ from bnjax.data.sources import Report, Source
 
 BLOCK_BYTES = 2**26
 CROPS = (1, 10, 144)
-# The shorter side that an image is scaled to, for a network of 224 pixels.
+# The lengths to which the shorter side of an image is scaled, for 224-pixel networks.
 _SIDES = {10: (256,), 144: (256, 288, 320, 352)}
 S = TypeVar("S")
 
 
 def padded_rows(examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices that meet every example once, and a mask, False where padded."""
+    """Return indices that cover every example once, and a mask, False on padding.
+
+    Returns:
+        The indices and the mask, of shape (batches, batch_size).
+    """
     batches = -(-examples // batch_size)
     places = np.arange(batches * batch_size, dtype=np.int32).reshape(batches, -1)
     mask = places < examples
@@ -29,7 +33,7 @@ def padded_rows(examples: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]
 
 
 class Block(NamedTuple):
-    """Some examples, and which of them count: not damaged, not there to fill up."""
+    """Some examples, and a mask that is False for damaged examples and padding."""
 
     arrays: Arrays
     kept: np.ndarray
@@ -39,19 +43,20 @@ class CropBlock(NamedTuple):
     """The crops of some examples."""
 
     images: np.ndarray
-    """uint8, shape (images, ...); the crops of one example follow each other."""
+    """Crops, uint8, shape (images, ...); the crops of one example are consecutive."""
     places: np.ndarray
-    """Which example of the block each image is of."""
+    """For each image, the index of its example in the block."""
     counts: np.ndarray
-    """How many equal crops each image stands for."""
+    """For each image, the number of equal crops that it represents."""
     labels: np.ndarray
+    """The labels of the block's examples."""
     kept: np.ndarray
-    """Labels, and which count, of the block's examples."""
+    """Whether each of the block's examples counts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitBlocks:
-    """The test set in blocks of `size`, decoded each time; the last is filled up."""
+    """The test set in blocks of `size`, decoded in each pass; the last is padded."""
 
     source: Source
     size: int
@@ -69,10 +74,10 @@ class SplitBlocks:
         return self.read(make)
 
     def read(self, make: Callable[[list, np.ndarray, np.ndarray], S]) -> Iterator[S]:
-        """Yield what is made of each block, reading ahead; name damaged images.
+        """Yield `make(...)` of each block, reading ahead; report damaged images.
 
-        `make` is given (place in the block, image as it is stored, name) of each sound
-        example; all labels; and a mask of the sound examples.
+        The arguments of `make` are: for each intact example, its place in the block,
+        the stored image and its name; all labels; and a mask of the intact examples.
         """
         import grain
 
@@ -100,7 +105,7 @@ class SplitBlocks:
 
 
 def load_test(data: DataConfig, source: Source, report: Report) -> Arrays | SplitBlocks:
-    """Return the test set: in memory up to `data.resident_bytes`, else in blocks."""
+    """Return the test set, in memory up to `data.resident_bytes`, else in blocks."""
     size = math.prod(source.image_shape)
     if source.sizes["test"] * size <= data.resident_bytes:
         return source.load("test", report)
@@ -110,32 +115,32 @@ def load_test(data: DataConfig, source: Source, report: Report) -> Arrays | Spli
 def scaled_sizes(
     height: int, width: int, size: int, crops: int
 ) -> list[tuple[int, int]]:
-    """Return the heights and widths that an image is scaled to, before crops are cut.
+    """Return the heights and widths to which an image is scaled before cropping.
 
-    The shorter side becomes 256 for 10 crops, and 256, 288, 320 and 352 for 144, where
-    the network is given 224 pixels; for another `size`, in proportion and rounded.
+    For a network of 224 pixels, the shorter side becomes 256 for 10 crops, and 256,
+    288, 320 and 352 for 144 crops. For another `size` the lengths are in proportion,
+    and rounded.
     """
     sides, shorter = (round(s * size / 224) for s in _SIDES[crops]), min(height, width)
     return [(round(height * s / shorter), round(width * s / shorter)) for s in sides]
 
 
 def boxes(height: int, width: int, size: int, crops: int) -> np.ndarray:
-    """Return the 10 or 144 crops of one image, as places in the image scaled.
+    """Return the 10 or 144 crops of one image, as boxes in the scaled image.
 
-    10 crops: of the central square, the four corners and the centre, and each of them
-    mirrored. 144 crops: at each of four scales, the left, the central and the right
-    square (of an upright image the top, the central and the bottom one); of each
-    square, the four corners, the centre and all of it, made smaller; and each of them
-    mirrored. The three squares of a square image are one and the same: its crops are
-    there three times.
+    10 crops: the four corners and the center of the central square, each of them also
+    mirrored. 144 crops: at each of four scales, the left, central and right square (in
+    an upright image, the top, central and bottom square); of each square, the four
+    corners, the center, and the whole square resized; each of them also mirrored. In a
+    square image the three squares are identical, so each crop appears three times.
 
     Returns:
-        int32, shape (crops, 6): the scale's number in `scaled_sizes`, top, left,
-        height and width in pixels of that scale, and 1 for a crop to be mirrored.
+        int32, shape (crops, 6): the index of the scale in `scaled_sizes`, top, left,
+        height and width in pixels of that scale, and 1 for a mirrored crop.
 
     References:
-        Szegedy et al. 2015 (GoogLeNet), section 7, for the 144; Krizhevsky et al. 2012,
-        section 4.1, for the 10.
+        Szegedy et al. (2015, GoogLeNet), section 7, for 144 crops; Krizhevsky et al.
+        (2012), section 4.1, for 10 crops.
     """
     found = []
     for scale, (tall, wide) in enumerate(scaled_sizes(height, width, size, crops)):
@@ -157,7 +162,7 @@ def boxes(height: int, width: int, size: int, crops: int) -> np.ndarray:
 
 
 def cut(image: np.ndarray, size: int, crops: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the different crops of an image, and how many equal ones each is."""
+    """Return the distinct crops of an image, and how often each occurs."""
     height, width = image.shape[:2]
     scaled = [resized(image, *s) for s in scaled_sizes(height, width, size, crops)]
     different, counts = np.unique(
@@ -174,9 +179,9 @@ def cut(image: np.ndarray, size: int, crops: int) -> tuple[np.ndarray, np.ndarra
 
 @dataclasses.dataclass(frozen=True)
 class CropBlocks:
-    """The crops (1, as the run itself evaluates, 10 or 144) of blocks of the test set.
+    """The crops of the test set in blocks: 1 (as in the run's evaluation), 10 or 144.
 
-    They are cut anew each time; those of one block are in memory together.
+    Each pass makes the crops again; the crops of one block are in memory together.
     """
 
     split: SplitBlocks
@@ -190,7 +195,7 @@ class CropBlocks:
 
     def _make(self, images: list, labels: np.ndarray, kept: np.ndarray) -> CropBlock:
         source, none = self.split.source, np.zeros(0, np.int64)
-        # First nothing: all of a block may be damaged.
+        # Start with an empty part, because all images of a block may be damaged.
         parts = [(np.zeros((0, *source.image_shape), np.uint8), none, none)]
         for place, image, where in images:
             if self.crops == 1:
@@ -199,7 +204,7 @@ class CropBlocks:
                 if source.resize is None:
                     check_shape(image, source.image_shape, where)
                 found, counts = cut(image, source.image_shape[0], self.crops)
-                # A cubic goes beyond the values it is given.
+                # Cubic interpolation may exceed the range of its input.
                 found = np.minimum(found, np.uint8(source.max_value))
             parts.append((found, np.full(len(counts), place), counts))
         crops, places, counts = map(np.concatenate, zip(*parts, strict=True))
@@ -213,7 +218,7 @@ def crop_blocks(source: Source, crops: int) -> CropBlocks:
     height, width = source.image_shape[:2]
     if crops > 1 and height != width:
         raise SettingError(
-            f"--crops {crops}: the crops are squares, and the network takes images of "
+            f"--crops {crops}: the crops are squares, but the network takes images of "
             f"{height}x{width}. Give --crops 1."
         )
     size = crops * math.prod(source.image_shape)

@@ -1,4 +1,4 @@
-"""What a run is told about its data, and what is refused before anything starts."""
+"""The data settings of a run, and checks before the run starts."""
 
 import dataclasses
 import math
@@ -13,82 +13,83 @@ class SettingError(ValueError):
 
 
 class DataError(ValueError):
-    """Data that are not there, or that cannot be used."""
+    """Data do not exist or cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes to training images, drawn from seed, epoch and example."""
+    """Random changes to training images; they depend on seed, epoch and example."""
 
     kind: Literal["none", "shift", "crop"] = "none"
-    """none: as they are.
-    shift: padded, cut and mirrored, on the device, for small images.
-    crop: a random part resized, mirrored, recoloured, on the host."""
+    """none: do not change images.
+    shift: pad, cut and mirror on the device, for small images.
+    crop: resize a random part, mirror it and change its colors, on the host."""
     flip: bool = True
-    """Mirror every other image, at random; not for digits and letters."""
+    """Mirror half of the images at random; turn this off for digits and letters."""
     padding: int = 4
-    """Of shift: pixels of padding, the most an image moves by."""
+    """For shift: pixels of padding, the largest distance that an image moves."""
     area: tuple[float, float] = (0.08, 1.0)
-    """Of crop: smallest and largest share of the image's area."""
+    """For crop: the smallest and largest fraction of the image's area."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    """Of crop: smallest and largest width over height."""
+    """For crop: the smallest and largest ratio of width to height."""
     strength: float = 1.0
-    """Of crop: how much colours change; 0: not at all. The paper reduces it."""
+    """For crop: how much colors change, from 0 (not at all). The paper reduces it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What to train on, and how it is read."""
+    """The data set, and how to read it."""
 
     name: str = "digits"
-    """The embedded "digits";
-    a prepared tfds set by name, "mnist", "mnist:3.0.1", or by folder;
-    a folder of images, train/<class> and val/<class>, "./flowers";
-    "synthetic:32x32x3:10:5000": random pixels, classes, examples."""
+    """"digits": an embedded set of 1,797 images of 8x8.
+    "mnist", "mnist:3.0.1" or a folder: a prepared tfds set.
+    "./flowers": a folder of images, with train/<class> and val/<class>.
+    "synthetic:32x32x3:10:5000": random pixels, number of classes and examples."""
     test_split: str = "test"
-    """What to test on; where a set has no "test", its "validation" is taken."""
+    """The split to test on. A set without "test" uses its "validation" instead."""
     validation_share: float | None = None
-    """Of a folder of classes without train and val: the share to test on, as 0.2."""
+    """For a folder without train and val: the fraction to test on, such as 0.2."""
     binarize: bool = False
-    """Pixels above half of their range become 1, others 0; else scaled to [0, 1]."""
+    """Set pixels above half of their range to 1, other pixels to 0.
+    Without this flag, pixels are scaled to [0, 1]."""
     mean: tuple[float, ...] = (0.0,)
-    """Subtracted from pixels in [0, 1]: one number, or one a channel."""
+    """Subtract this from pixels in [0, 1]: one number, or one for each channel."""
     std: tuple[float, ...] = (1.0,)
-    """What pixels are then divided by: one number, or one a channel."""
+    """Divide pixels by this afterwards: one number, or one for each channel."""
     image_size: int | None = None
-    """Height and width the network is given; None: as the images are stored."""
+    """Height and width of the network's images. None: as the images are stored."""
     central_crop: float = 0.875
-    """Share of the shorter side that is kept in evaluation where images are resized."""
+    """The fraction of the shorter side that evaluation keeps, if images are resized."""
     apply_exif: bool = False
-    """Turn images upright as their EXIF orientation says; else: as they are stored."""
+    """Rotate images by their EXIF orientation; otherwise they stay as stored."""
     max_pixels: int = 2**27
-    """Height times width of the largest image that is decoded."""
+    """Do not decode images with more pixels (height times width) than this."""
     path: Literal["auto", "resident", "streaming"] = "auto"
-    """resident: the whole training set on the device.
-    streaming: read as the run goes.
-    auto: resident up to --data.resident-bytes and without crop."""
+    """resident: keep the whole training set on the device.
+    streaming: read examples during the run.
+    auto: resident up to --data.resident-bytes and without crop, else streaming."""
     resident_bytes: int = 2**30
-    """The largest set, decoded, that auto, or an evaluation, holds on the device."""
+    """Largest decoded set that auto or an evaluation keeps on the device, in bytes."""
     workers: int = 0
-    """Of streaming: processes that read and decode; 0: threads of this one."""
+    """For streaming: processes that read and decode. 0: threads of this process."""
     prefetch: int = 2
-    """Of streaming: batches each worker, or this process, keeps ready."""
+    """For streaming: batches that each worker, or this process, reads ahead."""
     shuffle: Shuffle = "global"
-    """What is new in every epoch.
+    """What changes in every epoch.
     global: the order of all examples.
-    within-shard: that of stored runs, and that inside each.
-    fixed-batches: that of batches whose examples always meet."""
+    within-shard: the order of the stored shards, and of the examples in each.
+    fixed-batches: the order of batches whose examples stay together."""
     shard_size: int = 1000
-    """Of within-shard: examples in a stored run."""
+    """For within-shard: the number of examples in a shard."""
     augment: AugmentConfig = AugmentConfig()
 
 
 INCIDENTAL = frozenset({"workers", "prefetch"})
-"""Fields of `DataConfig` that no result depends on: a resumed run may change them."""
+"""Fields of `DataConfig` that do not affect results; a resumed run may change them."""
 
 
 def validate_data(data: DataConfig) -> None:
-    """Refuse values no run can use, naming the flag."""
+    """Refuse values that no run can use; the message names the flag."""
     share, size, augment = data.validation_share, data.image_size, data.augment
     (smallest, largest), (narrowest, widest) = augment.area, augment.aspect
     finite = data.mean and all(map(math.isfinite, data.mean))
@@ -100,12 +101,12 @@ def validate_data(data: DataConfig) -> None:
         ("shard_size", data.shard_size >= 1, "1 or more"),
         ("resident_bytes", data.resident_bytes >= 0, "0 or more"),
         ("max_pixels", data.max_pixels >= 1, "1 or more"),
-        ("validation_share", share is None or 0 < share < 1, "a share between 0 and 1"),
+        ("validation_share", share is None or 0 < share < 1, "between 0 and 1"),
         ("image_size", size is None or size >= 1, "1 or more"),
-        ("central_crop", 0 < data.central_crop <= 1, "a share in (0, 1]"),
-        ("mean", finite, "a number, or one a channel"),
-        ("std", positive, "a positive number, or one a channel"),
-        ("augment.area", 0 < smallest <= largest <= 1, "two rising shares in (0, 1]"),
+        ("central_crop", 0 < data.central_crop <= 1, "a number in (0, 1]"),
+        ("mean", finite, "a number, or one for each channel"),
+        ("std", positive, "a positive number, or one for each channel"),
+        ("augment.area", 0 < smallest <= largest <= 1, "two rising numbers in (0, 1]"),
         (
             "augment.aspect",
             0 < narrowest <= widest < math.inf,

@@ -1,7 +1,6 @@
-"""One image: read, decoded, resized, and changed at random.
+"""Read, decode, resize and augment one image.
 
-What is random draws from the generator, or the key, that it is given and from nothing
-else.
+All randomness comes from the given generator or key.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ import numpy as np
 from bnjax.data.config import AugmentConfig, DataError
 
 ATTEMPTS = 10
-# The rows are grey (ITU-R BT.601) and two axes of colour; turning these turns the hue.
+# The rows are gray (ITU-R BT.601) and two color axes; rotating these rotates the hue.
 _YIQ = np.array(
     [(0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312)]
 )
@@ -33,7 +32,7 @@ _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 class ImageError(DataError):
-    """An image that cannot be had; the message is a predicate, "is truncated"."""
+    """An image cannot be read; the message is a predicate such as "is truncated"."""
 
 
 def decode_image(
@@ -41,8 +40,21 @@ def decode_image(
 ) -> np.ndarray:
     """Decode a JPEG, PNG, BMP, GIF, TIFF or WebP to (height, width, channels).
 
-    The file's name plays no part. Bytes after the end of an image are ignored: phones
-    append films. There is 1 channel, of greys, or 3. EXIF turns images upright.
+    The name of the file does not matter. Bytes after the end of the image are ignored,
+    because phones append videos. `channels` is 1 (gray) or 3. With `apply_exif`, the
+    image is rotated by its EXIF orientation.
+
+    Args:
+        encoded: the bytes of the file.
+        channels: 1 or 3.
+        max_pixels: the largest height times width.
+        apply_exif: rotate the image by its EXIF orientation.
+
+    Returns:
+        The image, uint8.
+
+    Raises:
+        ImageError: if the image is damaged, too large, or of another format.
     """
     import cv2
 
@@ -63,10 +75,11 @@ def decode_image(
 
 
 def _image_size(encoded: bytes) -> tuple[int, int]:
-    """Return height and width from the header, having looked for the image's end.
+    """Return height and width from the header, after a search for the image's end.
 
-    A decoder may fill a truncated JPEG or PNG up with grey; those of the other formats
-    refuse a truncated file. Looking at the markers takes a fraction of decoding.
+    A decoder may fill a truncated JPEG or PNG with gray; the decoders of the other
+    formats refuse a truncated file. Reading the markers takes a fraction of the time of
+    decoding.
     """
     if encoded.startswith(b"\xff\xd8"):
         return _jpeg_size(encoded)
@@ -75,7 +88,7 @@ def _image_size(encoded: bytes) -> tuple[int, int]:
     from PIL import Image
 
     try:
-        # Formats of Pillow's that OpenCV does not read are none of ours.
+        # Only formats of Pillow that OpenCV reads too.
         formats = ("BMP", "GIF", "TIFF", "WEBP")
         with Image.open(io.BytesIO(encoded), formats=formats) as image:
             return image.height, image.width
@@ -86,7 +99,7 @@ def _image_size(encoded: bytes) -> tuple[int, int]:
 
 
 def _jpeg_size(encoded: bytes) -> tuple[int, int]:
-    """Follow the markers to the end of the image; thumbnails lie inside segments."""
+    """Follow the markers to the end of the image; thumbnails are inside segments."""
     size, place = None, 2
     while found := _JPEG_MARKER.search(encoded, place):
         place = found.end()
@@ -98,7 +111,7 @@ def _jpeg_size(encoded: bytes) -> tuple[int, int]:
         if marker in _JPEG_FRAMES and not size:
             height, width = encoded[place + 3 : place + 5], encoded[place + 5 :][:2]
             size = int.from_bytes(height), int.from_bytes(width)
-            # Most files end so. Only where bytes follow is the end looked for.
+            # Most files end here. Search for the end only if more bytes follow.
             if encoded.endswith(b"\xff\xd9"):
                 return size
         place += int.from_bytes(encoded[place : place + 2])
@@ -115,14 +128,14 @@ def _png_size(encoded: bytes) -> tuple[int, int]:
 
 
 def read_file(path: Path, max_bytes: int = 2**30) -> bytes:
-    """Return the content of a regular file, or of what a link to one names.
+    """Return the content of a regular file, or of a link to a regular file.
 
-    A named pipe would keep the reader waiting, and a device may have no end.
+    Reading a named pipe could wait forever, and a device may have no end.
     """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError("is no regular file")
+            raise ImageError("is not a regular file")
         if status.st_size > max_bytes:
             raise ImageError(f"has {status.st_size:,} bytes, more than {max_bytes:,}")
         return path.read_bytes()
@@ -131,12 +144,12 @@ def read_file(path: Path, max_bytes: int = 2**30) -> bytes:
 
 
 def printable(path: Path | str) -> str:
-    """Return a path as text that any stream takes, whatever its bytes are."""
+    """Return a path as text that any stream accepts, whatever its bytes are."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return an image as evaluations resize: smaller by areas, larger by a cubic."""
+    """Resize an image as in evaluation, by areas to shrink, by cubics to enlarge."""
     import cv2
 
     kind = cv2.INTER_AREA if height < len(image) else cv2.INTER_CUBIC
@@ -146,7 +159,7 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class CentralCrop:
-    """The middle of an image; `share` of the shorter side is kept: 224 of 256."""
+    """Crop the center of an image; `share` of the shorter side stays, as 224 of 256."""
 
     size: int
     share: float = 0.875
@@ -176,14 +189,15 @@ def random_area_box(
     area: tuple[float, float] = (0.08, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """Return a random part of an image: its area's share, its aspect ratio, its place.
+    """Return a random part of an image, with random area, aspect ratio and position.
 
-    The share is uniform in `area`, the logarithm of width over height in `aspect`, and
-    so is the place. A draw that does not fit is drawn again; after `ATTEMPTS`, the
-    largest central part with an aspect ratio in range is taken.
+    The fraction of the area is uniform in `area`, the logarithm of width over height is
+    uniform in `aspect`, and the position is uniform. A box that does not fit is drawn
+    again. After `ATTEMPTS` draws, the result is the largest central part with an aspect
+    ratio in range.
 
     References:
-        Szegedy et al. 2015 (GoogLeNet), section 6.
+        Szegedy et al. (2015, GoogLeNet), section 6.
     """
     for _ in range(ATTEMPTS):
         target = rng.uniform(*area) * height * width
@@ -210,15 +224,18 @@ def color_transform(
     hue: float,
     order: tuple[int, ...] = (0, 1, 2, 3),
 ) -> np.ndarray:
-    r"""Return four distortions of colour as one affine map, shape (3, 4).
+    r"""Return four color distortions as one affine map, shape (3, 4).
 
-    .. math:: x \mapsto x + b, \quad x \mapsto \bar x + c (x - \bar x), \quad
-              x \mapsto g(x) + s (x - g(x)), \quad x \mapsto R_h x
+    $$
+    x \mapsto x + b, \quad x \mapsto \bar x + c (x - \bar x), \quad
+    x \mapsto g(x) + s (x - g(x)), \quad x \mapsto R_h x
+    $$
 
-    with :math:`\bar x` the image's mean colour at that point, b in the image's units, g
-    its grey (s = 0 gives greys), and :math:`R_h` a rotation by h turns about the grey
-    axis. Nothing is cut off between them. `order` counts brightness as 0, contrast as
-    1, saturation as 2, hue as 3. The last column is the offset.
+    $\bar x$ is the image's mean color at that point, $b$ is in the image's units, $g$
+    is the gray of the image ($s = 0$ makes it gray), and $R_h$ is a rotation by $h$
+    turns about the gray axis. Values are not clipped between the distortions. `order`
+    counts brightness as 0, contrast as 1, saturation as 2, hue as 3. The last column is
+    the offset.
     """
     cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
     turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
@@ -241,12 +258,12 @@ def color_transform(
 def distort_colors(
     image: np.ndarray, rng: np.random.Generator, strength: float = 1.0
 ) -> np.ndarray:
-    """Return an image whose brightness, contrast, saturation and hue are changed.
+    """Change the brightness, contrast, saturation and hue of an image at random.
 
-    The paper distorts less than GoogLeNet did, whose ranges (after Howard 2013) are
-    unpublished. Those here are a common stand-in: at strength 1, brightness within
-    32 of 255, contrast and saturation from 0.5 to 1.5, hue within 0.2 of a turn; all
-    are narrowed in proportion to `strength`. The order is random.
+    The paper distorts less than GoogLeNet, whose ranges (after Howard, 2013) are
+    unpublished. The ranges here are a common substitute: at strength 1, brightness
+    within 32 of 255, contrast and saturation from 0.5 to 1.5, hue within 0.2 of a turn.
+    All ranges are proportional to `strength`. The order is random.
     """
     import cv2
 
@@ -266,7 +283,7 @@ def distort_colors(
 def random_resized_crop(
     image: np.ndarray, rng: np.random.Generator, size: int, augment: AugmentConfig
 ) -> np.ndarray:
-    """Return a random part, resized by a random interpolation, mirrored, recoloured."""
+    """Resize a random part by a random interpolation, mirror it, change its colors."""
     import cv2
 
     height, width = image.shape[:2]
@@ -285,13 +302,13 @@ def random_resized_crop(
 def shift_and_mirror(
     images: jax.Array, keys: jax.Array, *, padding: int = 4, flip: bool = True
 ) -> jax.Array:
-    """Pad each image with zeros, cut the old size out at a random place, mirror half.
+    """Pad each image with zeros, cut the original size at random, mirror half of them.
 
-    Images are of shape (batch, height, width[, channels]); each has its own key, and
-    moves by at most `padding` pixels.
+    Images have the shape (batch, height, width[, channels]). Each image has its own key
+    and moves by at most `padding` pixels.
 
     References:
-        He et al. 2016 (ResNet), section 4.2, for CIFAR-10.
+        He et al. (2016, ResNet), section 4.2, for CIFAR-10.
     """
 
     def one(image: jax.Array, key: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""What feeds the steps of a run: one interface, whether the data fit the device or not.
+"""Feeds of training batches: one interface for data on the device and for streaming.
 
-A feed cuts the training set into the chunks that one dispatch takes, on the host, and
-makes a batch of each item of a chunk, on the device.
+On the host, a feed cuts the training set into chunks, one for each dispatch. On the
+device, it makes a batch of each item of a chunk.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ from bnjax.data.images import random_resized_crop, shift_and_mirror
 from bnjax.data.records import Arrays, Damage, Records, check_label, check_shape
 from bnjax.data.sources import Report, Source
 
-# Host memory that the chunk of one dispatch may take.
+# The host memory that the chunk of one dispatch may use.
 CHUNK_BYTES = 2**26
-# Nowhere near so many neighbours are damaged in a set that is fit for use.
+# A usable data set never has this many damaged neighbors.
 REPLACEMENTS = 50
 
 
@@ -33,10 +33,10 @@ class Feed:
     """The batches of a run, in order."""
 
     constants: Any = ()
-    """Arrays that every dispatch is given: the resident set, or nothing."""
+    """Arrays that every dispatch gets, the resident set or nothing."""
     steps_per_epoch: int
     chunk_steps: int
-    """The most steps that one chunk should hold."""
+    """The largest number of steps that one chunk should hold."""
 
     def __init__(self, data: DataConfig, source: Source) -> None:
         self._data = data
@@ -47,14 +47,15 @@ class Feed:
         raise NotImplementedError
 
     def spec(self, steps: int) -> Any:
-        """Return the shapes and dtypes of a chunk, drawing none."""
+        """Return the shapes and dtypes of a chunk, without drawing one."""
         raise NotImplementedError
 
     def batch(self, constants: Any, item: Any, key: jax.Array) -> dict[str, jax.Array]:
-        """Make one item of a chunk, or a device's part of it, a batch; it is pure.
+        """Make a batch of one item of a chunk, or of a device's part; a pure function.
 
-        The constants are on the device. The key is the step's, the same everywhere.
-        "image" is floating, of shape (batch, ...), and "label" of shape (batch,).
+        The constants are on the device. The key is that of the step, equal on all
+        devices. "image" is floating, of shape (batch, ...), and "label" has shape
+        (batch,).
         """
         raise NotImplementedError
 
@@ -63,7 +64,7 @@ class Feed:
     ) -> dict[str, jax.Array]:
         augment = self._data.augment
         if augment.kind == "shift":
-            # An example's randomness is the same anywhere in the batch, on any device.
+            # The randomness of an example does not depend on its place or device.
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
             image = shift_and_mirror(
                 image, keys, padding=augment.padding, flip=augment.flip
@@ -71,14 +72,14 @@ class Feed:
         return {"image": self._to_inputs(image), "label": label}
 
     def state(self) -> dict[str, Any]:
-        """Return what `restore` needs beside the step, as JSON holds it."""
+        """Return the values that `restore` needs beside the step, as JSON."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to where `state` was taken."""
+        """Return to the point of the call of `state`."""
 
     def close(self) -> None:
-        """Let go of files and worker processes."""
+        """Close files and end worker processes."""
 
 
 def make_feed(
@@ -91,22 +92,34 @@ def make_feed(
     shard: int = 0,
     report: Report = lambda done, total: None,  # noqa: ARG005
 ) -> Feed:
-    """Return what feeds the steps of a run.
+    """Return the feed of a run.
 
-    An epoch has as many steps as there are whole batches and meets no example twice.
-    The examples left over are others in every epoch, except with fixed batches. The key
-    of an epoch's order is folded from `key`. Each of `shards` hosts has its part of a
-    batch of `batch_size`: the parts, one after the other, are the batch.
+    An epoch has as many steps as there are whole batches, and uses no example twice.
+    Each epoch leaves out other examples, except with fixed batches. The key of an
+    epoch's order is folded from `key`. Each of `shards` hosts has a part of a batch of
+    `batch_size`; the concatenated parts are the batch.
+
+    Args:
+        data: the settings.
+        source: the data set.
+        batch_size: the examples in a global batch.
+        key: the key of the order and of the augmentation.
+        shards: the number of hosts.
+        shard: the index of this host.
+        report: called with the examples read and their total.
+
+    Returns:
+        The feed.
     """
     check_images(data, source.image_shape)
     local = batch_size // shards
-    # What the host draws follows from the key of epoch 0.
+    # The random numbers of the host come from the key of epoch 0.
     words = np.asarray(jax.random.key_data(jax.random.fold_in(key, 0)))
     seed = tuple(words.tolist())
     size = source.sizes["train"] * math.prod(source.image_shape)
     fits = size <= data.resident_bytes and data.augment.kind != "crop"
     if data.path == "streaming" or (data.path == "auto" and not fits):
-        # Batches of a host's size, every `shards`-th of them.
+        # Every `shards`-th batch of this host's size.
         batches = stream_batches(data, source, batch_size, local, seed)
         steps = source.sizes["train"] // batch_size
         return StreamingFeed(data, source, batches[shard::shards], local, steps)
@@ -132,7 +145,7 @@ def make_feed(
 
 @dataclasses.dataclass(frozen=True)
 class ToInputs:
-    """Makes pixels from 0 to `max_value` the network's inputs; see `DataConfig`."""
+    """Converts pixels from 0 to `max_value` to network inputs; see `DataConfig`."""
 
     max_value: int
     binarize: bool = False
@@ -140,7 +153,7 @@ class ToInputs:
     std: tuple[float, ...] = (1.0,)
 
     def __call__(self, images: jax.Array | np.ndarray) -> jax.Array:
-        """Return float32 of the same shape."""
+        """Return a float32 array of the same shape."""
         unit = jnp.asarray(images).astype(jnp.float32) / self.max_value
         if self.binarize:
             unit = (unit > 0.5).astype(jnp.float32)
@@ -150,14 +163,14 @@ class ToInputs:
 
 
 def make_to_inputs(data: DataConfig, max_value: int) -> ToInputs:
-    """Return what makes stored pixels the network's inputs."""
+    """Return the conversion of stored pixels to network inputs."""
     return ToInputs(max_value, binarize=data.binarize, mean=data.mean, std=data.std)
 
 
 def make_gather(
     to_inputs: Callable[[jax.Array], jax.Array],
 ) -> Callable[[Arrays, jax.Array], dict[str, jax.Array]]:
-    """Return `gather(arrays, rows) -> batch`, the inputs and labels of some rows."""
+    """Return `gather(arrays, rows)`, which makes a batch of these rows."""
 
     def gather(arrays: Arrays, rows: jax.Array) -> dict[str, jax.Array]:
         return {
@@ -173,7 +186,7 @@ def make_gather(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _sort_keys(key: jax.Array, examples: int) -> list[jax.Array]:
-    """Return what `jax.random.permutation` sorts by, round after round."""
+    """Return the sort keys of each round of `jax.random.permutation`."""
     largest = np.iinfo(np.uint32).max
     rounds = int(np.ceil(3 * np.log(max(examples, 1)) / np.log(largest)))
     keys = []
@@ -186,19 +199,20 @@ def _sort_keys(key: jax.Array, examples: int) -> list[jax.Array]:
 def permutation(key: jax.Array, examples: int) -> np.ndarray:
     """Return `jax.random.permutation(key, examples)`, sorted by NumPy.
 
-    XLA's sort takes a tenth of an epoch's time on a CPU, NumPy's a twentieth of that.
+    On a CPU, XLA's sort takes a tenth of the time of an epoch, and NumPy's sort a
+    twentieth of XLA's time.
     """
     order = np.arange(examples, dtype=np.int32)
     places = np.arange(examples, dtype=np.uint64)
     for drawn in _sort_keys(key, examples):
-        # Equal keys stay in order: the place is the lower half of what is sorted.
+        # Equal keys stay in order, because the index is the lower half of the sort key.
         keys = np.asarray(drawn).astype(np.uint64) << np.uint64(32) | places
         keys.sort()
         order = order[(keys & np.uint64(2**32 - 1)).astype(np.intp)]
     return order
 
 
-# Two epochs: a dispatch, or what workers read ahead, may end in the next.
+# Two epochs: a dispatch, or the batches that workers read ahead, may end in the next.
 @functools.lru_cache(maxsize=2)
 def epoch_rows(
     data: DataConfig,
@@ -207,18 +221,18 @@ def epoch_rows(
     seed: tuple[int, ...],
     epoch: int,
 ) -> np.ndarray:
-    """Return the order of an epoch's examples, as `data.shuffle` has it.
+    """Return the order of an epoch's examples, according to `data.shuffle`.
 
-    grain's own shuffle has one of the three modes, and takes up to a millisecond an
-    example where there are a few hundred.
+    grain's own shuffle has only one of the three modes, and takes up to a millisecond
+    for each example of a set of a few hundred.
 
-    Example:
+    Examples:
         >>> data = DataConfig(shuffle="within-shard", shard_size=2)
         >>> epoch_rows(data, examples=6, batch_size=2, seed=(0,), epoch=0).tolist()
         [2, 3, 4, 5, 1, 0]
 
     References:
-        Ioffe and Szegedy 2015, section 4.2.1 on shuffling: about 1 % of accuracy.
+        Ioffe & Szegedy (2015), section 4.2.1, on shuffling: about 1 % of accuracy.
     """
     rng = np.random.default_rng([*seed, 0, epoch])
     if data.shuffle == "global":
@@ -234,7 +248,10 @@ def epoch_rows(
 
 
 class ResidentFeed(Feed):
-    """The whole set on the device; a chunk holds indices, `rows` those of an epoch."""
+    """The whole set is on the device; a chunk holds indices.
+
+    `rows` returns the indices of an epoch.
+    """
 
     chunk_steps = 2**30
 
@@ -247,7 +264,7 @@ class ResidentFeed(Feed):
     ) -> None:
         super().__init__(data, source)
         self.constants, self._rows = arrays, rows
-        # The first draw compiles; that is no part of a step.
+        # The first draw compiles; do this before the first step.
         self.steps_per_epoch, self._local = rows(0).shape
 
     def chunk(self, step: int, steps: int) -> np.ndarray:
@@ -267,7 +284,7 @@ class ResidentFeed(Feed):
         return self._to_batch(images, labels, item, key)
 
 
-# --- Streaming: read by grain as the run goes ---------------------------------------
+# --- Streaming: grain reads examples during the run ---------------------------------
 
 
 def stream_batches(
@@ -277,13 +294,13 @@ def stream_batches(
     local: int,
     seed: tuple[int, ...],
 ) -> Any:
-    """Return the training batches in pieces of `local` examples, a `grain.MapDataset`.
+    """Return a `grain.MapDataset` of training batches in pieces of `local` examples.
 
-    Piece i is a function of i and the seed alone. What is drawn for an example depends
-    on seed, epoch and example: not on its batch, the host or the worker.
+    Piece i depends only on i and the seed. The augmentation of an example depends on
+    the seed, the epoch and the example, not on its batch, host or worker.
 
-    Pieces are read whole: `random_map` and `batch` of grain, an example at a time, take
-    a tenth of the time that a small image does, and tfds reads batches twice as fast.
+    A piece is read as a whole: grain's `random_map` and `batch` handle single examples
+    and take a tenth of the time of a small image, and tfds reads batches twice as fast.
     """
     import grain
 
@@ -302,9 +319,9 @@ def stream_batches(
 def _read_batch(
     data: DataConfig, source: Source, rows: np.ndarray, seed: tuple[int, ...]
 ) -> dict[str, Any]:
-    """Read and augment some examples; the next one takes a damaged one's place.
+    """Read and augment some examples; the next example replaces a damaged one.
 
-    "row" is the example's number in the set, and "problems" what is wrong with damaged
+    "row" is the index of the example in the set, and "problems" describes the damaged
     rows.
     """
     records = source.splits["train"]
@@ -345,14 +362,15 @@ def _replacement(records: Records, damaged: int) -> tuple[int, np.ndarray, int]:
 
 
 def read_ahead(dataset: Any, *, workers: int = 0, prefetch: int = 2) -> Any:
-    """Return an iterator of a `grain.MapDataset` that keeps `prefetch` items ready.
+    """Return an iterator of a `grain.MapDataset` that reads `prefetch` items ahead.
 
-    So does each of `workers` processes; where there are none, threads of this one read.
+    Each of `workers` processes reads that many items ahead. Without workers, threads of
+    this process read them.
     """
     import grain
     from absl import flags
 
-    # grain asks absl for flags of its own, which no absl program has parsed here.
+    # grain reads absl flags, which nothing has parsed here.
     flags.FLAGS.mark_as_parsed()
     threads = 1 if workers else min(4, os.cpu_count() or 1)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
@@ -366,7 +384,7 @@ def read_ahead(dataset: Any, *, workers: int = 0, prefetch: int = 2) -> Any:
 
 
 def _start_worker(index: int, count: int) -> None:  # noqa: ARG001
-    """Leave Ctrl-C and one core a worker; end when the run does, however it ends."""
+    """Ignore Ctrl-C, use one core, and end when the run ends in any way."""
     import multiprocessing
 
     import cv2
@@ -384,7 +402,7 @@ def _start_worker(index: int, count: int) -> None:  # noqa: ARG001
 
 
 class StreamingFeed(Feed):
-    """Batches read ahead by grain; a chunk holds images, the device converts them."""
+    """grain reads batches ahead; a chunk holds images, which the device converts."""
 
     def __init__(
         self, data: DataConfig, source: Source, batches: Any, local: int, steps: int
@@ -432,11 +450,11 @@ class StreamingFeed(Feed):
         return self._to_batch(**item, key=key)
 
     def state(self) -> dict[str, Any]:
-        """Return the damaged rows met so far; the step says the rest."""
+        """Return the damaged rows found so far; the step determines the rest."""
         return {"damaged": sorted(self._damage.rows)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Remember the damaged rows; the next chunk finds its own place."""
+        """Restore the damaged rows; the next chunk starts at its own step."""
         self._damage.rows = dict.fromkeys(state["damaged"], "cannot be decoded")
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The examples of one split: in memory, in tfds files, or in a folder of images."""
+"""Examples of one split, in memory, in tfds files or in a folder of images."""
 
 import dataclasses
 import functools
@@ -18,19 +18,19 @@ from bnjax.data.config import DataError
 from bnjax.data.images import ImageError, printable, read_file
 
 Decode = functools.partial[np.ndarray]
-# More damaged images than this share of a set are an error.
+# More damaged images than this fraction of a set are an error.
 DAMAGED_SHARE = 1e-3
 
 
 class Arrays(NamedTuple):
-    """Examples of one split: images, uint8, as the source stores them; int32 labels."""
+    """Examples of one split: uint8 images as the source stores them, int32 labels."""
 
     images: jax.Array | np.ndarray
     labels: jax.Array | np.ndarray
 
 
 class Example(NamedTuple):
-    """One example; an image that cannot be had is None, and `problem` says why."""
+    """One example; a damaged image is None, and `problem` says why."""
 
     image: np.ndarray | None
     label: int
@@ -47,7 +47,7 @@ class Records(Protocol):
         ...
 
     def where(self, row: int) -> str:
-        """Return which file, or which record, a row is, for messages."""
+        """Return the file or the record of a row, for messages."""
         ...
 
 
@@ -103,7 +103,7 @@ class PreparedRecords:
         return f"record {row} of {self.split} of {self.name} in {self.folder}"
 
     def cache_key(self) -> str:
-        """Return a name that changes with the files and how they are decoded."""
+        """Return a name that depends on the files and on how they are decoded."""
         lines = []
         for path in sorted(self.folder.iterdir()):
             lines.append(_file_line(path))
@@ -122,7 +122,7 @@ class PreparedRecords:
         return source(split=self.split, decoders=decoders)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave open files out."""
+        """Return the state without open files."""
         return {n: value for n, value in vars(self).items() if n != "_source"}
 
 
@@ -166,7 +166,7 @@ class FolderRecords:
         return printable(self.folder / self.files[row])
 
     def cache_key(self) -> str:
-        """Return a name that changes with the files and how they are decoded."""
+        """Return a name that depends on the files and on how they are decoded."""
         lines = []
         for file, label in zip(self.files, self.labels, strict=True):
             lines += [os.fsencode(f"{file} {label} "), _file_line(self.folder / file)]
@@ -193,18 +193,18 @@ def _example(decode: Callable[[Any], np.ndarray], stored: Any, label: Any) -> Ex
         return Example(None, int(label), str(error))
 
 
-# --- What is wrong with a split -----------------------------------------------------
+# --- Damage and errors in a split ---------------------------------------------------
 
 
 class Damage:
-    """The images of a split that could not be had: each named once, and counted."""
+    """Counts the damaged images of a split and reports each of them once."""
 
     def __init__(self, records: Records) -> None:
         self.rows: dict[int, str] = {}
         self._records = records
 
     def add(self, problems: Mapping[int, str]) -> None:
-        """Name rows on standard error; refuse more than `DAMAGED_SHARE` of a split."""
+        """Report rows on standard error; refuse more than `DAMAGED_SHARE` of them."""
         new = {row: problems[row] for row in sorted(problems) if row not in self.rows}
         self.rows |= new
         total, where = len(self._records), self._records.where
@@ -225,12 +225,12 @@ class Damage:
 
 
 def check_label(label: int, classes: int, where: str) -> None:
-    """Refuse a label that no logit stands for."""
+    """Refuse a label outside the range of the classes."""
     if not 0 <= label < classes:
         raise DataError(
-            f"{where} has the label {label}; expected 0 to {classes - 1}. A split "
-            "without labels cannot be trained or tested on: name another with "
-            "--data.test-split, or prepare the set again."
+            f"{where} has the label {label}; expected 0 to {classes - 1}. Training and "
+            "testing need labels: give another split with --data.test-split, or "
+            "prepare the set again."
         )
 
 
@@ -238,20 +238,20 @@ def check_shape(image: np.ndarray, expected: tuple[int, ...], where: str) -> Non
     """Refuse an image of another size."""
     if image.shape != expected:
         raise DataError(
-            f"{where} has the shape {image.shape}; expected {expected}. For images of "
-            "many sizes give --data.image-size."
+            f"{where} has the shape {image.shape}; expected {expected}. If images have "
+            "many sizes, give --data.image-size."
         )
 
 
 def check_classes(
     labels: jax.Array | np.ndarray, class_names: Sequence[str], split: str, where: str
 ) -> None:
-    """Refuse a training set of one class; name classes that a split lacks."""
+    """Refuse a training set of one class; report classes without an example."""
     counts = np.bincount(np.asarray(labels), minlength=len(class_names))
     if split == "train" and np.count_nonzero(counts) < 2:
         raise DataError(
-            f"all {len(labels):,} training examples of {where} are of one class, from "
-            "which nothing can be learned. Give examples of at least two."
+            f"all {len(labels):,} training examples of {where} are of one class, so "
+            "that there is nothing to learn. Give examples of at least two classes."
         )
     missing = [class_names[i] for i in np.flatnonzero(counts == 0).tolist()]
     if missing:
@@ -263,5 +263,5 @@ def check_classes(
 
 
 def note(message: str) -> None:
-    """Say on standard error what no one waits for."""
+    """Print a note on standard error."""
     print(f"note: {message}", file=sys.stderr)

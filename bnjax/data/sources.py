@@ -1,4 +1,4 @@
-"""Where examples come from: digits, a tfds set, an image folder, random pixels."""
+"""Sources of examples: digits, a tfds set, a folder of images, random pixels."""
 
 import contextlib
 import dataclasses
@@ -45,16 +45,16 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def find_data_dir(data_dir: Path | None = None) -> Path:
-    """Return the folder given, $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
+    """Return the given folder, $TFDS_DATA_DIR, or ~/tensorflow_datasets."""
     given = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return Path(given).expanduser()
 
 
 def _find_prepared(name: str, data_dir: Path | None) -> Path:
-    """Find a prepared set by looking at the folders alone.
+    """Find a prepared set by its folders.
 
-    tfds itself would try to download what it does not find, for minutes. The name is
-    "mnist", "mnist:3.0.1", "name/config"; `data_dir` may be the set's own folder.
+    tfds itself would try for minutes to download a missing set. The name is "mnist",
+    "mnist:3.0.1" or "name/config"; `data_dir` may be the folder of the set.
     """
     root = find_data_dir(data_dir)
     base, _, version = name.partition(":")
@@ -74,17 +74,17 @@ def _find_prepared(name: str, data_dir: Path | None) -> Path:
     known = [p.name for p in root.iterdir() if p.is_dir()] if root.is_dir() else []
     hint = did_you_mean(base, ["digits", *(n for n in known if n != base)])
     if Path(name).is_dir():
-        hint = f" The folder of that name here is './{name}': say so with the './'."
+        hint = f" If you mean the folder of that name here, write './{name}'."
     raise DataError(
-        f"data set {name!r} is not prepared: {parent / (version or '<version>')} with "
-        f"a dataset_info.json was expected and is not there.{hint} If it is "
-        "in another folder, name that with --data-dir or TFDS_DATA_DIR. "
+        f"data set {name!r} is not prepared: there is no "
+        f"{parent / (version or '<version>')} with a dataset_info.json.{hint} If the "
+        "set is in another folder, give that folder as --data-dir or TFDS_DATA_DIR. "
         f"{how_to_prepare(name, root)}"
     )
 
 
 def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
-    """Open the prepared set whose dataset_info.json lies in `folder`."""
+    """Open the prepared set with its dataset_info.json in `folder`."""
     import tensorflow_datasets as tfds
 
     where = f"data set {name!r} in {folder}"
@@ -97,8 +97,8 @@ def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
         ) from error
     if info.file_format is None or info.file_format.value != "array_record":
         raise DataError(
-            f"{where} is not stored as array_record, which reading it without "
-            f"TensorFlow needs. {how_to_prepare(name)}"
+            f"{where} is not stored as array_record; reading another format would need "
+            f"TensorFlow. {how_to_prepare(name)}"
         )
     features: Any = info.features
     image, label = (dict(features).get(name) for name in ("image", "label"))
@@ -110,7 +110,7 @@ def _open_prepared(folder: Path, name: str, data: DataConfig) -> "Source":
             "channels and a class label."
         )
     if classes < 2:
-        raise DataError(f"{where} has one class, from which nothing can be learned.")
+        raise DataError(f"{where} has one class, so that there is nothing to learn.")
     full, decode = info.full_name, _decoder(data, shape[-1])
     splits = {
         name: PreparedRecords(full, folder, name, split.num_examples, decode)
@@ -136,10 +136,10 @@ LAYOUT = (
 
 
 def _open_folder(root: Path, data: DataConfig) -> "Source":
-    """List the images of every split, opening none.
+    """List the images of every split without opening them.
 
-    `root` holds a folder for each split, with one for each class; or the folders of the
-    classes, where `data.validation_share` says how to split them.
+    `root` has a folder for each split, with a folder for each class. Or it has the
+    folders of the classes, and `data.validation_share` says how to split them.
     """
     where, share = printable(root), data.validation_share
     names = [entry.name for entry in _scan(root) if _is_folder(entry)]
@@ -148,8 +148,8 @@ def _open_folder(root: Path, data: DataConfig) -> "Source":
     if share is not None:
         if splits:
             raise SettingError(
-                f"--data.validation-share {share}: {where} is split already, into "
-                f"{', '.join(splits)}. Leave the flag out."
+                f"--data.validation-share {share}: {where} already has the splits "
+                f"{', '.join(splits)}. Omit the flag."
             )
         listed = _divide(_list_classes(root, left_out), share)
         folders = dict.fromkeys(listed, root)
@@ -164,12 +164,12 @@ def _open_folder(root: Path, data: DataConfig) -> "Source":
             raise DataError(
                 f"{printable(folders[split])} and {printable(folders['train'])} have "
                 f"different classes: {', '.join(map(printable, differing[:5]))} is in "
-                f"one alone. {LAYOUT}"
+                f"only one of them. {LAYOUT}"
             )
     if left_out:
         note(
-            f"{where}: {len(left_out):,} files and folders are left out, being no "
-            f"images by their endings, such as {left_out[0]}"
+            f"{where}: {len(left_out):,} files and folders are skipped, because their "
+            f"names do not end like images, such as {left_out[0]}"
         )
     decode, records = _decoder(data, CHANNELS), {}
     for split, found in listed.items():
@@ -202,7 +202,7 @@ def _list_classes(folder: Path, left_out: list[str]) -> dict[str, list[str]]:
             continue
         images = []
         for each in _scan(Path(entry)):
-            # A link that leads nowhere is no folder, and a damaged image when read.
+            # A broken link is not a folder; reading it reports a damaged image.
             if each.name.lower().endswith(SUFFIXES) and not _is_folder(each):
                 images.append(each.name)
             else:
@@ -210,7 +210,7 @@ def _list_classes(folder: Path, left_out: list[str]) -> dict[str, list[str]]:
         if not images:
             raise DataError(
                 f"class folder {printable(entry.path)} holds no image "
-                f"({', '.join(SUFFIXES)}). Fill it, or remove the class everywhere."
+                f"({', '.join(SUFFIXES)}). Add images, or remove the class everywhere."
             )
         found[entry.name] = sorted(images)
     if not found:
@@ -231,20 +231,20 @@ def _divide(
 
 
 def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what a folder holds and does not hide."""
+    """Return the entries of a folder that are not hidden."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise DataError(
             f"{printable(folder)} cannot be read: {error.strerror or error}. Check "
-            "that it is there and that its permissions let you read it; where a data "
-            "set has moved, --data-dir says where it is now."
+            "that it exists and that you have permission to read it. If the data set "
+            "has moved, give its folder as --data-dir."
         ) from error
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # A link in a circle is none.
+    # A circular link is not a folder.
     with contextlib.suppress(OSError):
         return entry.is_dir()
     return False
@@ -257,21 +257,21 @@ _UNREADABLE = (OSError, ValueError, KeyError, EOFError, NotImplementedError)
 
 
 def cached(key: str, make: Callable[[], Arrays]) -> Arrays:
-    """Return the arrays kept under `key`, or make them and keep them.
+    """Return the cached arrays of `key`, or make and cache them.
 
-    The key must change whenever what `make` returns does.
+    The key must change whenever the result of `make` changes.
     """
     path = cache_dir() / f"{key}.npz"
     if path.exists():
-        # np.load leaves a file it was given by name open where it cannot read it.
+        # np.load does not close a file that it opened by name if reading fails.
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as entry:
                 return Arrays(entry["images"], entry["labels"])
         except (*_UNREADABLE, zipfile.BadZipFile) as error:
-            note(f"cache {path} is damaged and is made again ({error})")
+            note(f"cache {path} is damaged; the data are decoded again ({error})")
     arrays = make()
     try:
-        # Private, as the XDG specification has it: images may be.
+        # Private, as the XDG specification requires: the images may be private.
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
         with replacing(path, "wb") as file:
             np.savez(file, images=arrays.images, labels=arrays.labels)
@@ -293,10 +293,17 @@ _DESCRIBED = ("name", "image_shape", "classes", "max_value", "class_names")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set that is there, not yet read.
+    """An existing data set, not yet read.
 
-    `splits` has the examples of "train" and of "test". `image_shape` is what the model
-    is given; `resize`, where there is one, gives it to a stored image.
+    Attributes:
+        name: the name of the set.
+        splits: the examples of "train" and of "test".
+        classes: the number of classes.
+        image_shape: the shape of the model's images.
+        decode: the function that decodes a stored image.
+        max_value: the largest value of a pixel.
+        resize: the function that resizes a stored image to `image_shape`, or None.
+        class_names: the names of the classes, if they are known.
     """
 
     name: str
@@ -312,7 +319,7 @@ class Source:
     def from_description(
         cls, data: DataConfig, description: Mapping[str, Any]
     ) -> "Source":
-        """Return a data set without examples, as a network needs it."""
+        """Return a data set without examples, which is enough to build a network."""
         described: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in {"name": data.name, **description}.items()
@@ -324,7 +331,7 @@ class Source:
 
     @property
     def description(self) -> dict[str, Any]:
-        """Return what a run's config.json says of its data, as JSON holds it."""
+        """Return the description of the data in a run's config.json, as JSON."""
         described = {name: getattr(self, name) for name in _DESCRIBED}
         return {
             name: list(value) if isinstance(value, tuple) else value
@@ -333,11 +340,11 @@ class Source:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Return how many examples each split has."""
+        """Return the number of examples of each split."""
         return {split: len(records) for split, records in self.splits.items()}
 
     def cache_key(self, split: str) -> str:
-        """Return a name that changes with the decoded arrays of a split."""
+        """Return a name that depends on the decoded arrays of a split."""
         records = self.splits[split]
         if not isinstance(records, PreparedRecords | FolderRecords):
             return self.name
@@ -345,9 +352,10 @@ class Source:
         return f"{records.cache_key()}{size}"
 
     def load(self, split: str, report: Report) -> Arrays:
-        """Read a whole split, from the cache where it was decoded before.
+        """Read a whole split, from the cache if it was decoded before.
 
-        Damaged images are left out. `report` is called with examples read and total.
+        Damaged images are left out. `report` gets the number of examples read and their
+        total.
         """
         records = self.splits[split]
         make = functools.partial(self._decode_all, split, report)
@@ -381,25 +389,31 @@ class Source:
         return Arrays(images[:kept], labels[:kept])
 
     def fit(self, image: np.ndarray, where: str) -> np.ndarray:
-        """Return an image as evaluations see it; refuse another size."""
+        """Return an image as in evaluation; refuse another size."""
         image = self.resize(image) if self.resize else image
         check_shape(image, self.image_shape, where)
         return image
 
 
 def open_data(data: DataConfig, data_dir: Path | None = None) -> Source:
-    """Find the data set that a configuration names, reading no image.
+    """Find the data set of a configuration, without reading an image.
 
     Args:
-        data: names it, and says how it is read.
-        data_dir: where tfds sets are prepared, see `find_data_dir`; or where a set that
-            was named by its folder is now: the folder itself, or the one above.
+        data: the name of the set, and how to read it.
+        data_dir: the folder of prepared tfds sets, see `find_data_dir`. If the name is
+            a folder, the place of that folder now: the folder itself, or its parent.
+
+    Returns:
+        The data set.
+
+    Raises:
+        DataError: if the set does not exist or cannot be used.
     """
     if data.name == "digits" or data.name.partition(":")[0] == "synthetic":
         if data.image_size:
             raise SettingError(
-                f"--data.image-size {data.image_size}: {data.name} is of one size; "
-                "give none.",
+                f"--data.image-size {data.image_size}: the images of {data.name} have "
+                "one size. Omit the flag.",
             )
         return _open_digits() if data.name == "digits" else _open_synthetic(data.name)
     if not is_folder(data.name):
@@ -416,7 +430,7 @@ def open_source(name: str, data_dir: Path | None = None, **settings: Any) -> Sou
 
 
 def is_folder(name: str) -> bool:
-    """Return whether a source's name is a path: absolute, or with a dot before it."""
+    """Return whether a source's name is a path: absolute, or with a dot in front."""
     return name.startswith((".", "~")) or Path(name).is_absolute()
 
 
@@ -427,15 +441,15 @@ def absolute_name(data: DataConfig) -> DataConfig:
 
 
 def _absolute(path: Path) -> Path:
-    # Links stay: the name is the user's.
+    # Keep links, because the name is the user's choice.
     return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100
 
 
 def _find_folder(named: Path, data_dir: Path | None) -> Path:
-    """Return where a set that was named by its folder is now.
+    """Return the present folder of a set whose name is a folder.
 
-    Below `data_dir` the longest end of the name that is there wins; then `data_dir`
-    itself, where it looks like a set or has the name's last part.
+    The longest end of the name that exists below `data_dir` wins; then `data_dir`
+    itself, if it looks like a set or has the last part of the name.
     """
     if data_dir is None:
         return named
@@ -468,7 +482,7 @@ def _choose(splits: dict[str, S], test_split: str, where: str) -> dict[str, S]:
     if not {"train", test} <= splits.keys():
         raise DataError(
             f"{where} has the splits {', '.join(splits)}; expected train and "
-            f"{test_split}. Name what to test on with --data.test-split."
+            f"{test_split}. Give the split to test on as --data.test-split."
         )
     return {"train": splits["train"], "test": splits[test]}
 
@@ -476,27 +490,27 @@ def _choose(splits: dict[str, S], test_split: str, where: str) -> dict[str, S]:
 def _given_shape(
     where: str, stored: tuple[Any, ...], data: DataConfig
 ) -> tuple[int, ...]:
-    """Return the shape of the images that the model is given."""
+    """Return the shape of the model's images."""
     if data.image_size:
         return (data.image_size, data.image_size, stored[-1] or CHANNELS)
     if None in stored:
         raise SettingError(
-            f"{where} holds images of many sizes: say with --data.image-size how high "
-            "and wide the network is to be given them, such as 224.",
+            f"{where} holds images of many sizes: give the height and width of the "
+            "network's images as --data.image-size, such as 224.",
         )
     return stored
 
 
 def stratified_test_mask(labels: np.ndarray, share: float = 0.2) -> np.ndarray:
-    """Mark a share of each class, evenly spread over the examples as they come.
+    """Mark a fraction of each class, evenly spread over the examples in their order.
 
-    No random number is drawn, so that the split is the same for every seed, machine
-    and version of any library.
+    The function draws no random numbers. The split is therefore the same for every
+    seed, machine and version of any library.
     """
     mask = np.zeros(labels.shape, bool)
     for label in np.unique(labels):
         places = np.flatnonzero(labels == label)
-        # Rounded: 0.2 times 15 is a little more than 3.
+        # Rounded, because 0.2 times 15 is a little more than 3.
         quota = np.floor(np.round(share * np.arange(len(places) + 1), 9))
         mask[places] = np.diff(quota) > 0
     return mask
@@ -517,7 +531,7 @@ def _open_digits() -> Source:
 
 
 def _open_synthetic(name: str) -> Source:
-    """Return random pixels: the shape, classes and examples are in the name."""
+    """Return random pixels; the name gives the shape, classes and examples."""
     found = _SYNTHETIC.fullmatch(name)
     if not found:
         raise SettingError(

@@ -1,6 +1,6 @@
-"""What happens inside a network in training: one question a module.
+"""Diagnostics of a network in training: one question for each module.
 
-Everything here is a pure function of a model, its variables and some examples.
+Every function is a pure function of a model, its variables and some examples.
 """
 
 from bnjax.diagnostics.consistency import LayerStatistics as LayerStatistics

@@ -10,11 +10,13 @@ from bnjax.population import array_name
 
 
 def split_params(variables: Any, caller: str) -> tuple[Any, Any, Any]:
-    """Return what `join_params` needs: a hashable structure, parameters, the rest.
+    """Split variables into a hashable structure, the parameters and the rest.
+
+    `join_params` is the inverse.
 
     Args:
-        variables: of a linen network, "params" among them; or an nnx.Module.
-        caller: names the function in errors.
+        variables: the variables of a linen network, with "params", or an nnx.Module.
+        caller: the name of the function for error messages.
     """
     if isinstance(variables, nnx.Module):
         structure, params, rest = nnx.split(variables, nnx.Param, ...)
@@ -35,7 +37,7 @@ def join_params(structure: Any, params: Any, rest: Any) -> Any:
     """Return the variables, of a linen network or as a new nnx.Module."""
     if structure is None:
         return {**rest, "params": params}
-    # Variables of an outer transform cannot be written to in an inner one.
+    # An inner transform cannot write to variables of an outer transform.
     return nnx.merge(structure, params, rest, copy=True)
 
 

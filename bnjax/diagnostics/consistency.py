@@ -1,4 +1,4 @@
-"""Statistics of the batch, of moving averages and of the population, side by side."""
+"""Compare batch statistics, moving averages and population statistics."""
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
@@ -26,12 +26,12 @@ ScoreFn = Callable[[Any, Any], Mapping[str, jax.Array]]
 class LayerStatistics(NamedTuple):
     """The three statistics that one layer may normalize by.
 
-    They are float64, rounded to the dtype that the variables have.
+    They are float64, rounded to the dtype of the variables.
 
     Attributes:
-        batch: of each batch in training, shape (batches, features).
-        moving: the averages that the variables hold, shape (features,).
-        population: over all batches, shape (features,).
+        batch: the statistics of each batch in training, shape (batches, features).
+        moving: the moving averages in the variables, shape (features,).
+        population: the statistics over all batches, shape (features,).
     """
 
     batch: BatchStats
@@ -40,11 +40,11 @@ class LayerStatistics(NamedTuple):
 
 
 class NormalizationError(NamedTuple):
-    """What normalization by other statistics makes of 0 and 1.
+    """The mean and standard deviation after normalization by other statistics.
 
     Attributes:
-        mean: of the output, where 0 is expected.
-        std: standard deviation of the output, where 1 is expected.
+        mean: the mean of the output; 0 without an error.
+        std: the standard deviation of the output; 1 without an error.
     """
 
     mean: np.ndarray
@@ -52,13 +52,14 @@ class NormalizationError(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """The scores of each example, normalized by each kind of statistics; float64.
+    """The scores of each example with each kind of statistics, float64.
+
+    Each field has arrays of shape (examples,) by the name of the score.
 
     Attributes:
-        batch: by the statistics of its batch: by the name of the score, arrays of shape
-            (examples,).
-        moving: by the averages that the variables hold.
-        population: by those that were given.
+        batch: the scores with the statistics of the example's batch.
+        moving: the scores with the moving averages in the variables.
+        population: the scores with the given population statistics.
     """
 
     batch: dict[str, np.ndarray]
@@ -75,26 +76,29 @@ def compare_statistics(
     axis_name: str | None = None,
     layers: Layers = None,
 ) -> dict[str, LayerStatistics]:
-    """Return the statistics of each layer, of batch, moving average and population.
+    """Return the batch, moving and population statistics of each layer.
 
-    All are of what a layer is given in training, where those below it normalize by the
-    batch. The variances are unbiased, times m / (m - 1), but for the moving one of a
-    layer that keeps the biased.
+    All are statistics of the layer's input in training, where the layers below it
+    normalize by batch statistics. The variances are unbiased, with the factor
+    m / (m - 1). Only the moving variance of a layer that keeps the biased variance is
+    biased.
 
     Args:
         apply_fn: the call of a training step, as in `bnjax.population`.
-        variables: of a linen network, or an nnx.Module. They stay as they are.
-        batches: what `apply_fn` takes, one after the other; all are kept at once.
-        method: of the population, "paper" or "pooled".
-        axis_name: of a pmap, as in `bnjax.population`.
-        layers: which, as in `bnjax.population`; None for all.
+        variables: the variables of a linen network, or an nnx.Module. The function does
+            not change them.
+        batches: the batches for `apply_fn`; the function keeps all of them in memory.
+        method: the method for the population statistics, "paper" or "pooled".
+        axis_name: the axis of a pmap, as in `bnjax.population`.
+        layers: the layers, as in `bnjax.population`; None for all.
 
     Returns:
-        By the path of the layer, such as "bn_0". A layer that normalizes by its moving
-        averages in training has these three times.
+        The statistics by the path of the layer, such as "bn_0". For a layer that
+        normalizes by its moving averages in training, all three are equal to these.
 
     Raises:
-        TypeError, ValueError: as `bnjax.population.recompute_batch_stats`.
+        TypeError: as `bnjax.population.recompute_batch_stats`.
+        ValueError: as `bnjax.population.recompute_batch_stats`.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -113,7 +117,7 @@ def compare_statistics(
         [3.] [2.24]
 
     References:
-        Ioffe and Szegedy 2015, Algorithm 2; Wu and Johnson 2021, "Rethinking 'Batch' in
+        Ioffe & Szegedy (2015), Algorithm 2; Wu & Johnson (2021), "Rethinking 'Batch' in
         BatchNorm", section 3.
     """
     batches = list(batches)
@@ -143,20 +147,26 @@ def compare_statistics(
 def normalization_error(
     used: BatchStats, actual: BatchStats, epsilon: float = 1e-5
 ) -> NormalizationError:
-    r"""Return what normalization by some statistics makes of values of others.
+    r"""Return the mean and standard deviation after normalization by other statistics.
 
-    .. math:: \mathrm{mean} = \frac{\mu - \mu_u}{\sqrt{\sigma_u^2 + \epsilon}}, \quad
-              \mathrm{std} = \sqrt{\frac{\sigma^2 + \epsilon}{\sigma_u^2 + \epsilon}}
+    $$
+    \mathrm{mean} = \frac{\mu - \mu_u}{\sqrt{\sigma_u^2 + \epsilon}}, \quad
+    \mathrm{std} = \sqrt{\frac{\sigma^2 + \epsilon}{\sigma_u^2 + \epsilon}}
+    $$
 
-    They are 0 and 1 where both are the same, and in units of the layer's own output
-    before scale and bias, so that layers and channels compare. They are the d and the r
-    that batch renormalization corrects by.
+    They are 0 and 1 if the two statistics are equal. Their unit is that of the layer's
+    output before scale and bias, so that you can compare layers and channels. They are
+    the corrections $d$ and $r$ of batch renormalization.
 
     Args:
-        used: the statistics that normalize, such as the moving ones.
-        actual: those of the values, such as the population's; of a shape that
-            broadcasts.
-        epsilon: of the layer.
+        used: the statistics $\mu_u$ and $\sigma_u^2$ that normalize, such as the moving
+            averages.
+        actual: the statistics $\mu$ and $\sigma^2$ of the values, such as the
+            population statistics, of a shape that broadcasts.
+        epsilon: epsilon of the layer.
+
+    Returns:
+        The mean and the standard deviation, of the broadcast shape.
 
     Examples:
         >>> import numpy as np
@@ -167,7 +177,7 @@ def normalization_error(
         [1.5] [0.5]
 
     References:
-        Ioffe 2017, "Batch Renormalization", section 3.
+        Ioffe (2017), "Batch Renormalization", section 3.
     """
     mean, var, used_mean, used_var = (
         np.asarray(value, np.float64)
@@ -184,28 +194,34 @@ def compare_scores(
     population: Any,
     batches: Iterable[Any],
 ) -> Scores:
-    """Return the scores of a network by each kind of statistics.
+    """Return the scores of a network with each kind of statistics.
 
-    Of the same examples, so that two can be compared one by one: the mean of their
-    difference is what the one kind costs, and its standard error tells it from chance.
+    The scores are of the same examples, so that you can compare two kinds example by
+    example: the mean of the differences is the cost of one kind, and the standard error
+    of this mean tells the cost from chance.
 
     Args:
-        train_scores: `train_scores(variables, batch)`, with the layers normalizing by
-            the batch: by name, arrays of shape (examples,), such as the loss and
-            whether the class was right. New running statistics are dropped.
-        eval_scores: the same, with the layers normalizing by the running statistics.
-            Both are compiled here, once for one function: define them outside of a
-            loop.
-        variables: of a linen network, or an nnx.Module, whose functions may call
-            `model.train()` and `model.eval()`. They stay as they are.
-        population: what `bnjax.population.recompute_batch_stats` returns, over examples
-            of the training set.
-        batches: what the functions take, one after the other. By the batch, an
-            example's score depends on the others: shuffle them.
+        train_scores: `train_scores(variables, batch)`, where the layers normalize by
+            batch statistics. It returns arrays of shape (examples,) by name, such as
+            the loss and whether the class was right. New running statistics are
+            ignored.
+        eval_scores: the same function, where the layers normalize by running
+            statistics. Both functions are compiled once for each function object:
+            define them outside of a loop.
+        variables: the variables of a linen network, or an nnx.Module, whose functions
+            may call `model.train()` and `model.eval()`. The function does not change
+            them.
+        population: the result of `bnjax.population.recompute_batch_stats` over
+            examples of the training set.
+        batches: the batches for both functions. With batch statistics, the score of an
+            example depends on the rest of its batch: shuffle the examples.
+
+    Returns:
+        The scores of all examples with each kind of statistics.
 
     Raises:
-        TypeError: for variables of another kind.
-        ValueError: for no batches, or scores that are not one for each example.
+        TypeError: if the variables are of another kind.
+        ValueError: if there are no batches, or not one score for each example.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -231,13 +247,13 @@ def compare_scores(
         0.75
 
     References:
-        Wu and Johnson 2021, "Rethinking 'Batch' in BatchNorm", sections 3 and 4.
+        Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", sections 3 and 4.
     """
     batches = list(batches)
     if not batches:
         raise ValueError(
-            "compare_scores: no batches came; expected one or more. A generator that "
-            "was gone through before gives none."
+            "compare_scores: there are no batches; expected one or more. A generator "
+            "that was used before is empty."
         )
     of_population = _with_stats(variables, population)
     return Scores(
@@ -248,7 +264,7 @@ def compare_scores(
 
 
 def _with_stats(variables: Any, batch_stats: Any) -> Any:
-    """The variables with statistics as `recompute_batch_stats` returns them."""
+    """Return the variables with statistics from `recompute_batch_stats`."""
     if isinstance(variables, nnx.Module):
         model = nnx.clone(variables)
         nnx.update(model, batch_stats)
@@ -257,7 +273,7 @@ def _with_stats(variables: Any, batch_stats: Any) -> Any:
 
 
 def _stats(variables: Any, batch_stats: Any) -> dict[Any, tuple[Any, ...]]:
-    """Mean and variance by path: those given, or else those of the variables."""
+    """Return mean and variance by path: the given ones, or those of the variables."""
     if batch_stats is not None:
         variables = _with_stats(variables, batch_stats)
     kind: Any = NnxNetwork if isinstance(variables, nnx.Module) else LinenNetwork
@@ -282,7 +298,7 @@ def _scores(
         ):
             raise ValueError(
                 f"compare_scores: {score_fn.__name__} returned shapes {each}; expected "
-                "by the same names for every batch arrays of shape (examples,), such "
+                "arrays of shape (examples,), by the same names for every batch, such "
                 "as {'loss': losses, 'accuracy': logits.argmax(-1) == labels}."
             )
     return {

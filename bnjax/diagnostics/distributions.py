@@ -1,4 +1,4 @@
-"""How the inputs of the nonlinearities are distributed, and how far that moves."""
+"""The distribution of the inputs of nonlinearities, and how far it moves."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,12 @@ SUFFIX = "_input"
 
 
 class Movement(NamedTuple):
-    """How far a curve goes: the sum of its steps, and from lowest to highest."""
+    """How far a curve moves.
+
+    Attributes:
+        path: the sum of the absolute steps.
+        span: the difference between the highest and the lowest value.
+    """
 
     path: np.ndarray
     span: np.ndarray
@@ -24,22 +29,23 @@ class Movement(NamedTuple):
 def nonlinearity_inputs(
     model: nn.Module, variables: Any, images: jax.Array, *, train: bool = False
 ) -> dict[str, jax.Array]:
-    r"""Return what each nonlinearity of a network is given.
+    r"""Return the input of each nonlinearity of a network.
 
-    .. math:: u = \mathrm{BN}(W z) \quad\text{or, without BN,}\quad u = W z + b
+    $$u = \mathrm{BN}(W z) \quad\text{or, without BN,}\quad u = W z + b$$
 
     Args:
-        model: with a field `normalization`, as the models of `bnjax.models` have.
-        variables: of the model.
-        images: shape (batch, ...), floating.
-        train: normalize by the statistics of these images, as a training step would;
-            else by the running ones. The variables stay as they are.
+        model: a model with a field `normalization`, such as the models of
+            `bnjax.models`.
+        variables: the variables of the model. The function does not change them.
+        images: floating images, shape (batch, ...).
+        train: normalize by the statistics of these images, as in a training step;
+            otherwise by the running statistics.
 
     Returns:
-        By the path of the normalization layer, such as "bn_0": arrays of shape
-        (batch, ..., features). Under `jax.jit`, those left out cost nothing.
+        Arrays of shape (batch, ..., features) by the path of the normalization layer,
+        such as "bn_0". Under `jax.jit`, arrays that you do not use cost nothing.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from bnjax.diagnostics import nonlinearity_inputs
         >>> from bnjax.models import MLP
@@ -50,7 +56,7 @@ def nonlinearity_inputs(
         {'bn_0': (12, 4), 'bn_1': (12, 3)}
 
     References:
-        Ioffe and Szegedy 2015, section 3.2 (where BN stands) and Figure 1b, c.
+        Ioffe & Szegedy (2015), section 3.2 (the place of BN) and Figure 1b, c.
     """
     normalization = getattr(model, "normalization", None)
     if not isinstance(normalization, Normalization):
@@ -84,17 +90,20 @@ def nonlinearity_inputs(
 def input_percentiles(
     inputs: Mapping[str, Any], percentiles: Sequence[float] = (15, 50, 85)
 ) -> dict[str, np.ndarray]:
-    """Return percentiles of the input of each nonlinearity, a feature at a time.
+    """Return percentiles of the input of each nonlinearity, for each feature.
 
-    They are taken over the examples and, in feature maps, over the positions too, with
-    linear interpolation. Names are those of the inputs, shapes (percentiles, features).
+    The percentiles are over the examples and, in feature maps, also over the positions,
+    with linear interpolation.
 
     Args:
-        inputs: of `nonlinearity_inputs`, all or some of them: arrays of shape
-            (batch, ..., features).
-        percentiles: each from 0 to 100.
+        inputs: arrays of shape (batch, ..., features) by name, all or some of those
+            that `nonlinearity_inputs` returns.
+        percentiles: numbers from 0 to 100.
 
-    Example:
+    Returns:
+        Arrays of shape (percentiles, features), by the names of the inputs.
+
+    Examples:
         >>> import numpy as np
         >>> u = np.array([[0.0, 10.0], [1.0, 30.0], [2.0, 20.0]])
         >>> print(input_percentiles({"bn_0": u}, (0, 50))["bn_0"])
@@ -102,7 +111,7 @@ def input_percentiles(
          [ 1. 20.]]
 
     References:
-        Ioffe and Szegedy 2015, Figure 1b, c.
+        Ioffe & Szegedy (2015), Figure 1b, c.
     """
     # NumPy's partition takes a sixth of the time of XLA's sort on a CPU.
     return {
@@ -114,17 +123,23 @@ def input_percentiles(
 def movement(curve: Any, axis: int = 0) -> Movement:
     r"""Return how far a curve moves, in the units of its values.
 
-    .. math:: \mathrm{path} = \sum_t |q_t - q_{t-1}|, \quad
-              \mathrm{span} = \max_t q_t - \min_t q_t
+    $$
+    \mathrm{path} = \sum_t \lvert q_t - q_{t-1} \rvert, \quad
+    \mathrm{span} = \max_t q_t - \min_t q_t
+    $$
 
-    Both are float64. The path depends on how often the curve was recorded: compare
-    paths of equal steps alone.
+    Both are float64. The path depends on how often the curve was recorded: compare only
+    paths of equal steps.
 
     Args:
-        curve: shape (..., times, ...), such as a percentile at every evaluation.
-        axis: the times.
+        curve: values of shape (..., times, ...), such as a percentile at every
+            evaluation.
+        axis: the axis of the times.
 
-    Example:
+    Returns:
+        The path and the span, without the axis of the times.
+
+    Examples:
         >>> path, span = movement([0.0, 2.0, 1.0, 1.0])
         >>> float(path), float(span)
         (3.0, 2.0)

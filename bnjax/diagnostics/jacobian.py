@@ -13,10 +13,18 @@ from bnjax._validate import did_you_mean
 def layer_input(
     model: nn.Module, variables: Any, images: jax.Array, layer: str
 ) -> jax.Array:
-    """Return a layer's first argument, with the running statistics.
+    """Return the first argument of a layer in evaluation.
 
-    The model is called as `model(images, train=False)`; the layer is the path of a
-    module, such as "dense_1". `layer_block` has an example.
+    `layer_block` has an example.
+
+    Args:
+        model: a model that is called as `model(images, train=False)`.
+        variables: the variables of the model.
+        images: the examples.
+        layer: the path of a module, such as "dense_1".
+
+    Returns:
+        The input of the layer, with the running statistics below it.
     """
     return _inputs(model, variables, images, {})(layer)
 
@@ -24,23 +32,24 @@ def layer_input(
 def layer_block(
     model: nn.Module, variables: Any, images: jax.Array, start: str, end: str
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return the part of a network from the input of one layer to that of another.
+    """Return the part of a network between the inputs of two layers, as a function.
 
-    The statistics are the running ones, so that each example goes its own way.
+    Layers normalize by their running statistics, so that examples do not affect one
+    another.
 
     Args:
-        model: called as `model(images, train=False)`.
-        variables: of the model.
-        images: one example or more, of the shape the model takes; only the first is
-            used, and of it nothing that reaches `end` by way of `start` alone.
-        start: path of a module, such as "dense_1".
-        end: path of one that is called later.
+        model: a model that is called as `model(images, train=False)`.
+        variables: the variables of the model.
+        images: one or more examples of the model. Only the first example is used, and
+            only for values that reach `end` by another way than through `start`.
+        start: the path of a module, such as "dense_1".
+        end: the path of a module that is called later.
 
     Returns:
-        A function of one example's input of `start`, without the axis of the batch,
-        that gives the input of `end`, likewise.
+        A function from the input of `start` to the input of `end`, both for one example
+        without the batch axis.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from bnjax.diagnostics import layer_block, layer_input
         >>> from bnjax.models import MLP
@@ -66,13 +75,15 @@ def singular_values(
     """Return the singular values of a function's exact Jacobian at each input.
 
     Args:
-        function: of one input, of any shape, such as `layer_block` gives.
-        inputs: shape (examples, ...).
+        function: a function of one input of any shape, such as a result of
+            `layer_block`.
+        inputs: the inputs, shape (examples, ...).
 
     Returns:
-        Shape (examples, min(outputs, inputs)), falling.
+        The singular values in descending order, shape
+        (examples, min(outputs, inputs)).
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from bnjax.diagnostics import singular_values
         >>> scale = jnp.array([3.0, 0.5])
@@ -80,7 +91,7 @@ def singular_values(
         [[6. 2.]]
 
     References:
-        Ioffe and Szegedy 2015, section 3.3.
+        Ioffe & Szegedy (2015), section 3.3.
     """
 
     def jacobian(z: jax.Array) -> jax.Array:
@@ -93,7 +104,7 @@ def singular_values(
 def _inputs(
     model: nn.Module, variables: Any, images: jax.Array, replaced: dict[str, jax.Array]
 ) -> Callable[[str], jax.Array]:
-    """Run the model, with some layers' inputs replaced; return who reads the inputs."""
+    """Run the model with replaced layer inputs; return a function that reads inputs."""
     inputs: dict[str, Any] = {}
 
     def intercept(call: Any, args: Any, options: Any, context: Any) -> Any:
@@ -109,7 +120,7 @@ def _inputs(
     def read(layer: str) -> jax.Array:
         if layer not in inputs:
             raise ValueError(
-                f"no module of {type(model).__name__} is called {layer!r}."
+                f"{type(model).__name__} has no module {layer!r}."
                 f"{did_you_mean(layer, inputs)} Expected one of: {', '.join(inputs)}."
             )
         return inputs[layer]

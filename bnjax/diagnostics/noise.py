@@ -1,4 +1,4 @@
-"""Noise after batch normalization, as Santurkar et al. put it there."""
+"""Noise after batch normalization, as in Santurkar et al. (2018)."""
 
 from typing import Any
 
@@ -20,31 +20,34 @@ def batch_noise(
     mean_spread: float = 0.1,
     scale_spread: float = 0.1,
 ) -> jax.Array:
-    r"""Scale and shift each value by noise, whose own distribution is drawn too.
+    r"""Scale and shift each value by noise from a random distribution.
 
-    .. math:: \mu \sim U(-0.5, 0.5), \quad \sigma \sim U(1, 1.25) \\
-              m \sim U(\mu - 0.1, \mu + 0.1), \quad s \sim N(\sigma, 0.1^2), \quad
-              y = s x + m
+    $$
+    \mu \sim U(-0.5, 0.5), \quad \sigma \sim U(1, 1.25) \\
+    m \sim U(\mu - 0.1, \mu + 0.1), \quad s \sim N(\sigma, 0.1^2), \quad y = s x + m
+    $$
 
-    with one mu and sigma for a call, and an m and s for each value. After batch
-    normalization in training, with another key in each step, it moves the distribution
-    that the next layer is given at every step: covariate shift, put back on purpose.
+    A call draws one $\mu$ and $\sigma$, and an $m$ and $s$ for each value. After batch
+    normalization in training, with a new key in each step, the noise changes the input
+    distribution of the next layer at every step: it adds covariate shift on purpose.
+    The noise is float32, or float64 if `x` is float64.
 
     Args:
-        key: of `jax.random`.
-        x: of any shape and floating dtype, which the output has too.
-        axis: the feature axis or axes whose channels have a mu and a sigma each. None
-            for one of the layer.
-        max_mean: mu is from -max_mean to max_mean.
-        max_scale: sigma is from 1 to max_scale.
-        mean_spread: m is within it of mu.
-        scale_spread: standard deviation of s.
+        key: a key of `jax.random`.
+        x: an array of any shape and any floating dtype.
+        axis: the feature axis or axes; each channel then draws its own $\mu$ and
+            $\sigma$. None draws one for the layer.
+        max_mean: the range of $\mu$ is from -max_mean to max_mean.
+        max_scale: the range of $\sigma$ is from 1 to max_scale.
+        mean_spread: the largest difference of $m$ from $\mu$.
+        scale_spread: the standard deviation of $s$.
 
-    Noise is drawn in float32, or float64 for float64 `x`.
+    Returns:
+        The noisy values, with the shape and dtype of `x`.
 
     Raises:
-        TypeError: for an integer `x`.
-        ValueError: for a range that is negative, or a max_scale below 1.
+        TypeError: if `x` is an integer array.
+        ValueError: if a range is negative, or `max_scale` is below 1.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -54,7 +57,7 @@ def batch_noise(
         [1. 2.]
 
     References:
-        Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?",
+        Santurkar et al. (2018), "How Does Batch Normalization Help Optimization?",
         section 2.1 and the algorithm of the appendix.
     """
     for name, value, lowest in (
@@ -84,15 +87,14 @@ def batch_noise(
 class BatchNoise(nn.Module):
     """`batch_noise` as a layer of flax.linen, without variables.
 
-    It stands where the noise acts: after BatchNorm and before the nonlinearity. In
-    training the call needs `rngs={"noise": key}`, another key in each step.
+    Place it after BatchNorm and before the nonlinearity. In training the call needs
+    `rngs={"noise": key}`, with a new key in each step. The other attributes are those
+    of `batch_noise`.
 
     Attributes:
-        deterministic: leave the input as it is, as in evaluation; may be given here or
-            to the call.
-        rng_collection: of the key.
-
-    The other attributes are those of `batch_noise`.
+        deterministic: return the input unchanged, as in evaluation. It may be given
+            here or to the call.
+        rng_collection: the rng stream of the key.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -122,14 +124,14 @@ class BatchNoise(nn.Module):
 
 
 class NnxBatchNoise(nnx.Module):
-    """`batch_noise` as a layer of flax.nnx: see `BatchNoise`.
-
-    Args:
-        rngs: the stream that each call in training takes a key from: "noise", or the
-            default one.
-        deterministic: leave the input as it is; `train()` and `eval()` set it.
+    """`batch_noise` as a layer of flax.nnx; see `BatchNoise`.
 
     The other arguments are those of `batch_noise`.
+
+    Args:
+        rngs: the rng streams. Each call in training uses a key of the stream "noise",
+            or of the default stream.
+        deterministic: return the input unchanged; `train()` and `eval()` set it.
 
     Examples:
         >>> import jax.numpy as jnp

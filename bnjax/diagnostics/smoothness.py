@@ -1,4 +1,4 @@
-"""How smooth the loss is along its gradient, and how far lower layers move it."""
+"""The smoothness of the loss along its gradient, and internal covariate shift."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,14 +16,14 @@ LossFn = Callable[[Any, Any], jax.Array]
 
 
 class Smoothness(NamedTuple):
-    """The loss and its gradient on a line down the gradient.
+    """The loss and its gradient along the direction of steepest descent.
 
     Attributes:
-        loss: at the parameters w, shape ().
-        gradient_norm: of the gradient g at w, over all parameters, shape ().
-        losses: at w - step_size * g, shape (step_sizes,).
-        changes: norm of the gradient there minus g, shape (step_sizes,).
-        betas: each change over the distance from w, shape (step_sizes,); NaN where g
+        loss: the loss at the parameters w, shape ().
+        gradient_norm: the norm of the gradient g at w, over all parameters, shape ().
+        losses: the losses at w - step_size * g, shape (step_sizes,).
+        changes: the norms of the gradients there minus g, shape (step_sizes,).
+        betas: the changes divided by the distance from w, shape (step_sizes,); NaN if g
             is zero.
     """
 
@@ -35,12 +35,12 @@ class Smoothness(NamedTuple):
 
     @property
     def loss_range(self) -> jax.Array:
-        """The lowest and the highest of `losses`, shape (2,)."""
+        """The lowest and the highest loss, shape (2,)."""
         return _range(self.losses)
 
     @property
     def gradient_predictiveness(self) -> jax.Array:
-        """The smallest and the largest of `changes`, shape (2,)."""
+        """The smallest and the largest change, shape (2,)."""
         return _range(self.changes)
 
     @property
@@ -50,13 +50,15 @@ class Smoothness(NamedTuple):
 
 
 class CovariateShift(NamedTuple):
-    """What the steps of the layers below do to the gradient of each layer.
+    """The effect of an update of the layers below on the gradient of each layer.
 
     Attributes:
-        gradient_norm: of the layer's gradient G before the step, shape (layers,).
-        norm: of the difference of G and G', the gradient on the same batch once the
-            layers below have taken their step, shape (layers,).
-        cosine: of the angle between G and G', shape (layers,); NaN where one is zero.
+        gradient_norm: the norm of the layer's gradient G before the step, shape
+            (layers,).
+        norm: the norm of the difference between G and G', the gradient on the same
+            batch after the step of the layers below, shape (layers,).
+        cosine: the cosine of the angle between G and G', shape (layers,); NaN if one of
+            them is zero.
     """
 
     gradient_norm: jax.Array
@@ -65,7 +67,7 @@ class CovariateShift(NamedTuple):
 
     @property
     def relative(self) -> jax.Array:
-        """The norm over that of the gradient, shape (layers,)."""
+        """The norm divided by the norm of the gradient, shape (layers,)."""
         return self.norm / self.gradient_norm
 
 
@@ -78,30 +80,35 @@ def loss_smoothness(
 ) -> Smoothness:
     r"""Return how the loss and its gradient change along the gradient.
 
-    .. math:: L(w - \eta g), \quad \|\nabla L(w - \eta g) - g\|_2, \quad
-              \frac{\|\nabla L(w - \eta g) - g\|_2}{\eta \|g\|_2}, \quad
-              g = \nabla L(w)
+    $$
+    L(w - \eta g), \quad \lVert \nabla L(w - \eta g) - g \rVert_2, \quad
+    \frac{\lVert \nabla L(w - \eta g) - g \rVert_2}{\eta \lVert g \rVert_2}, \quad
+    g = \nabla L(w)
+    $$
 
-    The largest of the last over the step sizes is the effective beta: how smooth the
-    loss looks from w, at most the beta of a beta-smooth loss.
+    The largest value of the last expression over the step sizes is the effective
+    $\beta$. It says how smooth the loss is near $w$, and is at most the $\beta$ of a
+    $\beta$-smooth loss. Norms are float32, or float64 for float64 parameters. The
+    function computes one gradient for each step size, and one at $w$.
 
     Args:
-        loss_fn: `loss_fn(variables, batch)`, a scalar, with BN as in a training step;
-            new running statistics are dropped. Compiled here, once for one function:
-            define it outside of a loop.
-        variables: of a linen network, "params" among them; or an nnx.Module. They stay
-            as they are, random streams too: dropout is the same at each point.
-        batch: what `loss_fn` takes.
-        step_sizes: shape (step_sizes,), positive: learning rates of plain gradient
-            descent. Santurkar et al. go from half to four times the one that trains,
-            `learning_rate * np.geomspace(0.5, 4, 8)`.
+        loss_fn: `loss_fn(variables, batch)`, which returns a scalar, with BN as in a
+            training step. New running statistics are ignored. It is compiled once for
+            each function object: define it outside of a loop.
+        variables: the variables of a linen network, with "params", or an nnx.Module.
+            The function changes neither the variables nor the random streams: dropout
+            is the same at each point.
+        batch: the batch for `loss_fn`.
+        step_sizes: positive learning rates of plain gradient descent, shape
+            (step_sizes,). Santurkar et al. use half to four times the learning rate of
+            training, `learning_rate * np.geomspace(0.5, 4, 8)`.
 
-    Norms are float32, or float64 for float64 parameters. One gradient is taken for each
-    step size, and one at w.
+    Returns:
+        The losses and the changes of the gradient at each step size.
 
     Raises:
-        TypeError: for variables of another kind, or a loss that is no scalar.
-        ValueError: for step sizes of another shape, or not positive.
+        TypeError: if the variables are of another kind, or the loss is not a scalar.
+        ValueError: if the step sizes have another shape, or are not positive.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -115,7 +122,7 @@ def loss_smoothness(
         6.0 [0.375 1.5  ] 3.0
 
     References:
-        Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?",
+        Santurkar et al. (2018), "How Does Batch Normalization Help Optimization?",
         section 3 and Figure 4.
     """
     structure, params, rest = split_params(variables, "loss_smoothness")
@@ -153,30 +160,34 @@ def covariate_shift(
 ) -> CovariateShift:
     r"""Return the internal covariate shift of each layer in one step.
 
-    .. math:: G_i &= \nabla_{W_i} L(W_1, \dots, W_k) \\
-              G'_i &= \nabla_{W_i} L(W'_1, \dots, W'_{i-1}, W_i, \dots, W_k)
+    $$
+    G_i &= \nabla_{W_i} L(W_1, \dots, W_k) \\
+    G'_i &= \nabla_{W_i} L(W'_1, \dots, W'_{i-1}, W_i, \dots, W_k)
+    $$
 
-    with W' the parameters after the step: its norm of G - G', and the cosine of the
-    angle between them. Nothing lies below the first layer, whose norm is 0.
+    $W'$ are the parameters after the step. The shift of layer $i$ is the norm of
+    $G_i - G'_i$ and the cosine of the angle between the two. There is no layer below
+    the first, so its norm is 0. Norms are float32, or float64 for float64 parameters.
+    The function computes one gradient for each layer.
 
     Args:
-        loss_fn: as in `loss_smoothness`.
-        variables: before the step, as in `loss_smoothness`.
-        new_params: the parameters after the step, of the optimizer in use: the
-            collection "params" of linen, or `nnx.state(model, nnx.Param)`.
-        batch: what `loss_fn` takes; that of the step, in the definition.
-        layers: from the input to the output, each the path of a module or of a
-            parameter, such as "dense_0" or "block/conv"; or several that are one layer,
-            such as ("dense_0", "bn_0"). Each parameter belongs to one layer. Of
-            branches side by side, the earlier count as below the later.
+        loss_fn: the loss, as in `loss_smoothness`.
+        variables: the variables before the step, as in `loss_smoothness`.
+        new_params: the parameters after the step of any optimizer: the collection
+            "params" of linen, or `nnx.state(model, nnx.Param)`.
+        batch: the batch for `loss_fn`; in the definition, the batch of the step.
+        layers: the layers from the input to the output. Each is the path of a module or
+            of a parameter, such as "dense_0" or "block/conv", or a tuple of paths that
+            form one layer, such as ("dense_0", "bn_0"). Each parameter belongs to one
+            layer. For parallel branches, an earlier branch counts as below a later one.
 
-    Norms are float32, or float64 for float64 parameters. One gradient is taken for each
-    layer.
+    Returns:
+        The norms and cosines for each layer.
 
     Raises:
-        TypeError: for variables of another kind, or a loss that is no scalar.
-        ValueError: for parameters of another tree or other shapes; a layer that is not
-            there; a parameter in no layer or in two.
+        TypeError: if the variables are of another kind, or the loss is not a scalar.
+        ValueError: if the new parameters have another tree or other shapes, if a layer
+            does not exist, or if a parameter is in no layer or in two.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -193,7 +204,7 @@ def covariate_shift(
         [4. 2.] [0.  1.5] [1. 1.]
 
     References:
-        Santurkar et al. 2018, Definition 2.1 and Figure 2.
+        Santurkar et al. (2018), Definition 2.1 and Figure 2.
     """
     structure, params, rest = split_params(variables, "covariate_shift")
     numbers = _number_layers(param_names(params), layers)
@@ -212,8 +223,8 @@ def covariate_shift(
     return CovariateShift(*map(jnp.stack, zip(*found, strict=True)))
 
 
-# The gradient at the start comes from the program of the others, with its rounding. Not
-# lax.map, slow on a CPU: https://github.com/jax-ml/jax/issues/12868.
+# The same program computes the gradient at w and the other gradients, so that their
+# rounding is equal. lax.map is slow on a CPU: https://github.com/jax-ml/jax/issues/12868.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -226,7 +237,7 @@ def _downhill(
     rest: Any,
     batch: Any,
 ) -> tuple[jax.Array, Any]:
-    """The loss and its gradient after a step of a size against a direction."""
+    """Return the loss and its gradient after a step of `size` against `direction`."""
 
     def step(p: jax.Array, d: jax.Array) -> jax.Array:
         return (_wide(p) - size.astype(_wide(p).dtype) * _wide(d)).astype(p.dtype)
@@ -246,7 +257,7 @@ def _stepped_below(
     rest: Any,
     batch: Any,
 ) -> Any:
-    """The gradient once the layers below one have taken their step."""
+    """Return the gradient after the step of the layers below `layer`."""
     old, tree = jax.tree.flatten(params)
     below = [number < layer for number in numbers]
     mixed = map(jnp.where, below, jax.tree.leaves(new_params), old)
@@ -262,8 +273,8 @@ def _value_and_grad(
         if not jax.tree_util.all_leaves([loss]) or jnp.shape(loss):
             raise TypeError(
                 f"loss_fn returned shapes {jax.tree.map(jnp.shape, loss)}; expected a "
-                "scalar, of shape (). Take the mean over the examples, and leave out "
-                "what comes beside the loss, such as the updated batch_stats."
+                "scalar, of shape (). Take the mean over the examples, and return only "
+                "the loss, without values such as the updated batch_stats."
             )
         return loss
 
@@ -274,7 +285,7 @@ def _value_and_grad(
 def _compare(
     gradient: Any, other: Any, chosen: Sequence[bool]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the leaves chosen: norm, norm of the difference to another, and cosine."""
+    """Return the norm, the norm of the difference and the cosine of chosen leaves."""
     pairs = [
         [
             jnp.where(own, _wide(leaf), 0)
@@ -298,7 +309,7 @@ def _dot(leaves: Sequence[jax.Array], others: Sequence[jax.Array]) -> jax.Array:
 
 
 def _like(params: Any, new_params: Any) -> Any:
-    """The new parameters in the tree and the dtypes of the old, or an error."""
+    """Return the new parameters in the tree and dtypes of the old, or raise."""
     old, new = (
         dict(zip(param_names(tree), jax.tree.leaves(tree), strict=True))
         for tree in (params, new_params)
@@ -331,7 +342,7 @@ def _number_layers(
             inside = [n for n in names if n == path or n.startswith(f"{path}/")]
             if not inside:
                 raise ValueError(
-                    f"covariate_shift: layers has {path!r}, where no parameter is."
+                    f"covariate_shift: layers has {path!r}, which has no parameter."
                     f"{did_you_mean(path, _modules(names))} Expected some of "
                     f"{_listed(names)}."
                 )
@@ -341,14 +352,14 @@ def _number_layers(
     if wrong:
         raise ValueError(
             f"covariate_shift: {', '.join(wrong)} belong to none of the layers, or to "
-            "several; expected each parameter in one. Name the layer it is of, or put "
-            "it beside another, as in layers=[('dense_0', 'bn_0'), 'logits']."
+            "several; expected each parameter in one layer. Add its layer, or join it "
+            "with another layer, as in layers=[('dense_0', 'bn_0'), 'logits']."
         )
     return tuple(numbers[0] for numbers in found.values())
 
 
 def _modules(names: Sequence[str]) -> list[str]:
-    """The paths of the modules that hold parameters; of one at the top, its own."""
+    """Return the paths of modules with parameters, and of parameters at the top."""
     return list(dict.fromkeys(name.rpartition("/")[0] or name for name in names))
 
 

@@ -1,11 +1,14 @@
-"""Mistakes with batch normalization, found in a model: what, where, how bad, the fix.
+"""Find mistakes with batch normalization in a model, and say how to fix them.
+
+The doctor traces and compiles one training call of the network, and traces one call of
+evaluation. Print its findings with::
 
     from bnjax.doctor import doctor
+
     for finding in doctor(model, variables, batch):
         print(finding)
 
-The network goes through one call of training, traced and compiled once, and one trace
-of evaluation. docs/library/doctor.md says what each finding means.
+docs/library/doctor.md says what each finding means.
 """
 
 import dataclasses
@@ -30,16 +33,16 @@ Call = Callable[[Any, Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A mistake in a place.
+    """A mistake in one layer or one array.
 
     Attributes:
-        rule: its name, one of `RULES`.
-        severity: "error" where outputs or statistics are wrong, "warning" where
-            training suffers, "info" for what could not be looked at.
-        path: of the layer, or of the parameter, such as "block_1/bn".
-        evidence: the numbers it was found by.
-        message: what is wrong, in a sentence.
-        fix: what to do, in a sentence.
+        rule: the name of the rule that found it, one of `RULES`.
+        severity: "error" if outputs or statistics are wrong, "warning" if training
+            suffers, "info" if something could not be examined.
+        path: the path of the layer or of the parameter, such as "block_1/bn".
+        evidence: the numbers that show the mistake.
+        message: what is wrong, in one sentence.
+        fix: what to do, in one sentence.
     """
 
     rule: str
@@ -69,36 +72,39 @@ def doctor(
     """Find the mistakes with batch normalization in a model.
 
     Args:
-        model: a linen module, whose call may have an argument `train`, `training` or
-            `is_training` (or `deterministic`, `use_running_average` for the opposite);
-            an nnx model as it is in training; or the call of a training step,
-            `call(variables, batch)`, as `bnjax.population.recompute_batch_stats` takes
-            it, for models that are called in another way.
-        variables: of a linen model, "params" and "batch_stats" among them; None where
-            `model` is an nnx model; that model where `model` is a call. They stay as
-            they are.
-        batch: what the model is called with: the examples that are normalized together
-            in training, prepared as there. Of a call, whatever it takes.
-        evaluate: the call of evaluation, where `model` is the call of a training step
-            of linen. None: the layers' modes in evaluation are not looked at. An nnx
-            model is called the same way after `model.eval()`.
-        optimizer: of Optax, to see whether it decays scales or biases.
-        penalty: what the loss adds for the parameters, a function of "params" (of the
-            State of nnx.Param), to see whether it decays them.
-        params_before_average: where the parameters are an average (EMA, SWA), those
-            that training moved, to see whether the statistics still belong to them.
-        axis_name: of the axis by which the layers share statistics; `batch` then holds
+        model: a linen module whose call has an argument `train`, `training` or
+            `is_training`, or one of the opposite sense, `deterministic` or
+            `use_running_average`, or none of these; or an nnx model in training mode.
+            For a model that is called in another way, the call of a training step,
+            `call(variables, batch)`, as for `bnjax.population.recompute_batch_stats`.
+        variables: the variables of a linen model, with "params" and "batch_stats". If
+            `model` is an nnx model, None; if `model` is a call of an nnx model, that
+            nnx model. The doctor does not change them.
+        batch: the input of the model: the examples that training normalizes together,
+            prepared as in training. If `model` is a call, the second argument of the
+            call.
+        evaluate: the call of evaluation, if `model` is the call of a linen training
+            step. If None, the doctor does not check the modes of layers in evaluation.
+            The doctor calls an nnx model in the same way after `model.eval()`.
+        optimizer: an Optax optimizer, to check whether it decays scales or biases.
+        penalty: the term of the loss for the parameters, as a function of "params" (for
+            nnx, of the State of nnx.Param), to check whether it decays scales or
+            biases.
+        params_before_average: if the parameters of the model are an average (EMA, SWA),
+            the parameters that training updates, to check whether the statistics
+            still belong to those.
+        axis_name: the axis along which the layers share statistics. `batch` then holds
             the examples of all devices that share.
-        replicated: each array of `variables` has a first axis of devices, as pmap has
-            it; the first entry is looked at, after it is compared with the others.
-        ignore: names of rules to leave out.
+        replicated: whether each array of `variables` has a first axis of devices, as
+            under pmap. The doctor compares the entries and then examines the first.
+        ignore: names of rules to skip.
 
     Returns:
-        The findings, in the order of `RULES`. None for a model that is well.
+        The findings, in the order of `RULES`; empty if the doctor finds no mistake.
 
     Raises:
-        TypeError: for a model or variables of another kind.
-        ValueError: for a model without batch norm layers, or an unknown rule.
+        TypeError: if `model` or `variables` is of another kind.
+        ValueError: if the model has no batch norm layer, or if a rule is unknown.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -114,14 +120,14 @@ def doctor(
         >>> variables = Net().init(jax.random.key(1), x, train=False)
         >>> for finding in doctor(Net(), variables, x):
         ...     print(finding.severity, finding.path, finding.message)
-        error BatchNorm_0 The running mean is 0 and the variance 1.
-        warning Dense_0/bias The mean of BatchNorm_0 takes it away again: it trains for nothing.
-    """  # noqa: E501 - the output of a doctest is one line
+        error BatchNorm_0 The running mean is 0 and the variance is 1.
+        warning Dense_0/bias BatchNorm_0 subtracts its mean, which cancels this bias.
+    """
     names = [rule.name for rule in RULES]
     for name in ignore:
         if name not in names:
             raise ValueError(
-                f"doctor: ignore={name!r} is no rule."
+                f"doctor: ignore={name!r} is not a rule."
                 f"{_validate.did_you_mean(name, names)} Expected some of: "
                 f"{', '.join(names)}."
             )
@@ -142,7 +148,7 @@ def doctor(
 
 
 def _plain(evidence: Evidence) -> Evidence:
-    """The same as JSON has it, which knows no infinity."""
+    """Return the evidence for JSON, which has no infinity."""
     return {
         name: str(value)
         if isinstance(value, float) and not math.isfinite(value)
@@ -154,7 +160,7 @@ def _plain(evidence: Evidence) -> Evidence:
 def _calls(
     model: Any, variables: Any, evaluate: Call | None
 ) -> tuple[LinenNetwork | NnxNetwork, Call, Call | None]:
-    """The network, its call in training and its call in evaluation."""
+    """Return the network, its call in training and its call in evaluation."""
     if isinstance(model, nnx.Module) and variables is None:
         network, train = NnxNetwork(model), lambda model, batch: model(batch)
         evaluate = evaluate or train

@@ -1,4 +1,4 @@
-"""The arrays of a network, linen's or nnx's: by path, their replicas, their decay."""
+"""The arrays of a linen or nnx network: their paths, their replicas, their decay."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,11 +14,11 @@ from bnjax.population import LinenNetwork, NnxNetwork, array_name
 Network = LinenNetwork | NnxNetwork
 Keys = tuple[Any, ...]
 UPDATES = 2
-"""How many updates show a decay: a warm-up may start from a learning rate of 0."""
+"""The number of updates that show a decay; a warm-up may start at learning rate 0."""
 
 
 def named_arrays(network: Network) -> dict[str, Any]:
-    """Every array of a network but its random keys, by its path."""
+    """Return every array of a network except random keys, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(_state(network))
     return {
         path_of(network, keys): leaf
@@ -28,36 +28,36 @@ def named_arrays(network: Network) -> dict[str, Any]:
 
 
 def params_of(network: Network) -> Any:
-    """The tree of the parameters."""
+    """Return the tree of the parameters."""
     if isinstance(network, LinenNetwork):
         return network.variables.get("params", {})
     return nnx.state(network.model, nnx.Param)
 
 
 def path_of(network: Network, keys: Keys) -> str:
-    """The path of an array: without linen's collection, without what nnx wraps it in.
+    """Return the path of an array, without linen's collection and nnx's wrapper.
 
-    `keys` are those of JAX, in the variables or in the state.
+    `keys` are JAX's keys, in the variables or in the state.
     """
     keys = keys[1:] if isinstance(network, LinenNetwork) else keys
     return array_name(keys)
 
 
 def params_by_path(network: Network) -> dict[str, Any]:
-    """Every parameter by its path."""
+    """Return every parameter by path."""
     leaves = jax.tree_util.tree_leaves_with_path(params_of(network))
     return {array_name(keys): leaf for keys, leaf in leaves}
 
 
 def with_params(network: Network, params: Any) -> Network:
-    """The network with other parameters."""
+    """Return the network with other parameters."""
     if isinstance(network, LinenNetwork):
         new = {**network.variables, "params": params}
         expected, given = map(jax.tree.structure, (network.variables["params"], params))
         if expected != given:
             raise ValueError(
                 f"doctor: params_before_average has the structure {given}; expected "
-                f"that of the parameters, {expected}."
+                f"the structure of the parameters, {expected}."
             )
         return LinenNetwork(new)
     model = nnx.clone(network.model)
@@ -66,7 +66,7 @@ def with_params(network: Network, params: Any) -> Network:
 
 
 def first_replica(network: Network) -> Network:
-    """The network with the first entry of each array's first axis."""
+    """Return the network with the first entry of each array's first axis."""
     first = jax.tree.map(lambda leaf: leaf[0], _state(network))
     if isinstance(network, LinenNetwork):
         return LinenNetwork(first)
@@ -78,10 +78,10 @@ def first_replica(network: Network) -> Network:
 def differing_replicas(
     network: Network, *, replicated: bool
 ) -> dict[str, tuple[int, float]]:
-    """The arrays whose copies differ: how many copies, the largest difference.
+    """Return the arrays whose copies differ: the copies, the largest difference.
 
-    Copies are the entries of the first axis where `replicated`, or what each device
-    holds of an array that should be the same on all.
+    If `replicated`, the copies are the entries of the first axis. Otherwise they are
+    the shards of an array that should be equal on all devices.
     """
     found = {}
     for path, leaf in named_arrays(network).items():
@@ -100,7 +100,7 @@ def differing_replicas(
 
 
 def nonfinite_array(network: Network, batch: Any) -> tuple[str, str] | None:
-    """The first array that has a value that is not finite, if there is one."""
+    """Return the first array with a value that is not finite, if there is one."""
     if not all_finite(batch):
         return "(batch)", "values"
     for path, leaf in named_arrays(network).items():
@@ -115,13 +115,13 @@ def decay_rates(
     optimizer: Any,
     penalty: Callable[[Any], Any] | None,
 ) -> Mapping[str, float]:
-    """The scales and biases of layers that are pulled to 0, and by which part a step.
+    """Return the scales and biases that decay, and the fraction lost in each step.
 
-    An optimizer is given gradients of 0, and ones for parameters, then zeros: what it
-    makes of the two differs where it decays. Of a penalty the gradient is taken.
+    The optimizer updates parameters of 0 and of 1 with gradients of 0. If it decays a
+    parameter, the two updates differ. For a penalty, its gradient shows the decay.
     """
     pulls = []
-    # One value an array: masks go by names and ranks.
+    # One value for each array is enough: masks select arrays by name and rank.
     ones = jax.tree.map(lambda p: np.ones((1,) * p.ndim, p.dtype), params_of(network))
     zeros = jax.tree.map(np.zeros_like, ones)
     if optimizer is not None:
@@ -130,8 +130,9 @@ def decay_rates(
         except Exception as error:
             raise TypeError(
                 "doctor: optimizer.update(gradients, state, params) failed "
-                f"({type(error).__name__}: {error}); expected an optimizer of Optax "
-                "that needs no more. Leave it out, or give the part that decays."
+                f"({type(error).__name__}: {error}); expected an Optax optimizer "
+                "that needs no other argument. Omit optimizer, or give only the "
+                "transformation that decays."
             ) from error
         pulls.append(jax.tree.map(lambda without, new: without - new, *updates))
     if penalty is not None:

@@ -1,8 +1,8 @@
-"""What the layers of a network are called with, seen while it is traced or run.
+"""Record the calls of a network's layers while it is traced or run.
 
-The layers stay as they are: in linen an interceptor sees each call, in nnx the layers
-of a copy have a class of their own. What the order of the program is read from is left
-in it as marks, `checkpoint_name` of the input and of the output of a call.
+The model itself does not change: in linen an interceptor sees each call, in nnx the
+layers of a copy have a derived class. Marks in the program show the order of the calls:
+`checkpoint_name` of the input and of the output of each call.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from bnjax._validate import layer_name
 
 MARK = "bnjax.doctor"
 _PATH = "doctor_path"
-# The layers whose calls are noted, and the argument that says how they are called.
+# The layers whose calls are recorded, and the argument that sets their mode.
 _FLAGS: dict[type, str] = {
     nn.BatchNorm: "use_running_average",
     nnx.BatchNorm: "use_running_average",
     nn.Dropout: "deterministic",
     nnx.Dropout: "deterministic",
 }
-# What models call the argument that says whether they train, and its value if so.
+# Usual names of the argument that selects training, and its value in training.
 _MODES = {
     "train": True,
     "training": True,
@@ -52,15 +52,16 @@ class NormCall:
     """One call of a batch norm layer.
 
     Attributes:
-        path: of the layer.
-        frozen: it normalizes by the running statistics.
-        values: how many values of each channel are normalized together.
-        examples: how many of the values in the batch are independent, at most.
-        dtype: of its input.
-        epsilon, momentum: of the layer; None where they are traced.
-        plain: its output is an affine map of the normalized input.
-        sum_epsilon: relative error of a sum that is taken about zero; 0 where the
-            layer takes its sums about a number close to the mean.
+        path: the path of the layer.
+        frozen: whether the layer normalizes by its running statistics.
+        values: the number of values of each channel that are normalized together.
+        examples: the largest number of values in the batch that are independent.
+        dtype: the dtype of the input.
+        epsilon: the layer's epsilon; None if it is traced.
+        momentum: the layer's momentum; None if it is traced.
+        plain: whether the output is an affine map of the normalized input.
+        sum_epsilon: the relative error of a sum about zero; 0 if the layer sums about
+            a number close to the mean.
     """
 
     path: str
@@ -75,7 +76,7 @@ class NormCall:
 
     @classmethod
     def of(cls, layer: Any, path: str, args: Any, kwargs: Any) -> "NormCall":
-        """The call of `layer` with these arguments."""
+        """Return the call of `layer` with these arguments."""
         x = jnp.asarray(args[0] if args else kwargs["x"])
         features, reduced = _validate.split_axes(x.shape, layer.axis)
         values = math.prod(x.shape[axis] for axis in reduced)
@@ -121,10 +122,10 @@ def _flag(layer: Any, args: Any, kwargs: Any) -> Any:
 
 
 class Observer:
-    """Notes the calls of batch norm and Dropout layers, and marks them.
+    """Records and marks the calls of batch norm and Dropout layers.
 
-    Where a layer cannot be called as it is asked to, or is not to be, because the call
-    is one of an evaluation, it normalizes by the running statistics.
+    A layer normalizes by its running statistics if the requested call fails, or if the
+    call is one of evaluation.
     """
 
     kinds = tuple(_FLAGS)
@@ -137,7 +138,7 @@ class Observer:
     def call(
         self, layer: Any, path: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """Call a layer, in place of the caller."""
+        """Call a layer on behalf of the caller."""
         dropout = isinstance(layer, nn.Dropout | nnx.Dropout)
         idle = dropout and (
             layer.rate == 0 or _flag(layer, args, kwargs) in (None, True)
@@ -166,12 +167,12 @@ class Observer:
 
 
 def mark(x: Any, number: int, end: str) -> Any:
-    """Leave a mark in the program: `x` goes in or out of the call of that number."""
+    """Mark `x` in the program as the input or output of the call with this number."""
     return checkpoint_name(x, f"{MARK}/{number}/{end}")
 
 
 def _frozen(layer: Any, call: Any, x: Any, kwargs: Any) -> Any:
-    """What a layer makes of x by its running statistics."""
+    """Return the output of a layer that normalizes by its running statistics."""
     modes = ("x", "use_running_average", "update_stats")
     keep = {name: value for name, value in kwargs.items() if name not in modes}
     if isinstance(layer, nnx.BatchNorm):
@@ -181,7 +182,7 @@ def _frozen(layer: Any, call: Any, x: Any, kwargs: Any) -> Any:
 
 
 class NonFiniteFinder:
-    """Stops at the first module that is given, or gives, a value that is not finite."""
+    """Stops at the first module whose input or output is not finite."""
 
     kinds = (nn.Module, nnx.Module)
 
@@ -191,7 +192,7 @@ class NonFiniteFinder:
     def call(
         self, layer: Any, path: str, call: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """Call a module, in place of the caller."""
+        """Call a module on behalf of the caller."""
         del layer
         if not self.found and not all_finite((args, kwargs)):
             self.found = path, "input"
@@ -202,7 +203,7 @@ class NonFiniteFinder:
 
 
 def all_finite(tree: Any) -> bool:
-    """Whether every floating number is finite; those that are traced pass unseen."""
+    """Whether every floating number is finite; traced arrays are not checked."""
     arrays = (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
     return all(
         bool(np.isfinite(np.asarray(leaf)).all())
@@ -217,7 +218,7 @@ _observer: contextvars.ContextVar[Any] = contextvars.ContextVar("observer")
 
 @contextlib.contextmanager
 def observing(observer: Observer | NonFiniteFinder) -> Iterator[None]:
-    """While entered, the layers of linen are seen, and those of `observed` models."""
+    """Show the calls of linen modules and of `observed` nnx models to the observer."""
 
     def intercept(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
@@ -236,7 +237,7 @@ def observing(observer: Observer | NonFiniteFinder) -> Iterator[None]:
 
 
 def observed(model: nnx.Module) -> nnx.Module:
-    """The same nnx model, whose modules are seen from now on."""
+    """Return the nnx model with modules that an observer sees."""
     for path, module in nnx.iter_modules(model):
         if callable(module) and isinstance(module, _observer.get().kinds):
             setattr(module, _PATH, layer_name(path))
@@ -256,13 +257,13 @@ def _observed_class(kind: type) -> type:
 
 
 def linen_call(module: nn.Module, *, training: bool) -> Callable[[Any, Any], Any]:
-    """The call of a linen module in training or evaluation, of variables and a batch.
+    """Return `call(variables, batch)` of a linen module, in training or evaluation.
 
-    A module without an argument that says which is called as it is.
+    A module without an argument for its mode is called without one.
     """
     known = inspect.signature(module.__call__).parameters
     mode: dict[str, Any] = {n: v is training for n, v in _MODES.items() if n in known}
-    # Flax refuses a flag that the constructor was given too.
+    # Flax refuses a flag that the constructor got as well.
     mode = {n: v for n, v in mode.items() if getattr(module, n, None) is None}
 
     def call(variables: Any, batch: Any) -> Any:
@@ -274,7 +275,7 @@ def linen_call(module: nn.Module, *, training: bool) -> Callable[[Any, Any], Any
 
 
 def host(leaf: Any) -> np.ndarray:
-    """The array on the host, floating numbers in float64."""
+    """Return the array on the host, floating numbers as float64."""
     value = np.asarray(leaf)
     floats = jnp.issubdtype(value.dtype, jnp.floating)
     return value.astype(np.float64) if floats else value

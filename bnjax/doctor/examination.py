@@ -1,4 +1,4 @@
-"""One call of training and one of evaluation, and what the rules are told of them."""
+"""Run one training call, trace one call of evaluation, and collect the facts."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -41,14 +41,14 @@ def examine(
     params_before_average: Any,
     axis_name: str | None,
 ) -> Examination:
-    """Call the network, and return all that is seen but replicas and decay."""
+    """Call the network, and return all facts except replicas and decay."""
     stats = network.stats()
     shapes = {path: jnp.shape(mean) for path, (mean, _) in stats.items()}
     function, known, carry, rest = network.prepare(shapes)
     observer, state = Observer(training=True), (carry, rest)
     run = functools.partial(_run, function, known, train, observer)
     program = jax.jit(_over_one_device(run, axis_name))
-    # What the layers noted of their inputs goes by the name of another function.
+    # An error from preparing the network names recompute_batch_stats.
     try:
         traced = program.trace(state, batch)
     except (TypeError, ValueError) as error:
@@ -62,7 +62,7 @@ def examine(
         before, _ = program((carry, rest), batch)
     nonfinite = nonfinite_array(network, batch)
     if nonfinite is None and not np.all(finite):
-        # Under an axis nothing can be looked at on the way.
+        # Under an axis name, values inside the program cannot be read.
         nonfinite = axis_name is None and _first_nonfinite(network, train, batch)
         nonfinite = nonfinite or ("(model)", "output")
     eval_calls = _eval_calls(network, evaluate, batch, axis_name)
@@ -98,7 +98,7 @@ def examine(
 def _run(
     function: Any, known: Any, train: Call, observer: Observer, state: Any, batch: Any
 ) -> Any:
-    """The records of the layers, and whether each output is finite."""
+    """Return the records of the layers, and whether each output is finite."""
     outputs = []
 
     def call(variables: Any, batch: Any) -> Any:
@@ -119,7 +119,7 @@ def _run(
 
 
 def _over_one_device(run: Call, axis_name: str | None) -> Call:
-    """The same under an axis of one device, which then has all that is shared."""
+    """Return `run` under an axis of one device, which holds all that is shared."""
     if axis_name is None:
         return run
 
@@ -135,7 +135,7 @@ def _over_one_device(run: Call, axis_name: str | None) -> Call:
 def _eval_calls(
     network: Network, evaluate: Call | None, batch: Any, axis_name: str | None
 ) -> tuple[NormCall | DropoutCall, ...]:
-    """The calls of layers in evaluation, which is traced only."""
+    """Return the calls of layers in evaluation, which is only traced."""
     if evaluate is None:
         return ()
     observer = Observer(training=False)
@@ -160,7 +160,7 @@ def _eval_calls(
 def _first_nonfinite(
     network: Network, train: Call, batch: Any
 ) -> tuple[str, str] | None:
-    """The first module with a value that is not finite: they run one by one."""
+    """Run the modules one by one; return the first with a value that is not finite."""
     finder = NonFiniteFinder()
     with observing(finder):
         if isinstance(network, LinenNetwork):
@@ -175,7 +175,7 @@ def _norm_calls(calls: Iterable[Any], path: str) -> tuple[NormCall, ...]:
 
 
 def _moments(record: Any) -> Batch | None:
-    """What a layer noted, on the host; None where it noted nothing."""
+    """Return the record of a layer on the host, or None if there is none."""
     if record is None:
         return None
     noted, _ = record
@@ -189,7 +189,7 @@ def _moments(record: Any) -> Batch | None:
 def _order(network: Network, closed: Any, state: Any, batch: Any, params: Any) -> Order:
     paths, data = [], []
     for keys, _ in jax.tree_util.tree_leaves_with_path((state, batch)):
-        # (carry, the rest), the batch; random streams are as good as data.
+        # The arguments are ((carry, rest), batch); random streams count as data.
         own = keys[0].idx == 0 and keys[1].idx == 1
         path = path_of(network, keys[2:]) if own else None
         paths.append(path if path in params else None)
@@ -200,7 +200,7 @@ def _order(network: Network, closed: Any, state: Any, batch: Any, params: Any) -
 def _before_layers(
     order: Order, calls: tuple[Any, ...], layers: dict[str, Layer]
 ) -> dict[str, Any]:
-    """What of interest comes before each layer."""
+    """Return the biases, norms and dropouts before each layer."""
     biases, norms, dropouts = {}, {}, {}
     for number, call in enumerate(calls):
         if not isinstance(call, NormCall) or call.path not in layers:

@@ -1,4 +1,4 @@
-"""What the rules are told of a network: its layers, and what comes before them."""
+"""The facts that the rules check: the layers of a network, and what precedes them."""
 
 import dataclasses
 import math
@@ -11,18 +11,18 @@ import numpy as np
 from bnjax.doctor.calls import DropoutCall, NormCall
 
 DEAD = 1e-3
-"""Of epsilon: a channel of a smaller variance is dead."""
+"""A channel is dead if its variance is below this fraction of epsilon."""
 STALE = 0.3
-"""A distance that averaging the parameters must have made."""
+"""The smallest distance that counts as a result of averaging the parameters."""
 LOST = 0.01
-"""Relative error of a variance that has lost its digits."""
+"""The relative error above which a variance has lost its digits."""
 COARSE = 0.25
-"""Spacing of the numbers about the mean, in standard deviations."""
+"""The largest spacing of floating numbers near the mean, in standard deviations."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Moments of what a layer was given in the batch, float64, shape (features,)."""
+    """Moments of a layer's input in the batch, float64, shape (features,)."""
 
     mean: np.ndarray
     var: np.ndarray
@@ -30,22 +30,25 @@ class Batch:
 
     @property
     def usable(self) -> bool:
-        """Whether there are finite moments, of two values a channel or more."""
+        """Whether the moments are finite, of at least two values per channel."""
         return bool(np.isfinite(self.mean + self.var).all() and (self.count > 1).all())
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A batch norm layer: its variables, its calls, what it was given.
+    """A batch norm layer: its variables, its calls and its input.
 
     Attributes:
-        mean, var: the running statistics, float64, shape (features,).
-        dtype: theirs.
-        scale: float64, shape (features,), or None.
-        calls: in training; `eval_calls` in evaluation.
-        batch: what it was given in training, None where it was not noted.
-        before: the same with the parameters before they were averaged.
-        moved: its running mean moved in the training call.
+        path: the path of the layer.
+        mean: the running mean, float64, shape (features,).
+        var: the running variance, float64, shape (features,).
+        dtype: the dtype of the running statistics.
+        scale: the scale, float64, shape (features,), or None.
+        calls: the calls in training.
+        eval_calls: the calls in evaluation.
+        batch: the moments of the input in training; None if they were not recorded.
+        before: the same moments with the parameters before they were averaged.
+        moved: whether the running mean changed in the training call.
     """
 
     path: str
@@ -61,25 +64,26 @@ class Layer:
 
     @property
     def never_updated(self) -> bool:
-        """Whether the statistics are those that a layer starts with."""
+        """Whether the statistics still have their initial values."""
         return not self.mean.any() and bool((self.var == 1).all())
 
     @property
     def epsilon(self) -> float:
-        """Epsilon of the layer; 0 where it is not known."""
+        """Epsilon of the layer; 0 if it is not known."""
         return next((c.epsilon for c in self.calls if c.epsilon is not None), 0.0)
 
     @property
     def flat(self) -> np.ndarray:
-        """The channels whose running variance is next to nothing beside epsilon."""
+        """The channels whose running variance is negligible compared with epsilon."""
         return self.var < DEAD * self.epsilon
 
     def distance(self, batch: Batch | None) -> float:
-        """How far the running statistics are from those of a batch; 0 if unknown.
+        r"""Return the distance of the running statistics from a batch; 0 if unknown.
 
-        The root mean square over the channels of the two terms
-        (mean - mean_B) / sigma and log(var / var_B) / sqrt(2), a metric on normal
-        distributions: what a batch of N examples has by chance is sqrt(2 / N).
+        The distance is the root mean square over the channels of the two terms
+        $(\mu - \mu_B) / \sigma$ and $\log(\sigma^2 / \sigma_B^2) / \sqrt 2$, a metric
+        on normal distributions. A batch of $N$ examples has a distance of
+        $\sqrt{2 / N}$ by chance.
         """
         if batch is None or not batch.usable:
             return 0.0
@@ -103,7 +107,7 @@ class Layer:
 
     @property
     def lost(self) -> tuple[float, float]:
-        """Relative error of the variance, and the spacing of inputs in deviations."""
+        """The relative error of the variance, and the input spacing in deviations."""
         if self.batch is None or not self.batch.usable:
             return 0.0, 0.0
         mean, var = self.batch.mean, self.batch.var
@@ -122,17 +126,18 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Examination:
-    """All that the rules look at.
+    """The facts that the rules check.
 
     Attributes:
-        layers: of batch normalization, as the program comes to them.
-        eval_dropouts: that drop values in evaluation.
-        biases: parameters added before a layer: pairs of their path and the layer's.
-        norms: pairs of a layer and the one whose output it is given.
+        layers: the batch norm layers, in the order of the program.
+        eval_dropouts: the Dropout calls that drop values in evaluation.
+        biases: parameters added before a layer: pairs of the parameter's path and the
+            layer's path.
+        norms: pairs of a layer and the layer whose output is its input.
         dropouts: pairs of a layer and the Dropout before it.
-        decay: by the path of a scale or bias, the part of it that decay takes away.
-        replicas: by path, how many copies there are and how far they are apart.
-        nonfinite: where the first value that is not finite is, and in what.
+        decay: by the path of a scale or bias, the fraction that decay removes per step.
+        replicas: by path, the number of copies and their largest difference.
+        nonfinite: the path of the first value that is not finite, and its kind.
     """
 
     layers: tuple[Layer, ...]

@@ -1,4 +1,4 @@
-"""What comes before a batch norm layer in the program, read from its jaxpr."""
+"""The operations before a batch norm layer, read from the jaxpr of the program."""
 
 import collections
 import math
@@ -16,12 +16,12 @@ _AFFINE = {"add", "add_any", "div", "mul", "sub"}
 
 
 class Order:
-    """The equations of a program, those of its loops among them.
+    """The equations of a program, including the bodies of its loops.
 
     Args:
         closed: the jaxpr.
-        paths: of each of its inputs that is a parameter; None for the others.
-        data: whether each input belongs to the batch.
+        paths: for each input, the path of the parameter, or None for another input.
+        data: for each input, whether it belongs to the batch.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Order:
         self._uses.update(self._flatten(closed.jaxpr, inputs))
 
     def biases(self, call: int, features: int) -> list[str]:
-        """The parameters that are added to the input of a call and to nothing else.
+        """Return the parameters that are added only to the input of a call.
 
-        They are constant but for the channel, so that the mean takes them away.
+        They have one value for each channel, and subtracting the mean removes them.
         """
         found = []
         for atom in self._chain(call, _AFFINE - {"div", "mul"}):
@@ -53,7 +53,7 @@ class Order:
         return found
 
     def norm_before(self, call: int) -> int | None:
-        """The call of the layer whose output, up to an affine map, is this input."""
+        """Return the call whose output, up to an affine map, is this call's input."""
         if (call, "in") not in self._marks:
             return None
         atom: Atom | None = self._marks[call, "in"].inputs[0]
@@ -64,7 +64,7 @@ class Order:
         return None
 
     def calls_before(self, call: int) -> set[int]:
-        """The calls whose output reaches this input past no other noted output."""
+        """Return the calls whose output reaches this input past no recorded output."""
         found: set[int] = set()
         waiting = [self._marks[call, "in"].inputs[0]] if self._has(call) else []
         seen: set[Atom] = set()
@@ -84,7 +84,10 @@ class Order:
         return (call, "in") in self._marks
 
     def _chain(self, call: int, names: set[str]) -> Iterator[Atom]:
-        """What is joined to the input of a call by these, as long as it has one use."""
+        """Yield the values before the input of a call that these primitives connect.
+
+        The chain ends at a value with more than one use.
+        """
         if not self._has(call):
             return
         atom: Atom | None = self._marks[call, "in"].inputs[0]
@@ -97,7 +100,7 @@ class Order:
                 yield from (each for each in equation.inputs if each is not atom)
 
     def _next(self, equation: Equation, names: set[str]) -> Atom | None:
-        """The operand that depends on the batch, where the others do not."""
+        """Return the operand that depends on the batch, if it is the only one."""
         if equation.name in names:
             data = [atom for atom in equation.inputs if atom in self._depends]
             inverse = equation.name == "div" and data != [equation.inputs[0]]
@@ -107,7 +110,7 @@ class Order:
         return equation.inputs[0] if moves else None
 
     def _source(self, atom: Atom) -> Atom:
-        """Where a value comes from that was only reshaped, broadcast or cast."""
+        """Return the value before reshapes, broadcasts and casts."""
         while equation := self._producers.get(atom):
             if not (is_move(equation) or equation.name == "broadcast_in_dim"):
                 break
@@ -143,12 +146,12 @@ class Order:
             self._depends.update(equation.outputs)
         for end in ("in", "out"):
             if (number := _mark(equation, end)) is not None:
-                # Of a program that is traced several times, the last.
+                # If a program is traced several times, the last trace counts.
                 self._marks[number, end] = equation
 
 
 def _mark(equation: Equation, end: str) -> int | None:
-    """The number of the call whose input or output is marked here."""
+    """Return the number of the call whose input or output is marked here."""
     name = equation.params.get("name") if equation.name == "name" else None
     match str(name).split("/"):
         case [start, number, which] if start == MARK and which == end:
@@ -157,7 +160,7 @@ def _mark(equation: Equation, end: str) -> int | None:
 
 
 def _bodies(equation: Any) -> list[Any]:
-    """The jaxprs of the functions that an equation calls."""
+    """Return the jaxprs of the functions that an equation calls."""
     if equation.primitive.name not in CALLS | _LOOPS:
         return []
     found = []

@@ -1,8 +1,8 @@
-"""The mistakes that are looked for: one rule each, in a table.
+"""The table of rules: one rule for each mistake.
 
-A rule is a pure function of an `Examination`, and gives a path, evidence and a sentence
-for each place where it finds its mistake. A layer that has one mistake is not found by
-the rules that this mistake would set off too.
+A rule is a pure function of an `Examination`. It yields a path, evidence and a sentence
+for each place with its mistake. If one mistake would also trigger other rules on a
+layer, only its own rule reports the layer.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ Evidence = dict[str, Any]
 Found = Iterable[tuple[str, Evidence, str]]
 
 SILENT = 1e-5
-"""Of the largest |scale| of the layer: a channel of a smaller one is dead."""
+"""A channel is dead if its scale is below this fraction of the layer's largest."""
 FEW = 8
-"""Fewer values a channel than this say little."""
+"""Statistics of fewer values per channel are too noisy."""
 FAR = 0.5
-"""A distance of the statistics, beside chance, that is no drift of training."""
+"""The largest distance of the statistics, beyond chance, that training explains."""
 PYTORCH_MOMENTUM = 0.5
-"""Below this, momentum is the weight of the new value more likely than of the old."""
+"""Below this value, momentum was probably meant as the weight of the new value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One mistake: its name, how bad it is, how it is found, what to do."""
+    """One mistake: its name, its severity, the check that finds it, and the fix."""
 
     name: str
     severity: Severity
@@ -42,14 +42,15 @@ class Rule:
 def _nonfinite(seen: Examination) -> Found:
     if seen.nonfinite is not None:
         path, where = seen.nonfinite
-        yield path, {"in": where}, f"The first value that is not finite is its {where}."
+        message = f"The first value that is not finite is in its {where}."
+        yield path, {"in": where}, message
 
 
 def _never_updated(seen: Examination) -> Found:
     for layer in seen.layers:
         if layer.never_updated:
             evidence = {"mean": 0.0, "var": 1.0, "features": layer.mean.size}
-            yield layer.path, evidence, "The running mean is 0 and the variance 1."
+            yield layer.path, evidence, "The running mean is 0 and the variance is 1."
 
 
 def _far(seen: Examination) -> Found:
@@ -67,7 +68,7 @@ def _far(seen: Examination) -> Found:
             "mean_off_by_std": float(np.median(off)),
             "var_times": float(np.median(var / batch_var)),
         }
-        message = "The running statistics are far from those of the batch."
+        message = "The running statistics are far from the statistics of the batch."
         yield layer.path, evidence, message
 
 
@@ -83,7 +84,7 @@ def _stale(seen: Examination) -> Found:
         yield (
             worst.path,
             evidence,
-            "The statistics belong to the parameters before they were averaged.",
+            "The statistics belong to the parameters before averaging.",
         )
 
 
@@ -93,7 +94,8 @@ def _batch_in_evaluation(seen: Examination) -> Found:
         batch = sum(not call.frozen for call in calls)
         if batch:
             evidence = {"calls": len(calls), "by_the_batch": batch}
-            yield layer.path, evidence, "It normalizes by the batch in evaluation."
+            message = "It normalizes by batch statistics in evaluation."
+            yield layer.path, evidence, message
 
 
 def _frozen_in_training(seen: Examination) -> Found:
@@ -104,7 +106,7 @@ def _frozen_in_training(seen: Examination) -> Found:
         yield (
             layer.path,
             evidence,
-            "It normalizes by its running statistics in training.",
+            "It normalizes by running statistics in training.",
         )
 
 
@@ -115,17 +117,17 @@ def _dropout_in_evaluation(seen: Examination) -> Found:
 
 def _bias_before(seen: Examination) -> Found:
     for bias, layer in seen.biases:
-        message = f"The mean of {layer} takes it away again: it trains for nothing."
+        message = f"{layer} subtracts its mean, which cancels this bias."
         yield bias, {"layer": layer}, message
 
 
 def _decayed(seen: Examination) -> Found:
     for path, rate in seen.decay.items():
-        yield path, {"per_step": rate}, "L2 or weight decay pulls it to 0."
+        yield path, {"per_step": rate}, "L2 or weight decay pulls it toward 0."
 
 
 def _values(layer: Layer) -> int:
-    """Values a channel that are normalized together, in the smallest call."""
+    """The number of values per channel normalized together, in the smallest call."""
     values = [call.values for call in layer.calls if not call.frozen]
     if layer.batch is not None and values:
         values.append(int(layer.batch.count.min(initial=np.inf)))
@@ -138,7 +140,7 @@ def _one_value(seen: Examination) -> Found:
             yield (
                 layer.path,
                 {"values": 1},
-                "It normalizes one value a channel: its output is its bias.",
+                "It normalizes one value per channel: its output is its bias.",
             )
 
 
@@ -146,14 +148,14 @@ def _few_values(seen: Examination) -> Found:
     for layer in seen.layers:
         if 1 < (values := _values(layer)) < FEW:
             evidence = {"values": values, "error_of_mean_in_std": values**-0.5}
-            message = f"It normalizes {values} values a channel, which say little."
+            message = f"It normalizes only {values} values per channel."
             yield layer.path, evidence, message
 
 
 def _replicas_differ(seen: Examination) -> Found:
     for path, (copies, difference) in seen.replicas.items():
         evidence = {"copies": copies, "largest_difference": difference}
-        yield path, evidence, f"Its {copies} copies on the devices are not the same."
+        yield path, evidence, f"Its {copies} copies on the devices differ."
 
 
 def _negative(seen: Examination) -> Found:
@@ -168,9 +170,9 @@ def _dead(seen: Examination) -> Found:
         flat = layer.flat & (layer.var >= 0)
         silent = np.zeros_like(flat)
         if layer.scale is not None and (most := np.abs(layer.scale).max()) > 0.1:
-            # A layer whose scales all start at 0 is one of a residual block.
+            # A layer at the end of a residual block may start with scales of 0.
             scale = np.abs(layer.scale)
-            # Several positions may share a mean, and the scale be of each.
+            # Several positions may share a mean and have a scale each.
             silent = scale.reshape(-1, flat.size).max(0) < SILENT * most
         dead = flat | silent
         if dead.any() and not layer.lost_digits:
@@ -181,7 +183,7 @@ def _dead(seen: Examination) -> Found:
                 "scale_near_zero": int(silent.sum()),
                 "first_channel": int(np.argmax(dead)),
             }
-            message = f"{dead.sum()} of {dead.size} channels give a constant."
+            message = f"{dead.sum()} of {dead.size} channels have a constant output."
             yield layer.path, evidence, message
 
 
@@ -197,7 +199,7 @@ def _epsilon(seen: Examination) -> Found:
                 "median_var": middle,
                 "std_of_output": shrunk,
             }
-            yield layer.path, evidence, "Epsilon is as large as the variance."
+            yield layer.path, evidence, "Epsilon is as large as the running variance."
 
 
 def _momentum(seen: Examination) -> Found:
@@ -208,7 +210,7 @@ def _momentum(seen: Examination) -> Found:
                 yield (
                     layer.path,
                     evidence,
-                    f"Its momentum of {momentum:g} forgets the statistics at once.",
+                    f"Its momentum of {momentum:g} keeps little of the old statistics.",
                 )
 
 
@@ -228,15 +230,15 @@ def _dropout_before(seen: Examination) -> Found:
     for layer, dropout in seen.dropouts:
         evidence = {"dropout": dropout.path, "rate": dropout.rate}
         message = (
-            f"{dropout.path} is before it: the variance in evaluation is another than "
-            "in training."
+            f"{dropout.path} comes before it: the variance of its input differs "
+            "between training and evaluation."
         )
         yield layer, evidence, message
 
 
 def _norm_after_norm(seen: Examination) -> Found:
     for layer, before in seen.norms:
-        yield layer, {"before": before}, f"It normalizes what {before} normalized."
+        yield layer, {"before": before}, f"It normalizes the output of {before} again."
 
 
 def _lost_digits(seen: Examination) -> Found:
@@ -244,13 +246,13 @@ def _lost_digits(seen: Examination) -> Found:
         if layer.lost_digits:
             error, spacing = layer.lost
             evidence = {"relative_error_of_var": error, "input_spacing_in_std": spacing}
-            yield layer.path, evidence, "Its variance has lost its digits."
+            yield layer.path, evidence, "Its variance is lost to rounding."
 
 
 def _not_examined(seen: Examination) -> Found:
     for layer in seen.layers:
         if not layer.calls:
-            reason = "it is no BatchNorm" if layer.moved else "it was not called"
+            reason = "it is not a BatchNorm" if layer.moved else "it was not called"
             message = f"It has a running mean and variance, but {reason}."
             yield layer.path, {"features": layer.mean.size}, message
 
@@ -260,41 +262,41 @@ RULES = (
         "nonfinite",
         "error",
         _nonfinite,
-        "Look there for an overflow, a division by 0, or a learning rate too high.",
+        "Look there for an overflow, a division by 0, or too high a learning rate.",
     ),
     Rule(
         "statistics-never-updated",
         "error",
         _never_updated,
-        "Keep what a training step returns: mutable=['batch_stats'] in linen, the "
-        "model's state in nnx.",
+        "Keep the new statistics of each training step: mutable=['batch_stats'] in "
+        "linen, the model's state in nnx.",
     ),
     Rule(
         "statistics-stale",
         "error",
         _stale,
-        "Estimate them again with bnjax.population.recompute_batch_stats.",
+        "Re-estimate them with bnjax.population.recompute_batch_stats.",
     ),
     Rule(
         "statistics-far",
         "error",
         _far,
-        "Train longer or with a lower momentum, or estimate them again with "
-        "bnjax.population.recompute_batch_stats; give batches made as in training.",
+        "Train longer or with a lower momentum, or re-estimate them with "
+        "bnjax.population.recompute_batch_stats; give batches prepared as in training.",
     ),
     Rule(
         "batch-in-evaluation",
         "error",
         _batch_in_evaluation,
-        "Pass use_running_average=not train to it; in nnx leave it out and call "
+        "Pass use_running_average=not train to it; in nnx omit the argument and call "
         "model.eval().",
     ),
     Rule(
         "frozen-in-training",
         "warning",
         _frozen_in_training,
-        "Pass use_running_average=not train to it, or call model.train() in nnx; where "
-        "it is frozen on purpose, ignore this rule.",
+        "Pass use_running_average=not train to it, or call model.train() in nnx; if it "
+        "is frozen on purpose, ignore this rule.",
     ),
     Rule(
         "dropout-in-evaluation",
@@ -302,12 +304,12 @@ RULES = (
         _dropout_in_evaluation,
         "Pass deterministic=not train to it, or call model.eval() in nnx.",
     ),
-    Rule("bias-before-norm", "warning", _bias_before, "Make it use_bias=False."),
+    Rule("bias-before-norm", "warning", _bias_before, "Set use_bias=False there."),
     Rule(
         "decayed-norm",
         "warning",
         _decayed,
-        "Leave it out of the decay: give the optimizer a mask.",
+        "Exclude it from the decay: give the optimizer a mask.",
     ),
     Rule(
         "one-value",
@@ -319,20 +321,20 @@ RULES = (
         "few-values",
         "warning",
         _few_values,
-        "Use a larger batch, share statistics with axis_name, or another norm.",
+        "Use a larger batch, share statistics with axis_name, or use another norm.",
     ),
     Rule(
         "replicas-differ",
         "error",
         _replicas_differ,
-        "Share statistics with axis_name, or average them over the devices before "
-        "they are saved.",
+        "Share statistics with axis_name, or average them over the devices before you "
+        "save them.",
     ),
     Rule(
         "variance-negative",
         "error",
         _negative,
-        "Estimate the statistics again with bnjax.population.recompute_batch_stats.",
+        "Re-estimate the statistics with bnjax.population.recompute_batch_stats.",
     ),
     Rule(
         "dead-channels",
@@ -344,13 +346,13 @@ RULES = (
         "epsilon-large",
         "warning",
         _epsilon,
-        "Give a smaller epsilon, or larger weights before the layer.",
+        "Use a smaller epsilon, or larger weights before the layer.",
     ),
     Rule(
         "momentum-of-pytorch",
         "warning",
         _momentum,
-        "Give 1 - momentum: here it is the weight of the old statistics.",
+        "Use 1 - momentum: in Flax, momentum is the weight of the old statistics.",
     ),
     Rule(
         "half-precision-statistics",
@@ -363,15 +365,15 @@ RULES = (
         "dropout-before-norm",
         "warning",
         _dropout_before,
-        "Move the dropout behind the last batch norm.",
+        "Move the dropout after the last batch norm.",
     ),
     Rule("norm-after-norm", "warning", _norm_after_norm, "Remove one of the two."),
     Rule(
         "lost-digits",
         "error",
         _lost_digits,
-        "Take the mean of the data away first, or use bnjax's layer, with "
-        "use_fast_variance=False, on inputs of float32.",
+        "Subtract the mean of the data first, or use bnjax's layer with "
+        "use_fast_variance=False on float32 inputs.",
     ),
     Rule(
         "not-examined",

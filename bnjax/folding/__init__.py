@@ -1,4 +1,4 @@
-"""Batch normalization folded into the linear layers beside it, for inference."""
+"""Fold batch normalization into adjacent linear layers, for inference."""
 
 from bnjax.folding.fold import Folded as Folded
 from bnjax.folding.fold import Layer as Layer

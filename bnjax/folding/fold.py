@@ -1,9 +1,9 @@
-"""Batch normalization folded into the linear layers beside it.
+"""Fold batch normalization into adjacent linear layers.
 
-A program is computed while it is rewritten. What only scales, shifts or rearranges a
-value is deferred until another kind of equation needs the value: it then goes into the
-kernel and bias of the linear layer that it follows, or that it precedes, or becomes a
-subtraction, multiplication and addition of constants.
+The folder computes a program while it rewrites the program. It defers an operation that
+only scales, shifts or rearranges a value until another kind of equation needs the
+value. The operation then goes into the kernel and bias of the linear layer before or
+after it, or it becomes a subtraction, multiplication and addition of constants.
 """
 
 import dataclasses
@@ -38,14 +38,15 @@ from bnjax.folding.program import (
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What became of one application of a batch normalization.
+    """The result of folding one call of a batch norm layer.
 
     Attributes:
-        path: of the layer, as in the variables.
-        folded: whether it is gone.
-        into: the path of the kernel it went into; empty if it did not.
-        operation: what that kernel does, such as "convolution".
-        reason: why it could not be folded; empty if it was.
+        path: the path of the layer in the variables.
+        folded: whether the layer was folded.
+        into: the path of the kernel that absorbed the layer; empty if it was not
+            folded.
+        operation: the operation of that kernel, such as "convolution".
+        reason: why the layer could not be folded; empty if it was folded.
     """
 
     path: str
@@ -56,7 +57,7 @@ class Layer:
 
 
 class Report(tuple[Layer, ...]):
-    """What became of each batch normalization, in their order; printed, a table."""
+    """One `Layer` for each batch normalization, in order; it prints as a table."""
 
     __slots__ = ()
 
@@ -74,14 +75,14 @@ class Report(tuple[Layer, ...]):
 class Folded:
     """A model without batch normalization.
 
-    Called on an input like the example, with a batch of any size, it gives what the
-    model gave.
+    Call it on an input like the example, with any batch size. It returns the outputs of
+    the original model.
 
     Attributes:
-        variables: of the new model: `{"params": ...}`, and other collections where the
-            model needs them. A folded kernel is where the old one was, the bias beside
-            it as "bias".
-        report: what became of each batch normalization.
+        variables: the variables of the new model: `{"params": ...}`, and other
+            collections if the model needs them. A folded kernel has the path of the
+            old kernel, and its bias is "bias" beside it.
+        report: the result for each batch normalization.
     """
 
     variables: dict[str, Any]
@@ -93,11 +94,11 @@ class Folded:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The collection "params" of the variables."""
+        """The collection "params" of `variables`."""
         return self.variables["params"]
 
     def __call__(self, x: Any) -> Any:
-        """Return the outputs of the model, compiled."""
+        """Return the outputs of the compiled model."""
         return self._compiled(self.variables, x)
 
     @functools.cached_property
@@ -105,7 +106,7 @@ class Folded:
         return jax.jit(self.apply)
 
     def apply(self, variables: Any, x: Any) -> Any:
-        """Return the outputs with given variables, to differentiate or compile."""
+        """Return the outputs for other variables; you can differentiate or jit it."""
         before = Variables.of(self._before)
         program = trace(self._apply_fn, self._before, x)
         given = Variables.of(variables)
@@ -120,7 +121,7 @@ class Folded:
             raise ValueError(
                 f"Folded: for an input of shape {jax.tree.map(jnp.shape, x)} other "
                 "layers would be folded than for the example: the padding depends on "
-                "the size of the input, or the variables are not those of "
+                "the size of the input, or the variables are not "
                 "`folded.variables`. Call fold_batch_norm with an example of this "
                 "shape."
             ) from None
@@ -136,29 +137,41 @@ def fold_batch_norm(
 ) -> Folded:
     r"""Fold batch normalization into the linear layers before or after it.
 
-    In inference it is an affine map of each channel, and so
+    In inference, batch normalization is an affine map of each channel. After a linear
+    layer, the two layers together are one linear layer:
 
-    .. math:: \gamma \frac{(W u + b) - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta
-        = W' u + b', \quad
-        W' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} W, \quad
-        b' = \frac{\gamma (b - \mu)}{\sqrt{\sigma^2 + \epsilon}} + \beta.
+    $$
+    \gamma \frac{(W u + b) - \mu}{\sqrt{\sigma^2 + \epsilon}} + \beta = W' u + b', \quad
+    W' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} W, \quad
+    b' = \frac{\gamma (b - \mu)}{\sqrt{\sigma^2 + \epsilon}} + \beta.
+    $$
 
-    The pairs are found in the traced program and not by names: convolutions of any
-    kind, transposed ones and matrix products, with reshapes and transpositions between
-    them and the normalization. One that precedes a linear layer goes into that one,
-    W' = W diag(a) and b' = b + W c for an input a * u + c, where each output sees all
-    of the kernel. What cannot be folded stays as (x - mean) * scale + bias with
-    constants computed once; the report says why. The arithmetic is float64, on the
-    host.
+    The function finds the pairs in the traced program, not by name. It folds into
+    convolutions of any kind, including transposed convolutions, and into matrix
+    products; reshapes and transpositions may lie between the linear layer and the
+    normalization. A normalization before a linear layer becomes part of that layer if
+    each output sees all of the kernel: for an input $a u + c$,
+    $W' = W \mathrm{diag}(a)$ and $b' = b + W c$. A normalization that cannot be folded
+    stays as `(x - mean) * scale + bias` with constants that are computed once, and the
+    report says why. The arithmetic is float64, on the host.
 
     Args:
-        apply_fn: `apply_fn(variables, x)` gives the outputs of the model in inference,
-            such as `lambda variables, x: model.apply(variables, x, train=False)`.
-        variables: a mapping of collections, "params" and "batch_stats" among them.
-        example: an input, or a jax.ShapeDtypeStruct; the batch may be of any size.
-        dtype: float32 or bfloat16, of the new parameters and of the products of linear
-            layers; those of the model if None. What lies between the products keeps
-            the dtype it has in the model.
+        apply_fn: `apply_fn(variables, x)` returns the outputs of the model in
+            inference, such as
+            `lambda variables, x: model.apply(variables, x, train=False)`.
+        variables: a mapping of collections, with "params" and "batch_stats".
+        example: an input or a `jax.ShapeDtypeStruct`, with any batch size.
+        dtype: the dtype of the new parameters and of the products of linear layers,
+            float32 or bfloat16; None keeps the dtypes of the model. Values between the
+            products keep their dtype of the model.
+
+    Returns:
+        The folded model, with its variables and a report.
+
+    Raises:
+        ValueError: if the variables have no "params" or no "batch_stats", or if the
+            outputs depend on no running statistics.
+        TypeError: if `dtype` is another dtype, or if the variables are traced.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -191,8 +204,8 @@ def fold_batch_norm(
     jax.eval_shape(lambda x: folder.run(jax.tree.leaves(x)), example)
     if not folder.layers:
         raise ValueError(
-            "fold_batch_norm: apply_fn scales no value by the running statistics, and "
-            "so there is nothing to fold. Is it in training mode? Expected the outputs "
+            "fold_batch_norm: apply_fn scales no value by the running statistics, so "
+            "there is nothing to fold. Is it in training mode? Expected the outputs "
             "in inference: model.apply(variables, x, train=False), or "
             "use_running_average=True."
         )
@@ -205,9 +218,17 @@ def fold_batch_norm(
 def fold_nnx(model: nnx.Module, example: Any, *, dtype: Any = None) -> Folded:
     """Fold the batch normalizations of a flax.nnx model; see `fold_batch_norm`.
 
-    The model is called as `model(x)` and stays as it is: a copy of it is put in the
-    mode of `model.eval()` and folded, and `nnx.update(copy, folded.params)` gives the
-    new variables to one without normalization.
+    The function folds `model(x)` of a copy after `eval()`; the model itself does not
+    change. `nnx.update(other, folded.params)` puts the new variables into a model
+    without normalization.
+
+    Args:
+        model: the nnx model.
+        example: an input or a `jax.ShapeDtypeStruct`, with any batch size.
+        dtype: as in `fold_batch_norm`.
+
+    Returns:
+        The folded model, with its variables and a report.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -248,8 +269,8 @@ def _check(variables: Any, dtype: Any) -> None:
         given = sorted(variables) if isinstance(variables, Mapping) else variables
         raise ValueError(
             f"fold_batch_norm: variables hold {given}; expected a mapping of "
-            'collections such as {"params": ..., "batch_stats": ...}, as '
-            "`model.init` gives."
+            'collections such as {"params": ..., "batch_stats": ...}, the result of '
+            "`model.init`."
         )
     if not jax.tree.leaves(variables.get("batch_stats")):
         raise ValueError(
@@ -259,16 +280,17 @@ def _check(variables: Any, dtype: Any) -> None:
         )
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(variables)):
         raise TypeError(
-            "fold_batch_norm: variables are traced; expected arrays. Call it outside "
-            "jit, grad and vmap, once, and the result inside."
+            "fold_batch_norm: variables are traced; expected arrays. Call "
+            "fold_batch_norm once, outside jit, grad and vmap, and call its result "
+            "inside."
         )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeferredValue:
-    """A linear layer not yet computed, or an array, and operations yet to be applied.
+    """An array or a linear layer not yet computed, and operations not yet applied.
 
-    `reason` says why no layer before an array can take what follows.
+    `reason` says why no layer before the array can absorb the operations.
     """
 
     base: Any
@@ -285,10 +307,11 @@ Value = Constant | DeferredValue
 
 @dataclasses.dataclass(eq=False)
 class Folder:
-    """Computes a program, whose first inputs are variables, without its layers of BN.
+    """Computes a program without its batch norm layers.
 
-    The arrays of the new program are from `params`; its linear layers have products of
-    `dtype`, of their own where it is None.
+    The first inputs of the program are variables. `params` provides the arrays of the
+    new program. `dtype` is the dtype of the products of linear layers; None keeps
+    theirs.
     """
 
     program: Program
@@ -300,7 +323,7 @@ class Folder:
     _computed: dict[Equation, list[Any]] = dataclasses.field(default_factory=dict)
 
     def run(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Compute the outputs of the program, noting what became of each layer."""
+        """Compute the outputs of the program, and record the result for each layer."""
         program, values = self.program, self.variables.values
         env: dict[Atom, Value] = {}
         for atom, value in program.literals.items():
@@ -314,11 +337,11 @@ class Folder:
             results = self._apply(equation, [env[atom] for atom in equation.inputs])
             for atom, result in zip(equation.outputs, results, strict=True):
                 env[atom] = self._shared(result, program.uses[atom])
-        after = "it gives an output of the model"
+        after = "its output is an output of the model"
         return [self._array(env[atom], after) for atom in program.outputs]
 
     def report(self) -> Report:
-        """Return what became of every layer that has statistics."""
+        """Return the result for every layer that has statistics."""
         every = self.variables.layers(frozenset(range(len(self.variables.paths))))
         unused = dict.fromkeys(every, "its statistics scale nothing")
         rest = {"/".join(p): why for p, why in (unused | self._elsewhere).items()}
@@ -342,7 +365,7 @@ class Folder:
         arrays = [self._array(value, f"`{name}` follows") for value in operands]
         reason = f"it follows `{name}`, not a linear layer"
         if name in ("conv_general_dilated", "dot_general"):
-            reason = f"it follows `{name}`, whose kernel is no parameter"
+            reason = f"it follows `{name}`, whose kernel is not a parameter"
         return [DeferredValue(array, reason) for array in equation.bind(*arrays)]
 
     def _defer(self, equation: Equation, operands: list[Value]) -> DeferredValue | None:
@@ -371,18 +394,18 @@ class Folder:
         return value.then(op)
 
     def _shared(self, value: Value, uses: int) -> Value:
-        """Compute at once what is needed more than once."""
+        """Compute a value now if it is used more than once."""
         if uses < 2 or isinstance(value, Constant):
             return value
         if not value.pending_ops and not isinstance(value.base, LinearOp):
             return value
-        array = self._array(value, f"what it gives is used {uses} times")
-        return DeferredValue(array, f"what it is applied to is used {uses} times")
+        array = self._array(value, f"its output is used {uses} times")
+        return DeferredValue(array, f"its input is used {uses} times")
 
     def _with_data(self, linear: LinearOp, value: DeferredValue) -> LinearOp:
-        """Return a linear layer that takes what is pending on its input, if it can.
+        """Return a linear layer that absorbs the pending operations on its input.
 
-        What a linear layer before it can take is left to that one.
+        If a linear layer before it can absorb them, they stay with that layer.
         """
         name, after = linear.operation, f"a {linear.operation} follows"
         self._note(linear.kernel, f"its statistics are in the kernel of a {name}")
@@ -403,7 +426,7 @@ class Folder:
         return dataclasses.replace(linear, data=self._array(value, after))
 
     def _array(self, value: Value, after: str) -> Any:
-        """Compute a value and what is pending on it."""
+        """Compute a value and apply the operations that are pending on it."""
         if isinstance(value, Constant):
             return self._constant(value)
         base, ops = value.base, value.pending_ops
@@ -443,7 +466,7 @@ class Folder:
         return self._computed[equation][constant.index]
 
     def _linear(self, linear: LinearOp, ops: Sequence[PendingOp]) -> jax.Array:
-        """Compute a linear layer with the operations that go into it.
+        """Compute a linear layer together with the operations that it absorbs.
 
         The bias is added in float32 or wider, before the output is rounded.
         """
@@ -467,7 +490,7 @@ class Folder:
     ) -> tuple[jax.Array, Path, Any]:
         """Return the folded kernel, its path and its dtype.
 
-        It is kept in the form of the variable that it replaces, if it is of one only.
+        If the kernel comes from a single variable, it keeps the shape of that variable.
         """
         paths = self.variables.paths
         leaves = sorted(kernel.leaves, key=lambda i: (paths[i][0] != "params", i))
@@ -492,10 +515,10 @@ class Folder:
     def _affine(
         self, array: jax.Array, ops: Sequence[PendingOp], path: Path
     ) -> jax.Array:
-        """Compute operations as (x - mean) * scale + bias, of variables at `path`.
+        """Compute operations as (x - mean) * scale + bias, with variables at `path`.
 
-        The mean is there for what one multiplication and addition would lose to
-        rounding where it is large beside the spread.
+        Subtracting the mean first avoids the rounding error of a single multiplication
+        and addition when the mean is large compared with the standard deviation.
         """
         array = self._apply_ops(array, [op for op in ops if is_move(op.equation)])
         wide = _wide(array)
@@ -527,9 +550,9 @@ class Folder:
         return self.variables.layers(frozenset().union(*leaves))
 
     def _span(self, ops: Sequence[PendingOp]) -> tuple[int | None, int]:
-        """Return where the operations by statistics start and end, if some scale.
+        """Return the range of the operations by statistics, if one of them scales.
 
-        The parameters of the same layers, which come after, belong to them.
+        The range includes the later operations by the parameters of the same layers.
         """
         ours = [i for i, op in enumerate(ops) if self._layers([op])]
         if not any(ops[i].equation.name in ("mul", "div") for i in ours):
@@ -544,7 +567,7 @@ class Folder:
         return ours[0], end
 
     def _bias_end(self, linear: LinearOp, ops: Sequence[PendingOp]) -> int:
-        """Return where the layer's own bias has been added, if that comes first."""
+        """Return the index after the layer's own bias, if its addition comes first."""
         for i, op in enumerate(ops):
             if op.constant is not None:
                 added = op.equation.name in ("add", "add_any")

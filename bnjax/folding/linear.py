@@ -1,4 +1,4 @@
-"""Linear layers, and how a multiplier and shift beside them go into their kernels."""
+"""Linear layers, and how their kernels absorb an adjacent multiplier and shift."""
 
 import dataclasses
 import functools
@@ -21,9 +21,10 @@ from bnjax.folding.program import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PendingOp:
-    """An equation that rearranges one value, negates it, or scales or shifts it.
+    """An equation that rearranges or negates a value, or scales or shifts it.
 
-    It does so by `constant`; `side` says which operand the value is.
+    `constant` is the factor or the shift; `side` is the index of the operand that is
+    the value.
     """
 
     equation: Equation
@@ -32,7 +33,7 @@ class PendingOp:
 
     @functools.cached_property
     def value(self) -> np.ndarray:
-        """The compact value of the constant, of the rank of the output."""
+        """The compact value of the constant, with the rank of the output."""
         if self.constant is None:
             raise NotNumericError("no constant")
         value = self.constant.value
@@ -41,7 +42,7 @@ class PendingOp:
 
     @property
     def is_affine(self) -> bool:
-        """Whether it scales or shifts by something that can be had on the host."""
+        """Whether it scales or shifts by a constant that the host can compute."""
         name, side = self.equation.name, self.side
         if name not in ("add", "add_any", "sub", "mul") and (name, side) != ("div", 0):
             return False
@@ -56,7 +57,7 @@ class PendingOp:
     def apply(
         self, multiplier: np.ndarray, shift: np.ndarray, value: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Multiplier and shift after this one by `value`, from those before it."""
+        """Return the multiplier and shift after this operation by `value`."""
         name = self.equation.name
         if name == "mul":
             return multiplier * value, shift * value
@@ -70,9 +71,9 @@ class PendingOp:
 def compose(
     ops: Sequence[PendingOp], rank: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Multiplier and shift of operations, compact, in the form of the output.
+    """Return the compact multiplier and shift of operations, in the output's shape.
 
-    With a rank, that of the input, they have the form of the input.
+    If the rank of the input is given, both have the shape of the input instead.
     """
     at_input = rank is not None
     if rank is None:
@@ -92,7 +93,7 @@ def compose(
 
 
 def undo_moves(ops: Sequence[PendingOp], value: np.ndarray) -> np.ndarray:
-    """The compact value that the rearrangements among `ops` make `value` of."""
+    """Return the compact value that the rearrangements in `ops` turn into `value`."""
     for op in reversed(ops):
         if is_move(op.equation):
             value = rearrange(op.equation, value, undo=True)
@@ -100,7 +101,7 @@ def undo_moves(ops: Sequence[PendingOp], value: np.ndarray) -> np.ndarray:
 
 
 class NotFoldableError(Exception):
-    """The multiplier or shift cannot move into the layer; the message says why."""
+    """The layer cannot absorb the multiplier or shift; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,9 +109,10 @@ class LinearOp:
     """A convolution or matrix product of data and a kernel, not yet computed.
 
     Attributes:
-        side: which operand the kernel is.
-        channels: axis of the kernel by axis of the output, of those they share.
-        absorbed: kernel and bias where layers before it went into them, `layers`.
+        side: the index of the operand that is the kernel.
+        channels: for each axis of the output that the kernel shares, the axis of the
+            kernel.
+        absorbed: the kernel and bias after absorbing the layers before it, `layers`.
     """
 
     equation: Equation
@@ -123,7 +125,7 @@ class LinearOp:
 
     @classmethod
     def of(cls, equation: Equation, side: int, kernel: Constant) -> "LinearOp | None":
-        """Describe an equation that is linear in the operand that is not the kernel."""
+        """Describe an equation that is linear in the operand beside the kernel."""
         if equation.name == "conv_general_dilated" and side == 1:
             numbers = equation.params["dimension_numbers"]
             return cls(equation, 1, kernel, {numbers.out_spec[1]: numbers.rhs_spec[0]})
@@ -143,7 +145,7 @@ class LinearOp:
 
     @property
     def operation(self) -> str:
-        """What to call it."""
+        """The name of the operation, for the report."""
         return "convolution" if self._is_conv else "matrix product"
 
     @property
@@ -151,7 +153,7 @@ class LinearOp:
         return self.equation.name == "conv_general_dilated"
 
     def accepts(self, ops: Sequence[PendingOp], op: PendingOp) -> bool:
-        """Whether the operation, after others, is one of the layer's channels."""
+        """Whether `op`, after the operations `ops`, acts on the layer's channels."""
         try:
             sizes = undo_moves(ops, op.value).shape
         except NotNumericError:
@@ -159,21 +161,21 @@ class LinearOp:
         return all(n == 1 or axis in self.channels for axis, n in enumerate(sizes))
 
     def bind(self, kernel: jax.Array, dtype: Any) -> jax.Array:
-        """Compute the layer with a kernel; in its own dtype where `dtype` is None."""
+        """Compute the layer with a kernel; None as `dtype` keeps its own dtype."""
         equation = self.equation
         operands = [self.data, kernel] if self.side else [kernel, self.data]
         if dtype is None:
             avals = (atom.aval for atom in equation.inputs)
             cast = [a.astype(v.dtype) for a, v in zip(operands, avals, strict=True)]
             return equation.bind(*cast)[0]
-        # Not every platform has convolutions of one dtype that give another.
+        # Not every platform has convolutions whose output has another dtype.
         own = equation.outputs[0].aval.dtype
         preferred = None if self._is_conv else own
         cast = [operand.astype(dtype) for operand in operands]
         return equation.bind(*cast, preferred_element_type=preferred)[0].astype(own)
 
     def folded(self, ops: Sequence[PendingOp]) -> tuple[np.ndarray, np.ndarray]:
-        """Kernel and bias of the layer with operations after it that it accepts."""
+        """Return the kernel and bias of the layer and accepted operations after it."""
         shape = self.equation.outputs[0].aval.shape
         positions = tuple(set(range(len(shape))) - set(self.channels))
         sizes = [shape[axis] for axis in self.channels]
@@ -187,7 +189,7 @@ class LinearOp:
         return kernel, bias * multiplier + shift
 
     def add_bias(self, array: jax.Array, bias: jax.Array) -> jax.Array:
-        """Add a bias, of the axes that kernel and output share, to the output."""
+        """Add a bias to the output; it has the axes that kernel and output share."""
         sizes = dict(zip(self.channels, bias.shape, strict=True))
         shape = [sizes.get(axis, 1) for axis in range(array.ndim)]
         return array + bias.reshape(shape).astype(array.dtype)
@@ -195,11 +197,11 @@ class LinearOp:
     def absorb(
         self, multiplier: np.ndarray, shift: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Kernel and bias that give for x what it gives for multiplier * x + shift."""
+        """Return the kernel and bias that map x as these map multiplier * x + shift."""
         if np.any(shift) and not self._sees_all:
             raise NotFoldableError(
-                "the convolution after it reads zeros beside the map, to which BN's "
-                "shift, not 0, is not added"
+                "the convolution after it pads its input with zeros, to which BN would "
+                "not add its shift, which is not 0"
             )
         kernel = self.kernel.value
         added = kernel * self._in_kernel(shift, kernel.shape)
@@ -211,7 +213,7 @@ class LinearOp:
 
     @property
     def _sees_all(self) -> bool:
-        """Whether each output is a sum over all of the kernel, of true inputs alone."""
+        """Whether each output is a sum over the whole kernel, without padding."""
         if not self._is_conv:
             return True
         params = self.equation.params
@@ -219,7 +221,7 @@ class LinearOp:
         return not padded and all(step == 1 for step in params["lhs_dilation"])
 
     def _in_kernel(self, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """A compact value of the data as one of the kernel's rank."""
+        """Return a compact value of the data with the kernel's rank."""
         params = self.equation.params
         numbers = params["dimension_numbers"]
         if self._is_conv:
@@ -234,8 +236,8 @@ class LinearOp:
         if not self._is_conv:
             return at_axes(value, [axis for _, axis in pairs], len(shape))
         if params["batch_group_count"] != 1:
-            raise NotFoldableError("the convolution after it takes groups of the batch")
-        # Each group of filters reads channels of its own.
+            raise NotFoldableError("the convolution after it has groups of the batch")
+        # Each group of filters reads its own channels.
         groups, outputs = params["feature_group_count"], numbers.rhs_spec[0]
         channels = self.equation.inputs[0].aval.shape[axes[0]]
         each = np.broadcast_to(value, (channels,)).reshape(groups, -1)

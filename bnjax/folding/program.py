@@ -1,8 +1,8 @@
 """A traced function as one flat list of equations, and the variables it reads.
 
-What depends on the variables alone is a `Constant`, computed in float64 on the host.
-Its value is kept compact: along each axis as wide as the array it stands for, or 1. A
-bias that is broadcast to a batch stays one vector, whatever the size of the batch.
+A value that depends only on the variables is a `Constant`, computed in float64 on the
+host. Its value is compact: the size of each axis is that of the full array or 1. A bias
+that is broadcast to a batch stays one vector, whatever the size of the batch.
 """
 
 import collections
@@ -20,7 +20,7 @@ from jax.extend import core
 
 Path = tuple[str, ...]
 
-# Primitives that call a function once, which takes their place.
+# Primitives that call a function once; the equations of the function replace them.
 CALLS = {"checkpoint", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit"}
 CALLS |= {"remat2"}
 
@@ -80,13 +80,15 @@ class Equation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A function without calls to others, and without what its outputs do not need.
+    """A flat function without inner calls and without unused equations.
 
     Attributes:
         inputs: one atom for each leaf of the arguments.
-        outputs: one for each leaf of the result, whose structure is `out_tree`.
-        literals: the values of the atoms that are known.
-        uses: how often each atom is read, by equations and as an output.
+        outputs: one atom for each leaf of the result.
+        equations: the equations, in order.
+        literals: the values of the known atoms.
+        uses: how often equations and outputs read each atom.
+        out_tree: the structure of the result.
     """
 
     inputs: tuple[Atom, ...]
@@ -98,7 +100,7 @@ class Program:
 
 
 def trace(function: Callable[..., Any], *args: Any) -> Program:
-    """Trace a function of arrays, or of their shapes and dtypes."""
+    """Trace a function on arrays, or on their shapes and dtypes."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
     literals: dict[Atom, Any] = {}
     equations: list[Equation] = []
@@ -141,17 +143,19 @@ def trace(function: Callable[..., Any], *args: Any) -> Program:
 
 
 class NotNumericError(Exception):
-    """The value cannot be had on the host, or not in a compact form."""
+    """The host cannot compute the value, or not in compact form."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constant:
-    """A value that depends on no input, only on variables and literals.
+    """A value that depends only on variables and literals, not on inputs.
+
+    A constant is either known, or the output `index` of `equation` applied to the
+    constants `operands`.
 
     Attributes:
-        leaves: which variables it depends on, by their index.
-        known: the array or scalar, of a variable or literal; else it is the output
-            `index` of `equation`, applied to the constants `operands`.
+        leaves: the indices of the variables that it depends on.
+        known: the array or scalar of a variable or literal, or None.
     """
 
     aval: Any
@@ -163,7 +167,7 @@ class Constant:
 
     @functools.cached_property
     def value(self) -> np.ndarray:
-        """The compact value; float64 for what floats, else as it is."""
+        """The compact value: floating numbers as float64, other dtypes unchanged."""
         equation = self.equation
         if equation is None:
             return _on_host(self.known)
@@ -179,7 +183,7 @@ class Constant:
             return at_axes(values[0], dims, len(self.aval.shape))
         if is_rearrangement(equation):
             return rearrange(equation, values[0])
-        # By any other primitive, as JAX computes it.
+        # JAX computes every other primitive.
         arrays = []
         with jax.ensure_compile_time_eval():
             for operand, value in zip(self.operands, values, strict=True):
@@ -191,7 +195,7 @@ class Constant:
 
     @functools.cached_property
     def origin(self) -> tuple[int, tuple[Equation, ...]] | None:
-        """The variable it is a rearrangement of, and the equations from there to it."""
+        """The variable that it rearranges, and the equations from there to it."""
         if self.equation is None:
             return (min(self.leaves), ()) if self.leaves else None
         before = self.operands[0].origin if is_rearrangement(self.equation) else None
@@ -204,13 +208,13 @@ def _on_host(known: Any) -> np.ndarray:
     if jnp.issubdtype(getattr(known, "dtype", float), jax.dtypes.extended):
         raise NotNumericError("it is a random key")
     value = np.asarray(known)
-    # Not np.floating: bfloat16 is none of NumPy's.
+    # Not np.floating: bfloat16 is not one of NumPy's dtypes.
     floats = jnp.issubdtype(value.dtype, jnp.floating)
     return value.astype(np.float64) if floats else value
 
 
 def is_move(equation: Equation) -> bool:
-    """Whether it only reshapes, transposes or changes the floating dtype."""
+    """Whether the equation only reshapes, transposes or changes the floating dtype."""
     if len(equation.inputs) != 1:
         return False
     source, target = equation.inputs[0].aval, equation.outputs[0].aval
@@ -224,14 +228,14 @@ def is_move(equation: Equation) -> bool:
 
 
 def is_rearrangement(equation: Equation) -> bool:
-    """Whether the same numbers come out, each once."""
+    """Whether the output has the same numbers as the input, each of them once."""
     return equation.name == "rev" or is_move(equation)
 
 
 def rearrange(
     equation: Equation, value: np.ndarray, *, undo: bool = False
 ) -> np.ndarray:
-    """What a rearrangement makes of a compact value; `undo` asks for the way back."""
+    """Apply a rearrangement to a compact value, or its inverse if `undo`."""
     if equation.name == "transpose":
         order = equation.params["permutation"]
         return value.transpose(np.argsort(order) if undo else order)
@@ -242,7 +246,7 @@ def rearrange(
 
 
 def at_axes(value: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
-    """`value` with its axes at `axes` of an array of that rank, and 1 elsewhere."""
+    """Return `value` with its axes at `axes` of an array of this rank, 1 elsewhere."""
     shape = [1] * rank
     for axis, size in zip(axes, value.shape, strict=True):
         shape[axis] = size
@@ -250,7 +254,7 @@ def at_axes(value: np.ndarray, axes: Sequence[int], rank: int) -> np.ndarray:
 
 
 def _reshape(value: np.ndarray, source: Sequence, target: Sequence) -> np.ndarray:
-    """Reshape a compact value: axes it is 1 along stay so where they stay together."""
+    """Reshape a compact value; axes of size 1 that stay together keep size 1."""
     wide: list[Any] = []
     new: list[Any] = []
     for axes, targets in _groups(source, target):
@@ -263,7 +267,7 @@ def _reshape(value: np.ndarray, source: Sequence, target: Sequence) -> np.ndarra
 
 
 def _groups(source: Sequence, target: Sequence) -> list[tuple[list[int], list[int]]]:
-    """The smallest runs of axes of one shape that hold as much as runs of the other."""
+    """Group the axes of two shapes into the smallest runs of equal size."""
     groups = []
     i = j = 0
     while i < len(source) or j < len(target):
@@ -287,14 +291,14 @@ def _groups(source: Sequence, target: Sequence) -> list[tuple[list[int], list[in
 
 @dataclasses.dataclass(frozen=True)
 class Variables:
-    """The leaves of the variables of a model; a path has the collection first."""
+    """The leaves of a model's variables; each path starts with the collection."""
 
     paths: tuple[Path, ...]
     values: tuple[Any, ...]
 
     @classmethod
     def of(cls, variables: Any) -> "Variables":
-        """The leaves of nested variables."""
+        """Return the leaves of nested variables."""
         leaves = jax.tree_util.tree_leaves_with_path(variables)
         names = functools.partial(jax.tree_util.keystr, simple=True)
         return cls(
@@ -312,14 +316,14 @@ class Variables:
         return [self.paths[leaf][1:-1] for leaf in sorted(constant.leaves)]
 
     def belongs(self, constant: Constant, layers: Sequence[Path]) -> bool:
-        """Whether a constant depends on variables, and on those of `layers` alone."""
+        """Whether a constant depends on variables, and only on those of `layers`."""
         found = self.parents(constant)
         return bool(found) and all(path in layers for path in found)
 
 
 @dataclasses.dataclass(eq=False)
 class ParamWriter:
-    """Makes variables of the folded model from those before, of a dtype if given."""
+    """Makes the variables of the folded model, with the given dtype if there is one."""
 
     before: Variables
     dtype: Any
@@ -327,7 +331,7 @@ class ParamWriter:
     made: list[tuple[Path, jax.Array]] = dataclasses.field(default_factory=list)
 
     def leaf(self, index: int) -> jax.Array:
-        """Return a variable as it is, but for its dtype."""
+        """Return a variable, unchanged except for its dtype."""
         if index not in self.leaves:
             with jax.ensure_compile_time_eval():
                 value = jnp.asarray(self.before.values[index])
@@ -338,7 +342,7 @@ class ParamWriter:
         return self.leaves[index]
 
     def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
-        """Make an array; `path` is that of the variable it replaces."""
+        """Make an array; `path` is the path of the variable that it replaces."""
         with jax.ensure_compile_time_eval():
             # jnp.asarray would compile a program for each shape.
             array = jax.device_put(make().astype(dtype))
@@ -346,9 +350,9 @@ class ParamWriter:
         return array
 
     def finish(self) -> tuple[dict[Path, jax.Array], tuple[tuple[Path, Path], ...]]:
-        """Return the variables by path, and the path that is replaced and that of each.
+        """Return the variables by path, and pairs of a replaced path and the new path.
 
-        They differ where the variable that is replaced is still needed.
+        The two paths differ if the replaced variable is still needed.
         """
         paths = self.before.paths
         found = {paths[index]: value for index, value in self.leaves.items()}
@@ -369,23 +373,23 @@ def _same(first: jax.Array, second: jax.Array) -> bool:
 
 
 class OtherLayersError(ValueError):
-    """An input of this shape would have other layers folded than the example had."""
+    """Other layers would be folded for an input of this shape than for the example."""
 
 
 @dataclasses.dataclass(eq=False)
 class ParamReader:
-    """Reads variables that a `ParamWriter` made, by the list of its `entries`."""
+    """Reads the variables that a `ParamWriter` made, in the order of its entries."""
 
     found: Mapping[Path, Any]
     before: Variables
     unread: list[tuple[Path, Path]]
 
     def leaf(self, index: int) -> jax.Array:
-        """Return a variable as it is."""
+        """Return an unchanged variable."""
         return self._get(self.before.paths[index])
 
     def new(self, path: Path, dtype: Any, make: Callable[[], np.ndarray]) -> jax.Array:
-        """Return an array made before."""
+        """Return an array that the `ParamWriter` made."""
         del dtype, make
         if not self.unread or self.unread[0][0] != path:
             raise OtherLayersError

@@ -1,1 +1,1 @@
-"""Networks carried to and from other programs."""
+"""Import networks from other programs and export networks to them."""

@@ -1,4 +1,4 @@
-"""An inference function as StableHLO: a file that JAX alone opens and runs."""
+"""Export an inference function as StableHLO, in a file that needs only JAX to run."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ __all__ = ["PLATFORMS", "ExportError", "Loaded", "export_inference", "load", "sa
 
 
 class ExportError(ValueError):
-    """A function that cannot be exported, or a file of one that cannot be read."""
+    """A function cannot be exported, or an exported file cannot be read."""
 
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 KNOWN_PLATFORMS = (*PLATFORMS, "rocm")
-# What the last line of a file begins with; flatbuffers reads past none of its own.
+# The start of the last line of a file; flatbuffers does not read beyond its own data.
 TRAILER = b"\nbnjax-export "
 
 
@@ -36,21 +36,30 @@ def export_inference(
     platforms: Sequence[str] = PLATFORMS,
     batch_size: int | None = None,
 ) -> jax.export.Exported:
-    r"""Lower a function of images to StableHLO, its variables inside as constants.
+    r"""Lower a function of images to StableHLO, with its variables as constants.
 
-    .. math:: x \mapsto f(\theta, x), \quad x \in R^{b \times \dots},
-              \quad b = 1, 2, \dots
+    The result is the function
+
+    $$x \mapsto f(\theta, x), \quad x \in R^{b \times \dots}, \quad b = 1, 2, \dots$$
 
     Args:
-        function: called as `function(variables, x)`, or `function(x)` where
-            `variables` is None; JAX can trace it.
-        variables: a tree of arrays; None where the function holds its own.
-        example: an array, or a `jax.ShapeDtypeStruct`, of shape (batch, ...) and the
-            dtype of the inputs; its values and its batch size do not count.
-        platforms: any of "cpu", "cuda", "tpu" and "rocm", there or not.
-        batch_size: the only one that the result takes; None: it takes all.
+        function: a function that JAX can trace, called as `function(variables, x)`, or
+            as `function(x)` if `variables` is None.
+        variables: a tree of arrays; None if the function holds its own variables.
+        example: an array or a `jax.ShapeDtypeStruct` of shape (batch, ...) and the
+            dtype of the inputs. Its values and its batch size do not matter.
+        platforms: any of "cpu", "cuda", "tpu" and "rocm"; this machine need not have
+            them.
+        batch_size: the only batch size that the result accepts; None accepts all.
 
-    Example:
+    Returns:
+        The exported function.
+
+    Raises:
+        ExportError: if the function cannot be exported for these platforms or for every
+            batch size.
+
+    Examples:
         >>> x = jnp.ones((2, 3))
         >>> exported = export_inference(lambda w, x: x @ w, jnp.ones((3, 1)), x)
         >>> exported.in_avals[0].shape, exported.platforms
@@ -86,7 +95,7 @@ def export_inference(
                 f"the function cannot be exported: {first_line(error)}"
             ) from error
 
-    # What is wrong with the function itself is told as it tells it.
+    # An error of the function itself is raised unchanged.
     fixed = batch_size or max(example.shape[0], 1)
     jax.eval_shape(inference, spec(fixed))
     if batch_size is not None:
@@ -100,8 +109,8 @@ def export_inference(
         raise ExportError(
             "the function cannot be exported for every batch size: "
             f"{first_line(error)} It computes with the number of examples, or "
-            "branches on it. Export it for one: batch_size=N, --batch-size N on the "
-            "command line."
+            "branches on it. Export it for one batch size: batch_size=N, or "
+            "--batch-size N on the command line."
         ) from error
 
 
@@ -110,16 +119,20 @@ def save(
 ) -> None:
     """Write an exported function to a file, whole or not at all.
 
-    The file is what `exported.serialize()` gives, which `jax.export.deserialize` reads;
-    a line follows it, with the version of JAX and a digest that `load` checks. Its name
-    ends in .stablehlo.
+    The file holds the bytes of `exported.serialize()`, which `jax.export.deserialize`
+    reads, and one more line with the version of JAX and a digest that `load` checks.
+
+    Args:
+        exported: the result of `export_inference`.
+        path: the file to write; its name ends in .stablehlo.
+        overwrite: replace an existing file.
     """
     path = Path(path)
     check_export(path, overwrite=overwrite)
     if len(exported.in_avals) != 1:
         raise ExportError(
-            f"{exported.fun_name} takes {len(exported.in_avals)} arrays; expected one, "
-            "the images, as export_inference gives it."
+            f"{exported.fun_name} takes {len(exported.in_avals)} arrays; expected one "
+            "array, the images, as in a function that export_inference returns."
         )
     try:
         content = bytes(exported.serialize())
@@ -128,13 +141,13 @@ def save(
     except ValueError as error:
         raise ExportError(
             f"{exported.fun_name} cannot be written: {first_line(error)} Expected a "
-            "function that gives arrays, in tuples, lists or dictionaries."
+            "function that returns arrays, in tuples, lists or dictionaries."
         ) from error
     write_output(path, content + trailer(content), overwrite=overwrite)
 
 
 def check_export(path: Path, *, overwrite: bool = False) -> None:
-    """Refuse a place that `save` cannot write to, before any work is done."""
+    """Refuse a path that `save` cannot write to, before any work is done."""
     check_output(path, overwrite=overwrite)
     if path.suffix != ".stablehlo":
         raise OutputError(
@@ -146,13 +159,14 @@ def check_export(path: Path, *, overwrite: bool = False) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """An exported function, read from a file: called, it gives what that one gave.
+    """An exported function read from a file; call it as the original function.
 
     Attributes:
-        exported: what `jax.export.deserialize` gave.
-        input_shape: of its input; the batch is "b" where any will do.
-        input_dtype: of its input.
-        platforms: what it runs on.
+        exported: the result of `jax.export.deserialize`.
+        input_shape: the shape of its input; the batch is "b" if it accepts any batch
+            size.
+        input_dtype: the dtype of its input.
+        platforms: the platforms that it runs on.
     """
 
     exported: jax.export.Exported
@@ -161,7 +175,7 @@ class Loaded:
     platforms: tuple[str, ...]
 
     def __call__(self, x: Any) -> Any:
-        """Run it on an array of `input_shape` and `input_dtype`."""
+        """Run the function on an array of `input_shape` and `input_dtype`."""
         x = jnp.asarray(x)
         expected = self.input_shape
         batch = "" if isinstance(expected[0], int) else ", b being 1 or more"
@@ -174,18 +188,28 @@ class Loaded:
         if x.dtype != self.input_dtype:
             raise ExportError(
                 f"x has dtype {x.dtype}; expected {self.input_dtype}: convert it with "
-                f"x.astype({self.input_dtype.name!r}), and scale it as the network was "
-                "trained."
+                f"x.astype({self.input_dtype.name!r}), and scale it as in training."
             )
         return self.exported.call(x)
 
 
 def load(path: str | Path) -> Loaded:
-    """Read what `save` wrote.
+    """Read a function that `save` wrote.
 
-    The file holds a program that runs when called: open none that you do not trust.
+    The file holds a program that runs when you call it: do not open a file that you do
+    not trust.
 
-    Example:
+    Args:
+        path: the file.
+
+    Returns:
+        The function, to call on arrays.
+
+    Raises:
+        ExportError: if the file is damaged, or if this version of JAX or this platform
+            cannot run it.
+
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "double.stablehlo"
         >>> x = jnp.ones((1, 2))
@@ -212,20 +236,20 @@ def load(path: str | Path) -> Loaded:
         version, digest = described["jax"], described["sha256"]
     except (ValueError, TypeError, KeyError) as error:
         raise ExportError(
-            f"{path} is no exported function, or is cut short: it does not end as "
-            "bnjax.interop.export.save ends a file. Copy it again, or export again. "
-            "What another program exported is read by jax.export.deserialize."
+            f"{path} is not an exported function, or is cut short: it lacks the last "
+            "line that bnjax.interop.export.save writes. Copy or export it again. "
+            "If another program exported it, read it with jax.export.deserialize."
         ) from error
     if hashlib.sha256(body).hexdigest() != digest:
         raise ExportError(
-            f"{path} is damaged: its bytes are not those that were written. Copy it "
-            "again, or export again."
+            f"{path} is damaged: its bytes differ from its digest. Copy or export it "
+            "again."
         )
     try:
         exported = jax.export.deserialize(bytearray(body))
         [given] = exported.in_avals
         if version != jax.__version__:
-            # Its program may be in words that this version does not know.
+            # The program may use operations that this version does not know.
             batch, *rest = given.shape
             shape = (batch if isinstance(batch, int) else 1, *rest)
             spec = jax.ShapeDtypeStruct(shape, given.dtype)
@@ -237,14 +261,14 @@ def load(path: str | Path) -> Loaded:
         raise ExportError(
             f"{path} was written by JAX {version}, and JAX {jax.__version__} cannot "
             f"read it: {first_line(error)}. Export it again with this version, or run "
-            "it with that one or a newer one."
+            f"it with JAX {version} or newer."
         ) from error
     here = jax.export.default_export_platform()
     if here not in exported.platforms:
         raise ExportError(
             f"{path} was exported for {', '.join(exported.platforms)}, and JAX runs on "
-            f"{here} here. Export it again with {here} among its platforms, or set "
-            "JAX_PLATFORMS to one of them."
+            f"{here} here. Export it again for {here} too, or set JAX_PLATFORMS to one "
+            "of its platforms."
         )
     return Loaded(exported, tuple(given.shape), given.dtype, tuple(exported.platforms))
 

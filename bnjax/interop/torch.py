@@ -1,9 +1,9 @@
-"""Weights and running statistics from PyTorch to Flax models, and back.
+"""Convert weights and running statistics from PyTorch to Flax models, and back.
 
-A mapping says which layer of PyTorch is which of ours; nothing is guessed. A kernel is
-laid out (height, width, in, out) here and (out, in, height, width) there; a feature map
-that is flattened comes in the order (height, width, channels) here and (channels,
-height, width) there.
+A mapping says which PyTorch layer belongs to which Flax layer; the functions do not
+guess. Flax lays out a kernel as (height, width, in, out), PyTorch as (out, in, height,
+width). Flax flattens a feature map in the order (height, width, channels), PyTorch in
+the order (channels, height, width).
 """
 
 import dataclasses
@@ -35,21 +35,23 @@ __all__ = [
 
 
 class TorchError(ValueError):
-    """Weights of PyTorch that cannot be read, or that do not fit a network."""
+    """PyTorch weights cannot be read, or do not fit a network."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer of ours, and how its arrays differ from PyTorch's.
+    """A Flax layer, and how its arrays differ from PyTorch's.
 
-    Args:
-        path: in the variables, without the collection: "stage1_block1/conv1/conv".
-        channels: of the feature map that reaches the layer flattened; 1 where none
-            does; None where that is plain.
-        transposed: it is `flax.linen.ConvTranspose`, whose kernel runs backward;
-            False with transpose_kernel=True.
-        subtract: the tensor is the bias of the layer before this normalization, which
-            has none here: it is subtracted from the running mean, and written as 0.
+    Attributes:
+        path: the path in the variables, without the collection, such as
+            "stage1_block1/conv1/conv".
+        channels: if the input of the layer is a flattened feature map, the number of
+            channels of that map; 1 if it is not; None if the shapes already show it.
+        transposed: whether the layer is a `flax.linen.ConvTranspose`, whose kernel is
+            reversed. With transpose_kernel=True it is False.
+        subtract: whether the tensor is the bias of the layer before this normalization,
+            and that layer has no bias in Flax. Import subtracts the bias from the
+            running mean, and export writes 0.
     """
 
     path: str
@@ -59,14 +61,14 @@ class Layer:
 
 
 LayerMapping = Mapping[str, str | Layer | None]
-"""Names of PyTorch to paths of ours; of several patterns that fit, the first counts.
+"""A mapping from PyTorch names to Flax paths; the first matching pattern counts.
 
-A name is that of a layer or of one tensor, a value a path, a `Layer`, or None for what
-goes nowhere. "{i}" stands for a number, "{i+1}" for the next, and "*" for any path.
+A key is the name of a layer or of one tensor. A value is a path, a `Layer`, or None if
+the tensors are not used. "{i}" matches a number, "{i+1}" the next number, "*" any path.
 """
 
 SAME_NAMES: LayerMapping = {"*": "*"}
-"""The mapping of a PyTorch model whose layers are called as ours."""
+"""The mapping of a PyTorch model whose layers have the names of the Flax layers."""
 
 RESNET: LayerMapping = {
     "conv1": "conv1/conv",
@@ -82,14 +84,17 @@ RESNET: LayerMapping = {
 
 
 def known_mapping(model: str, image_shape: tuple[int, ...] = ()) -> LayerMapping | None:
-    """Return the mapping of a network of `bnjax.models`, None for any other.
+    """Return the mapping of a network of `bnjax.models`, or None for another network.
 
-    Residual networks are called as in torchvision and timm, or as here; the others as
-    here.
+    The layers of residual networks have the names of torchvision and timm, or those of
+    `bnjax.models`. The layers of the other networks have the names of `bnjax.models`.
 
     Args:
         model: a name of `bnjax.models.MODELS`.
         image_shape: (height, width) or (height, width, channels), which "mlp" flattens.
+
+    Returns:
+        The mapping, or None.
     """
     channels = image_shape[2] if len(image_shape) == 3 else 1
     first = {"mlp": ("dense_0", channels), "lenet": ("dense1", 16)}
@@ -101,12 +106,12 @@ def known_mapping(model: str, image_shape: tuple[int, ...] = ()) -> LayerMapping
 
 
 def prefer(first: LayerMapping, others: LayerMapping) -> LayerMapping:
-    """Return both mappings; where they disagree, `first` counts.
+    """Join two mappings; if they disagree, `first` counts.
 
-    Its patterns come first, since the first that matches counts, and its values last,
-    since a pattern may be in both.
+    The patterns of `first` come first, because the first matching pattern counts. Its
+    values also replace the values of patterns that are in both.
 
-    Example:
+    Examples:
         >>> prefer({"fc": "logits", "bn": None}, {"*": "*", "bn": "norm"})
         {'fc': 'logits', 'bn': None, '*': '*'}
     """
@@ -123,12 +128,12 @@ NAMES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-"""What an array of Flax is called in PyTorch."""
+"""PyTorch's name for each Flax array."""
 TENSORS = frozenset(NAMES.values())
 
 
 class Leaf(NamedTuple):
-    """An array of ours: its path, shape, layer, and whether the layer has a kernel."""
+    """A Flax array: its path, shape, layer, and whether the layer has a kernel."""
 
     path: tuple[Any, ...]
     shape: tuple[int, ...]
@@ -140,26 +145,26 @@ class Leaf(NamedTuple):
 
 
 class Pair:
-    """A tensor, and the array of ours that it becomes or is subtracted from."""
+    """A PyTorch tensor, and the Flax array that it becomes or is subtracted from."""
 
     def __init__(self, name: str, leaf: Leaf, layer: Layer) -> None:
         self.name, self.leaf, self.layer = name, leaf, layer
         rank, last = len(leaf.shape), leaf.path[-1]
-        # The axes of the tensor in the order of ours, the first of them backward.
+        # The tensor's axes in Flax's order; the axes in _backward are also reversed.
         self._axes, self._backward = tuple(range(rank)), ()
         if last == "kernel" and layer.transposed and rank > 2:
             self._axes = (*range(2, rank), 0, 1)
             self._backward = tuple(range(rank - 2))
         elif last == "kernel":
             self._axes = (*range(2, rank), 1, 0)
-        # Of a matrix its rows; of a normalization of flattened features all it has.
+        # Flattening permutes the rows of a matrix, or all arrays of a normalization.
         flat = (last == "kernel" and rank == 2) if leaf.has_kernel else rank == 1
         self._channels = (layer.channels if flat else None) or 1
         if flat and leaf.shape[0] % self._channels:
             raise TorchError(
                 f"channels: {leaf} has {leaf.shape[0]} rows, which is no multiple of "
-                f"{self._channels}; expected the channels of the feature map that "
-                "reaches it flattened, 1 where none does."
+                f"{self._channels}; expected the number of channels of the feature "
+                "map that reaches it flattened, or 1 if its input is not flattened."
             )
         self.torch_shape = tuple(leaf.shape[i] for i in np.argsort(self._axes))
 
@@ -176,7 +181,7 @@ class Pair:
 
 
 def _swap_rows(array: np.ndarray, rows: int) -> np.ndarray:
-    """Transpose the matrix of so many rows that the first axis stands for."""
+    """Read the first axis as a matrix with this number of rows, and transpose it."""
     if rows == 1:
         return array
     matrix = array.reshape(rows, -1, *array.shape[1:])
@@ -190,18 +195,27 @@ def from_torch(
     *,
     keep: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return a model's variables with the values of a state dict of PyTorch.
+    """Return a model's variables with the values of a PyTorch state dict.
 
-    Structure and dtypes are the model's; `num_batches_tracked` is left out.
+    The structure and the dtypes are those of the model. `num_batches_tracked` is
+    ignored.
 
     Args:
-        state: arrays or tensors by name: of `read_state_dict`, or a `state_dict()`.
-        variables: of the model, the collections "params" and "batch_stats" of linen or
-            the tree of `nnx.to_pure_dict`; `jax.ShapeDtypeStruct` will do for arrays.
-        mapping: which layer is which; `known_mapping` has those of `bnjax.models`.
-        keep: layers, blocks, arrays or collections of ours that keep their values.
+        state: arrays or tensors by name, from `read_state_dict` or `state_dict()`.
+        variables: the variables of the model: the collections "params" and
+            "batch_stats" of linen, or the tree of `nnx.to_pure_dict`. The leaves may be
+            a `jax.ShapeDtypeStruct`.
+        mapping: which PyTorch layer belongs to which Flax layer; `known_mapping` has
+            the mappings of `bnjax.models`.
+        keep: the Flax layers, blocks, arrays or collections that keep their values.
 
-    Example:
+    Returns:
+        The new variables.
+
+    Raises:
+        TorchError: if the tensors do not fit the variables.
+
+    Examples:
         >>> import jax
         >>> from flax import linen as nn
         >>> variables = nn.Dense(1).init(jax.random.key(0), jnp.ones((1, 2)))
@@ -231,15 +245,21 @@ def to_torch(
     *,
     num_batches_tracked: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Return a state dict of PyTorch with the values of a model's variables, as arrays.
+    """Return a PyTorch state dict of NumPy arrays with the values of a model.
 
     Args:
-        variables: of the model, as `from_torch` gives them.
-        mapping: as of `from_torch`; by default the names are the model's own.
-        num_batches_tracked: what every BN layer is told of the past; PyTorch reads it
-            only where momentum=None.
+        variables: the variables of the model, as for `from_torch`.
+        mapping: as in `from_torch`. By default, PyTorch's names are the Flax names.
+        num_batches_tracked: the number of past batches of every BN layer; PyTorch
+            reads it only if momentum=None.
 
-    Example:
+    Returns:
+        Arrays by PyTorch's names, for `load_state_dict`.
+
+    Raises:
+        TorchError: if an array has no PyTorch name.
+
+    Examples:
         >>> import jax
         >>> from bnjax.linen import BatchNorm
         >>> layer = BatchNorm(use_running_average=True)
@@ -271,7 +291,7 @@ def pair_arrays(
     *,
     keep: Sequence[str] = (),
 ) -> list[Pair]:
-    """Return which tensor is which array, as `from_torch` takes them; of shapes too."""
+    """Pair each tensor with its Flax array, as `from_torch` does; shapes are enough."""
     if not state:
         raise TorchError("the state dict is empty; expected tensors by name.")
     ours = leaves_of(variables)
@@ -280,7 +300,7 @@ def pair_arrays(
     for pattern, given in mapping.items():
         if given is None and not any(map(_regex(pattern).fullmatch, known)):
             raise TorchError(
-                f"mapping: no tensor or layer is {pattern!r}, which is to go nowhere."
+                f"mapping: no tensor or layer is {pattern!r}, which is mapped to None."
                 f"{did_you_mean(pattern, known)}"
             )
     pairs: list[Pair] = []
@@ -314,7 +334,7 @@ def pair_arrays(
 
 
 def leaves_of(variables: Mapping[str, Any]) -> dict[tuple[str, str], Leaf]:
-    """Return the arrays by the path of their layer and PyTorch's name; "" for none."""
+    """Return the arrays by the path of their layer and PyTorch's name, or ""."""
     variables = unfreeze(dict(variables))
     trees = {each: variables[each] for each in COLLECTIONS if each in variables}
     arrays: dict[Any, Any] = dict(flatten_dict(trees or variables))
@@ -353,7 +373,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 
 
 def _translate(path: str, source: str, target: str, old: str, new: str) -> str | None:
-    """Return a path of the pattern `source` as `target` has it; None if it is none."""
+    """Translate a path from the pattern `source` to `target`; None if no match."""
     found = _regex(source).fullmatch(path)
     if found is None:
         return None
@@ -369,7 +389,7 @@ def _translate(path: str, source: str, target: str, old: str, new: str) -> str |
         if field[1] in fields:
             return str(fields[field[1]] + int(field[2] or 0))
         raise TorchError(
-            f"mapping: {source!r} and {target!r} have not the same fields; expected "
+            f"mapping: {source!r} and {target!r} have different fields; expected "
             f"{field[0]} in both."
         )
 
@@ -382,9 +402,10 @@ def as_layer(given: str | Layer | None) -> Layer:
 
 
 def find(name: str, mapping: LayerMapping) -> tuple[Layer | None, str] | None:
-    """Return our layer for a tensor, and the tensor's name in it.
+    """Return the Flax layer for a tensor, and the tensor's name in that layer.
 
-    The layer is None where the tensor goes nowhere; None alone says no pattern fits.
+    The layer is None if the mapping drops the tensor. The result is None if no pattern
+    matches.
     """
     layer, _, last = name.rpartition(".")
     for pattern, given in mapping.items():
@@ -402,7 +423,7 @@ def find(name: str, mapping: LayerMapping) -> tuple[Layer | None, str] | None:
 
 
 def _named(key: tuple[str, str], leaf: Leaf, mapping: LayerMapping) -> Iterator[Pair]:
-    """Yield the tensors of PyTorch that an array of ours is written as."""
+    """Yield the PyTorch tensors that a Flax array is written to."""
     path, last = key
     done = False
     for pattern, given in mapping.items():
@@ -427,18 +448,18 @@ def _kept(ours: Mapping[Any, Leaf], keep: Sequence[str]) -> set[Leaf]:
         }
         if not found:
             raise TorchError(
-                f"keep: there is no {prefix!r}.{_hint(prefix, ours)} Expected a layer "
-                "or an array of ours, or the start of its path."
+                f"keep: there is no {prefix!r}.{_hint(prefix, ours)} Expected the path "
+                "of a Flax layer or array, or the start of one."
             )
         kept |= found
     return kept
 
 
 def _check_flattened(pairs: Sequence[Pair], ours: Mapping[Any, Leaf]) -> None:
-    """Refuse a matrix of which it is not told whether a flattened map reaches it.
+    """Refuse a matrix if its input may be a flattened map and the mapping is silent.
 
-    No shape shows which. A matrix is plain if a layer gives as many features as it has
-    rows.
+    The shape of the matrix does not show the map. If a layer has as many output
+    features as the matrix has rows, the input is not flattened.
     """
     kernels = [leaf.shape for leaf in ours.values() if leaf.path[-1] == "kernel"]
     maps = [shape for shape in kernels if len(shape) > 2]
@@ -451,11 +472,11 @@ def _check_flattened(pairs: Sequence[Pair], ours: Mapping[Any, Leaf]) -> None:
         if matrix and pair.layer.channels is None and widths.isdisjoint(rows):
             name = pair.name.rpartition(".")[0]
             raise TorchError(
-                f"{leaf} has {rows[0]} rows, and no layer gives as many: it is not "
-                "told which feature map reaches it flattened, and PyTorch and Flax "
-                "flatten in different orders. Expected the channels of that map in the "
-                f"mapping, {name!r}: Layer({leaf.layer!r}, channels=...); 1 where none "
-                "is flattened."
+                f"{leaf} has {rows[0]} rows, and no layer has as many features: its "
+                "input may be a flattened feature map, and PyTorch and Flax flatten in "
+                "different orders. Expected the number of channels of that map in the "
+                f"mapping, {name!r}: Layer({leaf.layer!r}, channels=...); or 1 if its "
+                "input is not flattened."
             )
 
 
@@ -465,21 +486,22 @@ def _check_fit(problems: Sequence[str], shown: int = 40) -> None:
         raise TorchError(
             "the state dict does not fit the network:\n  "
             + "\n  ".join([*problems[:shown], *more])
-            + "\nBuild the same network; or say in the mapping where a layer of "
-            "PyTorch goes (None: nowhere), and with keep which arrays of ours keep "
+            + "\nBuild the same network; or give in the mapping the path of each "
+            "PyTorch layer (None to drop it), and in keep the Flax arrays that keep "
             "their values."
         )
 
 
 def _missing(layer: Layer, last: str, name: str, ours: Mapping[Any, Leaf]) -> str:
-    """Say why a tensor has no place."""
+    """Return why there is no array for a tensor."""
     if not any(leaf.layer == layer.path for leaf in ours.values()):
-        return f"there is no {layer.path!r} here.{_hint(layer.path, ours)}"
+        return f"the network has no {layer.path!r}.{_hint(layer.path, ours)}"
     advice = (
-        f". If a normalization alone follows it, {name!r}: Layer(<its path>, "
-        "subtract=True) in the mapping takes it into the mean"
+        f". If only a normalization follows it, {name!r}: Layer(<its path>, "
+        "subtract=True) in the mapping moves it into the running mean"
     )
-    return f"our {layer.path} has no {last}{advice if last == 'bias' else ''}"
+    found = f"the Flax layer {layer.path} has no {last}"
+    return f"{found}{advice if last == 'bias' else ''}"
 
 
 def _hint(given: str, ours: Mapping[Any, Leaf]) -> str:
@@ -496,7 +518,7 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 def classes_in(
     state: Mapping[str, Any], mapping: LayerMapping, layer: str = "logits"
 ) -> int | None:
-    """Return how many classes a layer of ours has in a state dict; None without it."""
+    """Return the number of classes of a Flax layer in a state dict, or None."""
     for name in state:
         found, last = find(name, mapping) or (None, "")
         if found is not None and (found.path, last) == (layer, "bias"):
@@ -505,7 +527,7 @@ def classes_in(
 
 
 def as_array(value: Any, name: str) -> np.ndarray:
-    """Return an array of what may be a tensor of PyTorch, with its dtype."""
+    """Return an array or a PyTorch tensor as an array of its dtype."""
     if not hasattr(value, "detach"):
         return np.asarray(value)
     try:
@@ -516,26 +538,35 @@ def as_array(value: Any, name: str) -> np.ndarray:
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     except (RuntimeError, TypeError) as error:
         raise TorchError(
-            f"{name} is no plain tensor: {first_line(error)} Expected a dense one of "
-            "numbers: save it as such in PyTorch."
+            f"{name} is not a plain tensor: {first_line(error)} Expected a dense "
+            "tensor of numbers: save a dense tensor in PyTorch."
         ) from error
 
 
 def batch_norm_options(
     momentum: float | None = 0.1, eps: float = 1e-5, *, affine: bool = True
 ) -> dict[str, Any]:
-    """Return what makes `bnjax.linen.BatchNorm` do as a torch.nn.BatchNorm of these.
+    """Return options of `bnjax.linen.BatchNorm` that match a torch.nn.BatchNorm.
 
-    PyTorch's momentum is the weight of the new statistics, ours is 1 minus it.
+    PyTorch's momentum is the weight of the new statistics; Flax's momentum is 1 minus
+    PyTorch's.
+
+    Args:
+        momentum: PyTorch's momentum.
+        eps: the number added to the variance.
+        affine: whether the layer has a scale and bias.
+
+    Returns:
+        Keyword arguments of `bnjax.linen.BatchNorm`.
     """
     if momentum is None:
         raise TorchError(
-            "momentum=None, the plain mean over all batches, has no counterpart; "
-            "expected a number. Take one, such as 0.1, and estimate the statistics "
-            "again after training, with bnjax.population.recompute_batch_stats."
+            "momentum=None, the plain mean over all batches, has no counterpart in "
+            "BatchNorm; expected a number. Use a number such as 0.1, or the layer "
+            "bnjax.variants.averages.AveragedBatchNorm(momentum=None)."
         )
     return {
-        # Without the digits that 1 - 0.9 leaves.
+        # Round off the error of 1 - 0.9.
         "momentum": round(1 - momentum, 12),
         "epsilon": eps,
         "unbiased": True,
@@ -547,8 +578,15 @@ def batch_norm_options(
 def torch_batch_norm_options(
     momentum: float = 0.99, epsilon: float = 1e-5
 ) -> dict[str, float]:
-    """Return what makes torch.nn.BatchNorm do as `bnjax.linen.BatchNorm`.
+    """Return options of torch.nn.BatchNorm that match a `bnjax.linen.BatchNorm`.
 
-    PyTorch keeps the unbiased variance, as with unbiased=True here.
+    PyTorch keeps the unbiased variance, as `unbiased=True` does.
+
+    Args:
+        momentum: Flax's momentum, the weight of the old statistics.
+        epsilon: the number added to the variance.
+
+    Returns:
+        Keyword arguments of torch.nn.BatchNorm.
     """
     return {"momentum": round(1 - momentum, 12), "eps": epsilon}

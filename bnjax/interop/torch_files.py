@@ -1,4 +1,4 @@
-"""State dicts and mappings in files: read without running code, written whole."""
+"""Read and write state dicts and mappings; reading a file runs none of its code."""
 
 import contextlib
 import dataclasses
@@ -37,26 +37,34 @@ PREFIXES = ("module.", "_orig_mod.")
 PACKAGES = {
     "safetensors.numpy": "the package safetensors: pip install safetensors, or "
     "'bnjax[train]'.",
-    "torch": "PyTorch: pip install torch. Or, where PyTorch is, write the weights with "
-    "safetensors.torch.save_file to a .safetensors file.",
+    "torch": "PyTorch: pip install torch. Or write the weights on a machine with "
+    "PyTorch, with safetensors.torch.save_file to a .safetensors file.",
 }
-# Before 2.6, weights_only=True could be made to run code (CVE-2025-32434).
+# Before 2.6, a file could run code in spite of weights_only=True (CVE-2025-32434).
 OLDEST_TORCH = (2, 6)
 
 
 def read_state_dict(path: Path | str) -> dict[str, np.ndarray]:
-    """Read the tensors of a PyTorch model by name, and run no code of the file.
+    """Read the tensors of a PyTorch model by name, without running code of the file.
 
-    A state dict inside a training checkpoint, under "state_dict" or "model", is found,
-    and what DataParallel or torch.compile put before every name is removed; a note on
-    standard error says so. A .safetensors file is in the order of its names, since it
-    keeps no other; others in that of the modules.
+    The function finds a state dict inside a training checkpoint, under "state_dict" or
+    "model". It removes the prefix that DataParallel or torch.compile puts before every
+    name. A note on standard error reports both. The tensors of a .safetensors file come
+    in the order of their names, because the file stores no other order. The tensors of
+    other files come in the order of the modules.
 
     Args:
         path: a .safetensors file, which needs the package safetensors, or a .pt, .pth
             or .bin file of `torch.save`, which needs PyTorch.
 
-    Example:
+    Returns:
+        Arrays by name.
+
+    Raises:
+        TorchError: if the file is damaged, holds more than tensors, or would fill the
+            memory.
+
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "bn.safetensors"
         >>> write_state_dict(path, {"bn.weight": np.ones(2), "bn.bias": np.zeros(2)})
@@ -79,14 +87,17 @@ def read_state_dict(path: Path | str) -> dict[str, np.ndarray]:
 def write_state_dict(
     path: Path | str, state: Mapping[str, Any], *, overwrite: bool = False
 ) -> None:
-    """Write tensors by name, for `load_state_dict` in PyTorch; whole or not at all.
+    """Write tensors by name for PyTorch's `load_state_dict`, whole or not at all.
 
-    The kinds of file are those of `read_state_dict`.
+    Args:
+        path: a file of a kind that `read_state_dict` reads.
+        state: arrays by name, as `to_torch` returns them.
+        overwrite: replace an existing file.
     """
     path = Path(path)
     pickled = _is_pickle(path)
     check_output(path, overwrite=overwrite)
-    # np.asarray keeps the rank of a scalar; safetensors writes memory as it lies.
+    # np.asarray keeps the rank of a scalar; safetensors needs C order.
     arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
     if pickled:
         torch = _torch(path)
@@ -105,7 +116,7 @@ def write_state_dict(
 
 
 def format_mapping(mapping: LayerMapping) -> str:
-    """Return a mapping as JSON, a line a layer, as `read_mapping` reads it."""
+    """Return a mapping as JSON for `read_mapping`, with one line for each layer."""
     lines = []
     for name, given in mapping.items():
         value: Any = given
@@ -117,7 +128,7 @@ def format_mapping(mapping: LayerMapping) -> str:
 
 
 def read_mapping(path: Path | str) -> dict[str, str | Layer | None]:
-    """Read a mapping from a JSON file: paths, arguments of `Layer`, or null."""
+    """Read a mapping from a JSON file; values are paths, `Layer` arguments or null."""
     mapping: dict[str, str | Layer | None] = {}
     try:
         for name, value in json.loads(Path(path).read_text(encoding="utf-8")).items():
@@ -148,8 +159,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         state = load(path)
     except Exception as error:
         raise TorchError(
-            f"{path} is damaged, or no safetensors file: {first_line(error)}. Copy or "
-            "download it again."
+            f"{path} is damaged, or not a safetensors file: {first_line(error)}. Copy "
+            "or download it again."
         ) from error
     return {name: state[name] for name in sorted(state, key=natural)}
 
@@ -162,10 +173,10 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
     except pickle.UnpicklingError as error:
         found = re.search(r"WeightsUnpickler error: (.*)", str(error))
         raise TorchError(
-            f"{path} was refused: it is damaged, or holds more than tensors, and to "
-            f"read that could run code from the file "
-            f"({found[1] if found else first_line(error)}). Where you trust it, open "
-            "it in PyTorch and save model.state_dict() alone."
+            f"{path} was refused: it is damaged, or holds more than tensors, and "
+            f"reading it could run code from the file "
+            f"({found[1] if found else first_line(error)}). If you trust it, open "
+            "it in PyTorch and save only model.state_dict()."
         ) from error
     except Exception as error:
         raise TorchError(
@@ -183,15 +194,15 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
             return {name: as_array(v, f"{path}: {name}") for name, v in tensors.items()}
     keys = list(content) if isinstance(content, Mapping) else type(content).__name__
     raise TorchError(
-        f"{path} holds {keys}; expected tensors by name, as model.state_dict() gives "
-        f"them, at the top or under one of {', '.join(WRAPPERS)}."
+        f"{path} holds {keys}; expected tensors by name, as model.state_dict() returns "
+        f"them, at the top level or under one of {', '.join(WRAPPERS)}."
     )
 
 
 def _check_memory(path: Path) -> None:
-    """Refuse a file that would fill far more memory than the disk it takes.
+    """Refuse a file that would fill far more memory than its size on disk.
 
-    torch.save compresses nothing. weights_only=True lets a file call bytearray(n).
+    torch.save does not compress. weights_only=True lets a file call bytearray(n).
     """
     size, unpacked, what = path.stat().st_size, 0, ""
     if not size:
@@ -201,16 +212,16 @@ def _check_memory(path: Path) -> None:
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
     ):
         if whole.find(b"bytearray\n") >= 0:
-            what = "it asks for memory that holds no tensor"
+            what = "it asks for memory without a tensor"
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         unpacked = sum(each.file_size for each in archive.infolist())
     if unpacked > size:
         what = f"{size:,} bytes unpack to {unpacked:,}"
     if what:
         raise TorchError(
-            f"{path} was refused: {what}, which torch.save writes for no state dict, "
-            "and to read it could fill the memory. Where you trust it, open it in "
-            "PyTorch and save model.state_dict() alone."
+            f"{path} was refused: {what}, which torch.save never writes for a state "
+            "dict, and reading it could fill the memory. If you trust it, open it in "
+            "PyTorch and save only model.state_dict()."
         )
 
 
@@ -226,7 +237,7 @@ def _torch(path: Path) -> Any:
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if found < OLDEST_TORCH:
         raise TorchError(
-            f"{path} was not opened: PyTorch {torch.__version__} can be made to run "
-            "code by a file of weights (CVE-2025-32434); expected 2.6 or newer."
+            f"{path} was not opened: with PyTorch {torch.__version__}, a file of "
+            "weights can run code (CVE-2025-32434); expected 2.6 or newer."
         )
     return torch

@@ -1,4 +1,4 @@
-"""A proposal of which layer of PyTorch is which of ours, for a person to confirm."""
+"""Propose which PyTorch layer belongs to which Flax layer, for a person to confirm."""
 
 import collections
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,8 @@ __all__ = ["alike", "propose_mapping", "trace"]
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Layer, ...]:
     """Return the layers of a linen model in the order of their first calls.
 
-    The model is called on shapes alone: of what it is called with, the images first.
+    The model is called on shapes only. The arguments are those of the model, the images
+    first.
     """
     layers: dict[str, Layer] = {}
     channels: int | None = args[0].shape[-1] if args[0].ndim > 3 else None
@@ -64,21 +65,24 @@ def propose_mapping(
     layers: Sequence[Layer] = (),
     known: LayerMapping | None = None,
 ) -> dict[str, str | Layer | None]:
-    """Propose which layer is which, for a person to look at and confirm.
+    """Propose which PyTorch layer belongs to which Flax layer.
 
-    Layers whose arrays have the same shapes in PyTorch's layout are paired; where
-    several have, the first of one is the first of the other, a block's shortcut being
-    taken for its last layer; `alike` says which those are. What has no counterpart is
-    left out.
+    The function pairs layers whose arrays have the same shapes in PyTorch's layout. If
+    several layers have the same shapes, it pairs them in order, with the shortcut of a
+    block as its last layer; `alike` lists these layers. It leaves out layers without a
+    counterpart. A person should check the proposal.
 
     Args:
         state: arrays or tensors by name; shapes are enough.
-        variables: of the model; see `from_torch`.
-        layers: of the model, as `trace` gives them. Without them the order is that of
-            the names, and what is flattened before a layer is not known.
-        known: what is known of the mapping.
+        variables: the variables of the model; see `from_torch`.
+        layers: the layers of the model, from `trace`. Without them, the order is that
+            of the names, and the flattened feature maps are unknown.
+        known: the part of the mapping that is known.
 
-    Example:
+    Returns:
+        The proposed mapping.
+
+    Examples:
         >>> variables = {"params": {"conv": {"kernel": np.ones((3, 3, 1, 8))}}}
         >>> propose_mapping({"0.weight": np.ones((8, 1, 3, 3))}, variables)
         {'0': 'conv'}
@@ -101,7 +105,7 @@ def propose_mapping(
     found: dict[str, str | Layer | None] = {}
     for layer in _shortcuts_last(list(theirs), "."):
         shapes = frozenset(theirs[layer])
-        # A bias too many is left out: what it is has to be said.
+        # A bias without a counterpart is left out: a person must say where it goes.
         weight = frozenset(each for each in shapes if each[0] == "weight")
         queue = waiting.get(shapes) or (len(shapes) == 2 and waiting.get(weight))
         if queue:
@@ -112,7 +116,7 @@ def propose_mapping(
 
 
 def alike(mapping: LayerMapping, variables: Mapping[str, Any]) -> list[str]:
-    """Return the names in a proposal that rest on the order of layers alone."""
+    """Return the names in a proposal that depend only on the order of layers."""
     shapes = _torch_shapes(variables, {})
     counts = collections.Counter(shapes.values())
     paths = {name: as_layer(given).path for name, given in mapping.items()}
@@ -137,9 +141,9 @@ SHORTCUTS = ("downsample", "shortcut", "projection", "proj", "skip")
 
 
 def _shortcuts_last(paths: Sequence[str], separator: str) -> list[str]:
-    """Return paths with the shortcut of a block behind the rest of the block.
+    """Return paths with the shortcut of a block after the rest of the block.
 
-    PyTorch's models define it last, where others call it first.
+    PyTorch's models define the shortcut last; other models may call it first.
     """
     parts = [tuple(path.split(separator)) for path in paths]
     last: dict[tuple[str, ...], int] = {}

@@ -1,18 +1,19 @@
 """Networks to train, by name.
 
-`create("mlp", ...)` builds one; `MODELS` lists what there is, `options` what each can
-be told. Every model is a `flax.linen.Module` called as `model(images, train=...)`, with
-images of shape (batch, height, width, channels), and returns logits of shape (batch,
-classes), float32 or wider. Options of the same name mean the same in all:
+`create("mlp", ...)` builds a network. `MODELS` lists all networks, and `options` the
+options of each. Every model is a `flax.linen.Module`, called as
+`model(images, train=...)` with images of shape (batch, height, width, channels). It
+returns logits of shape (batch, classes), float32 or wider. Options of the same name
+have the same meaning in all models:
 
-- `classes`: number of logits;
-- `normalization`: what stands before each nonlinearity;
-- `activation`: a name of `jax.nn`;
-- `width`: factor on the number of filters of every layer; see `layers.scaled`;
-- `weight_scale`: factor on the standard deviation of the initial weights;
-- `dropout`: rate before the classifier; rng stream "dropout";
-- `dtype`: of the computation; that of images and parameters if None;
-- `param_dtype`: of the parameters.
+- `classes`: the number of logits;
+- `normalization`: the normalization before each nonlinearity;
+- `activation`: the name of a function of `jax.nn`;
+- `width`: a factor on the number of filters of every layer; see `layers.scaled`;
+- `weight_scale`: a factor on the standard deviation of the initial weights;
+- `dropout`: the dropout rate before the classifier, with the rng stream "dropout";
+- `dtype`: the dtype of the computation; None uses that of images and parameters;
+- `param_dtype`: the dtype of the parameters.
 """
 
 import dataclasses
@@ -39,10 +40,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def options(name: str) -> tuple[str, ...]:
-    """Return the names of what the model called `name` can be told."""
+    """Return the names of the options of a model."""
     if name not in MODELS:
         raise ValueError(
-            f"models.create: no model is called {name!r}.{did_you_mean(name, MODELS)} "
+            f"models.create: there is no model {name!r}.{did_you_mean(name, MODELS)} "
             f"Expected one of: {', '.join(sorted(MODELS))}."
         )
     make = MODELS[name]
@@ -55,9 +56,19 @@ def options(name: str) -> tuple[str, ...]:
 
 
 def create(name: str, **given: Any) -> nn.Module:
-    """Build the model called `name`, with its own options; not yet initialized.
+    """Build a model by its name, without initializing it.
 
-    Example:
+    Args:
+        name: a key of `MODELS`.
+        **given: options of the model.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: if there is no such model or option.
+
+    Examples:
         >>> from bnjax import models
         >>> models.create("mlp", hidden=(32,), classes=3).hidden
         (32,)

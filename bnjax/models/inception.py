@@ -1,4 +1,4 @@
-"""The Inception network that the paper normalizes (its Figure 5)."""
+"""The Inception network of the paper (Figure 5)."""
 
 import dataclasses
 import functools
@@ -25,18 +25,18 @@ Stem = Literal["imagenet", "small"]
 
 @dataclasses.dataclass(frozen=True)
 class ModuleSize:
-    """A row of Figure 5: how many filters each branch of a module has.
+    """A row of Figure 5: the number of filters in each branch of a module.
 
-    Args:
-        name: as in the figure.
-        conv_1x1: of the branch of 1x1 filters alone; 0 for no such branch.
-        reduce_3x3: of the 1x1 before the 3x3.
-        conv_3x3: of the 3x3.
-        reduce_double: of the 1x1 before the two 3x3.
-        double_3x3: of each of the two 3x3.
-        pool: what the last branch takes of 3x3 pixels.
-        projection: of the 1x1 after the pooling; 0 for none.
-        stride: of the 3x3, of the second of the two 3x3, and of the pooling.
+    Attributes:
+        name: the name in the figure.
+        conv_1x1: filters of the branch of 1x1 filters only; 0 for no such branch.
+        reduce_3x3: filters of the 1x1 before the 3x3.
+        conv_3x3: filters of the 3x3.
+        reduce_double: filters of the 1x1 before the two 3x3.
+        double_3x3: filters of each of the two 3x3.
+        pool: the pooling of 3x3 pixels in the last branch.
+        projection: filters of the 1x1 after the pooling; 0 for no projection.
+        stride: the stride of the 3x3, of the second of the two 3x3, and of the pooling.
     """
 
     name: str
@@ -62,23 +62,26 @@ MODULES = (
     ModuleSize("5a", 352, 192, 320, 160, 224, "avg", 128),
     ModuleSize("5b", 352, 192, 320, 192, 224, "max", 128),
 )
-"""The ten modules by the filters of Figure 5."""
+"""The ten modules with the filters of Figure 5."""
 
 PRINTED_MODULES = tuple(
     dataclasses.replace(size, projection=96) if size.name in ("4c", "4d") else size
     for size in MODULES
 )
-"""The ten modules with the output depths printed in Figure 5, as in TF-slim."""
+"""The ten modules with the printed output depths of Figure 5, as in TF-slim."""
 
 
 class InceptionModule(nn.Module):
-    """Branches of filters of several sizes on one input, joined along the channels.
+    """Branches with filters of several sizes, concatenated along the channels.
 
-    `conv` makes a `ConvNorm` from features, kernel, stride and name.
+    Attributes:
+        size: the filters of each branch.
+        width: a factor on the number of filters.
+        conv: a function that makes a `ConvNorm` from features, kernel, stride and name.
 
     References:
-        Szegedy et al. 2015, "Going deeper with convolutions", section 4; Ioffe and
-        Szegedy 2015, Figure 5.
+        Szegedy et al. (2015), "Going deeper with convolutions", section 4; Ioffe &
+        Szegedy (2015), Figure 5.
     """
 
     size: ModuleSize
@@ -87,7 +90,7 @@ class InceptionModule(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Return shape (batch, height / stride, width / stride, channels')."""
+        """Return shape (batch, height / stride, width / stride, output channels)."""
 
         def conv(x: Any, features: int, kernel: int, name: str, stride: int = 1) -> Any:
             layer = self.conv(scaled(features, self.width), kernel, stride, name=name)
@@ -113,30 +116,30 @@ class InceptionModule(nn.Module):
 
 
 class Inception(nn.Module):
-    r"""Figure 5 of the paper, by its filters; every convolution is a `ConvNorm`.
+    """The network of Figure 5 of the paper; every convolution is a `ConvNorm`.
 
-    The figure's printed depths are not all the sums of its filters: 4c and 4d sum to
-    608 where 576 is printed, and 4e then to 1056 where 1024 is. The baseline that the
-    paper calls Inception has `normalization` of kind "none", `local_response_norm` and
-    `dropout` 0.4. GoogLeNet's auxiliary classifiers, of which the paper says nothing,
-    are left out.
+    The network has the filters of the figure. Some printed depths of the figure are not
+    the sums of its filters: 4c and 4d sum to 608, where the figure prints 576, and 4e
+    then sums to 1056, where it prints 1024. For the baseline that the paper calls
+    Inception, use `normalization` of kind "none", `local_response_norm` and `dropout`
+    0.4. The network has no auxiliary classifiers of GoogLeNet, which the paper does not
+    mention. The other attributes are described in `bnjax.models`.
 
-    Args:
-        stem: what comes before module 3a: "imagenet", 7x7 filters of stride 2 and in
-            all an eighth of the height and width; or "small" for images of 32x32, 3x3
-            filters of stride 1 and a quarter.
+    Attributes:
+        stem: the layers before module 3a. "imagenet" has 7x7 filters of stride 2 and
+            reduces height and width to an eighth. "small" is for images of 32x32: it
+            has 3x3 filters of stride 1 and reduces height and width to a quarter.
         separable_conv1: make the first convolution separable with depth multiplier 8.
         printed_depths: project to 96 channels in 4c and 4d, as TF-slim does, which
             gives the printed depths.
-        local_response_norm: after the first pooling and before the second.
-        per_activation: in modules 5a and 5b, normalize each position by itself; the
-            parameters then fit one size of image.
-        weight_scale: of the convolutions, whose standard deviation is He's.
-
-    The others are those of `bnjax.models`.
+        local_response_norm: add local response normalization after the first pooling
+            and before the second.
+        per_activation: normalize each position by itself in modules 5a and 5b. The
+            parameters then fit only one image size.
+        weight_scale: a factor on He's standard deviation of the convolutions.
 
     References:
-        Ioffe and Szegedy 2015, section 4.2 and Figure 5.
+        Ioffe & Szegedy (2015), section 4.2 and Figure 5.
     """
 
     classes: int = 1000
@@ -195,10 +198,10 @@ class Inception(nn.Module):
 
 
 def _pool(x: jax.Array, kind: str, stride: int) -> jax.Array:
-    """Pool 3x3 pixels; a mean is taken over those inside the map."""
+    """Pool 3x3 pixels; a mean counts only pixels inside the map."""
     if kind == "avg":
         window, strides = (3, 3), (stride, stride)
         return nn.avg_pool(x, window, strides, "SAME", count_include_pad=False)
-    # Down, then across: on a CPU the derivative takes half the time.
+    # Columns first, then rows: on a CPU the derivative takes half the time.
     x = nn.max_pool(x, (3, 1), (stride, 1), "SAME")
     return nn.max_pool(x, (1, 3), (1, stride), "SAME")

@@ -1,4 +1,4 @@
-"""What the networks are made of."""
+"""The building blocks of the networks."""
 
 import functools
 import math
@@ -15,26 +15,29 @@ Padding = Literal["SAME", "VALID"] | int
 
 
 class ConvNorm(nn.Module):
-    r"""A convolution, normalized before its nonlinearity.
+    r"""A convolution that is normalized before its nonlinearity.
 
-    .. math:: z = g(\mathrm{BN}(W * u) + r)
+    $$z = g(\mathrm{BN}(W * u) + r)$$
 
-    The shift of BN takes the place of the convolution's bias, which returns where there
-    is no normalization. Parameters are called `conv` and `bn`, and `depthwise` where
-    the convolution is separable.
+    The shift of BN replaces the bias of the convolution; without normalization, the
+    convolution has a bias. The parameters are `conv` and `bn`, and also `depthwise` if
+    the convolution is separable. The other attributes are described in `bnjax.models`.
 
-    Args:
-        kernel: height and width of the filters.
-        padding: "SAME" and "VALID" as in TensorFlow; or pixels on every side.
-        depth_multiplier: where given, filters of the full size act on each channel by
-            itself, so many on each, and 1x1 filters join them; nothing in between.
+    Attributes:
+        features: the number of filters.
+        kernel: the height and width of the filters.
+        stride: the stride of the filters.
+        padding: "SAME" or "VALID" as in TensorFlow, or the number of pixels on every
+            side.
+        depth_multiplier: make the convolution separable: this number of full-size
+            filters acts on each channel, and 1x1 filters join the results, with nothing
+            in between.
+        kernel_init: the initializer of the filters.
         zero_scale: start the scale of BN at 0.
         per_activation: see `Normalization.__call__`.
 
-    The others are those of `bnjax.models`.
-
     References:
-        Ioffe and Szegedy 2015, section 3.2.
+        Ioffe & Szegedy (2015), section 3.2.
     """
 
     features: int
@@ -54,9 +57,9 @@ class ConvNorm(nn.Module):
     def __call__(
         self, x: jax.Array, residual: jax.Array | None = None, *, train: bool
     ) -> jax.Array:
-        """Return the activations, shape (batch, height', width', features).
+        """Return the activations, shape (batch, new height, new width, features).
 
-        The residual, of that shape, is added before the nonlinearity.
+        A residual of the same shape is added before the nonlinearity.
         """
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(nn.Conv, kernel_init=self.kernel_init, **dtypes)
@@ -94,11 +97,21 @@ def classify(
     dropout: float = 0.0,
     kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
 ) -> jax.Array:
-    """Return logits, by a linear layer called "logits".
+    """Return logits from a linear layer with the name "logits".
 
-    Called inside a module's compact method, it adds the layer to that module. It is
-    computed in float32 or wider, whatever the dtype of the layers before. Features,
-    shape (batch, n), are dropped at rate `dropout` in training.
+    Call it inside the compact method of a module: it adds the layer to that module. The
+    layer computes in float32 or wider, whatever the dtype of the layers before it.
+
+    Args:
+        features: the input, shape (batch, n).
+        classes: the number of logits.
+        train: whether dropout is active.
+        param_dtype: the dtype of the parameters.
+        dropout: the dropout rate of the features in training.
+        kernel_init: the initializer of the weights.
+
+    Returns:
+        The logits, shape (batch, classes).
     """
     features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     features = nn.Dropout(dropout, deterministic=not train)(features)
@@ -115,22 +128,29 @@ def local_response_normalization(
     beta: float = 0.75,
     k: float = 1.0,
 ) -> jax.Array:
-    r"""Divide each value by the energy of its channel and the channels beside it.
+    r"""Divide each value by the energy of its channel and of neighboring channels.
 
-    .. math:: y_c = x_c \Big/ \Big(k + \frac{\alpha}{n} \sum_{|c' - c| \le n/2}
-              x_{c'}^2\Big)^\beta
+    $$
+    y_c = x_c \Big/ \Big(k + \frac{\alpha}{n}
+    \sum_{\lvert c' - c \rvert \le n/2} x_{c'}^2\Big)^\beta
+    $$
 
-    Channels beyond the first and the last count as 0. Computed in float32 or wider.
+    Channels before the first and after the last count as 0. The computation is in
+    float32 or wider.
 
     Args:
-        x: shape (..., channels).
-        size: n, an odd number of channels.
-        alpha: weight of the mean square; divided by n, as in Caffe.
-        beta: the exponent.
-        k: added to the energy.
+        x: an array of shape (..., channels).
+        size: $n$, an odd number of channels.
+        alpha: $\alpha$, the weight of the mean square; it is divided by $n$, as in
+            Caffe.
+        beta: $\beta$, the exponent.
+        k: $k$, the number added to the energy.
+
+    Returns:
+        The normalized array.
 
     References:
-        Krizhevsky, Sutskever and Hinton 2012, section 3.3; the defaults are those of
+        Krizhevsky, Sutskever & Hinton (2012), section 3.3; the defaults are those of
         GoogLeNet's public model.
     """
     if size < 1 or size % 2 == 0:
@@ -142,16 +162,16 @@ def local_response_normalization(
     channels, reach = x.shape[-1], size // 2
     beyond = [(0, 0)] * (x.ndim - 1) + [(reach, reach)]
     squares = jnp.pad(jnp.square(wide), beyond)
-    # A few slices: XLA fuses them, and their derivative, into one pass.
+    # XLA fuses these few slices, and their derivative, into one pass.
     energy = sum(squares[..., i : i + channels] for i in range(size))
     return (wide * (k + alpha / size * energy) ** -beta).astype(x.dtype)
 
 
 def convolution_init(weight_scale: float) -> nn.initializers.Initializer:
-    """Return He's initializer, its standard deviation times `weight_scale`.
+    """Return He's initializer with its standard deviation times `weight_scale`.
 
     References:
-        He et al. 2015, "Delving deep into rectifiers", section 2.2.
+        He et al. (2015), "Delving deep into rectifiers", section 2.2.
     """
     return nn.initializers.variance_scaling(
         2.0 * weight_scale**2, "fan_in", "truncated_normal"
@@ -159,7 +179,7 @@ def convolution_init(weight_scale: float) -> nn.initializers.Initializer:
 
 
 def scaled(features: int, width: float) -> int:
-    """Return `features` times `width`: the nearest multiple of 4, at least 4."""
+    """Return `features` times `width`, as the nearest multiple of 4 and at least 4."""
     if width == 1:
         return features
     return max(4, 4 * int(features * width / 4 + 0.5))
@@ -175,13 +195,13 @@ def check_width(model: str, width: float) -> None:
 
 
 def check_choice(option: str, value: Any, known: Sequence[str]) -> None:
-    """Refuse a value that is none of those known."""
+    """Refuse a value that is not one of the known values."""
     if value not in known:
         raise ValueError(f"{option}={value!r}; expected one of {', '.join(known)}.")
 
 
 def check_images(model: str, images: jax.Array, smallest: int = 1) -> None:
-    """Refuse what is no batch of images of at least `smallest` pixels a side."""
+    """Refuse an array that is not a batch of images of at least `smallest` pixels."""
     if images.ndim != 4 or min(images.shape[1:3]) < smallest:
         raise ValueError(
             f"{model}: images of shape {images.shape}; expected (batch, height, width, "

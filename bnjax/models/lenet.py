@@ -1,4 +1,4 @@
-"""LeNet, with batch normalization before each nonlinearity."""
+"""LeNet with batch normalization before each nonlinearity."""
 
 from typing import Any, Literal, get_args
 
@@ -15,19 +15,18 @@ Pool = Literal["avg", "max"]
 class LeNet(nn.Module):
     """Two convolutions and two hidden layers, each normalized before its nonlinearity.
 
-    Convolution 5x5 to 6, pooling 2x2, convolution 5x5 to 16, pooling 2x2, layers of 120
-    and 84, logits. The convolutions are not padded: of 28x28 pixels, 4x4x16 = 256
-    features reach the first layer.
+    The layers are: convolution 5x5 to 6 channels, pooling 2x2, convolution 5x5 to 16
+    channels, pooling 2x2, layers of 120 and 84 features, logits. The convolutions have
+    no padding: for images of 28x28 pixels, 4x4x16 = 256 features reach the first hidden
+    layer. The other attributes are described in `bnjax.models`.
 
-    Args:
-        pool: what the pooling takes of 2x2 pixels.
-        weight_scale: of the weights before each nonlinearity, whose standard deviation
-            is Glorot's.
-
-    The others are those of `bnjax.models`.
+    Attributes:
+        pool: the pooling of 2x2 pixels.
+        weight_scale: a factor on Glorot's standard deviation of the weights before each
+            nonlinearity.
 
     References:
-        LeCun et al. 1998; with batch normalization: Zhang et al., "Dive into Deep
+        LeCun et al. (1998); with batch normalization: Zhang et al., "Dive into Deep
         Learning", section "Batch Normalization".
     """
 

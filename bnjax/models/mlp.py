@@ -15,19 +15,19 @@ from bnjax.models.normalization import Normalization
 class MLP(nn.Module):
     r"""Hidden layers of sigmoids, each normalized before its nonlinearity.
 
-    .. math:: z_l = \sigma(\mathrm{BN}(W_l z_{l-1})), \quad
-              \mathrm{logits} = W z_L + b
+    $$
+    z_l = \sigma(\mathrm{BN}(W_l z_{l-1})), \quad \mathrm{logits} = W z_L + b
+    $$
 
-    The bias of a normalized layer is dropped, since the shift of BN takes its place;
-    without normalization it returns.
+    A normalized layer has no bias, because the shift of BN replaces it. Without
+    normalization, the layer has a bias. The other attributes are described in
+    `bnjax.models`.
 
-    Args:
-        hidden: width of each hidden layer.
-        weight_std: standard deviation of the Gaussian the weights start from.
+    Attributes:
+        hidden: the width of each hidden layer.
+        weight_std: the standard deviation of the Gaussian initial weights.
 
-    The others are those of `bnjax.models`.
-
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from bnjax.models import MLP
         >>> variables = MLP().init(jax.random.key(0), jnp.zeros((1, 8, 8)), train=False)
@@ -37,7 +37,7 @@ class MLP(nn.Module):
         (64, 100)
 
     References:
-        Ioffe and Szegedy 2015, section 4.1 (its std is not stated).
+        Ioffe & Szegedy (2015), section 4.1 (it does not state the standard deviation).
     """
 
     hidden: Sequence[int] = (100, 100, 100)
@@ -50,7 +50,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        """Return logits of images of any shape, flattened here."""
+        """Return logits of images of any shape, which the model flattens."""
         kernel_init = nn.initializers.normal(self.weight_std)
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         dense = functools.partial(nn.Dense, kernel_init=kernel_init, **dtypes)

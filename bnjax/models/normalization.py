@@ -1,4 +1,4 @@
-"""Which normalization a model uses: one home for all models."""
+"""The normalization of a model, as one option for all models."""
 
 import dataclasses
 import functools
@@ -19,29 +19,31 @@ Kind = Literal["batch", "flax", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """Normalize, then activate; or activate alone.
+    """Normalize and then apply the activation, or apply the activation only.
 
-    Called inside a module's compact method, it adds the layer to that module.
+    Call it inside the compact method of a module: it adds the layer to that module.
 
-    Args:
+    Attributes:
         kind: "batch" for `bnjax.linen.BatchNorm`, "flax" for
-            `flax.linen.BatchNorm` (to compare with), "none" for no normalization.
-        momentum: weight of the old running value (PyTorch's 0.1 is 0.9 here).
-        epsilon: added to the variance.
-        unbiased: give the running variance the m/(m-1) of Algorithm 2.
-        virtual_batch_size: in training, statistics of so many examples at a time; see
-            `bnjax.variants.ghost`. None for those of the batch.
-        axis_name: in training, share statistics with the devices of this axis.
-        axis_index_groups: groups of that axis, each with statistics of its own.
-        deferred: in training, leave the running statistics as they are and write the
-            moments of the batch to the collection "batch_moments", where that is
-            mutable: `updated_stats` takes them up.
-        frozen: normalize by the running statistics in training too, and leave them.
-        record_inputs: where the collection "intermediates" is mutable, write the input
-            of each nonlinearity there, as `<name of the layer>_input/value`.
+            `flax.linen.BatchNorm` (for comparisons), "none" for no normalization.
+        momentum: the weight of the old running value (PyTorch's 0.1 is 0.9 here).
+        epsilon: the number added to the variance.
+        unbiased: keep the running variance with the factor m/(m-1) of Algorithm 2.
+        virtual_batch_size: compute the statistics of training over this many examples
+            at a time; see `bnjax.variants.ghost`. None uses the whole batch.
+        axis_name: share the statistics of training with the devices of this axis.
+        axis_index_groups: groups of devices along that axis, each with its own
+            statistics.
+        deferred: in training, do not update the running statistics, but write the
+            moments of the batch to the collection "batch_moments" if it is mutable;
+            `updated_stats` then updates the running statistics.
+        frozen: normalize by the running statistics in training too, and do not update
+            them.
+        record_inputs: write the input of each nonlinearity to the collection
+            "intermediates" if it is mutable, as `<name of the layer>_input/value`.
 
     References:
-        Ioffe and Szegedy 2015, sections 3.1 and 3.2.
+        Ioffe & Szegedy (2015), sections 3.1 and 3.2.
     """
 
     kind: Kind = "batch"
@@ -91,13 +93,23 @@ class Normalization:
         dtype: Any = None,
         param_dtype: Any = None,
     ) -> jax.Array:
-        """Return activation(BN(x) + residual); without BN where the kind is "none".
+        """Return activation(BN(x) + residual), without BN if the kind is "none".
 
-        `x` and `residual` are of shape (batch, ..., features), the variables are under
-        `name`. With `zero_scale` the scale starts at 0, so that a residual block starts
-        as the identity. With `per_activation` each position of a map is normalized by
-        itself, over the batch alone, with a scale and bias of its own, of shape
-        (height, width, channels).
+        Args:
+            x: the input, shape (batch, ..., features).
+            train: whether to normalize by batch statistics.
+            activation: the name of a function of `jax.nn`.
+            name: the name of the layer in the variables.
+            residual: an array of the shape of `x` to add, or None.
+            zero_scale: start the scale at 0, so that a residual block starts as the
+                identity.
+            per_activation: normalize each position of a map by itself, over the batch
+                only, with a scale and bias of shape (height, width, channels).
+            dtype: the dtype of the result.
+            param_dtype: the dtype of the parameters.
+
+        Returns:
+            The activations, with the shape of `x`.
         """
         nonlinear = activation != "identity"
         fused = self.kind == "batch" and not (self.record_inputs and nonlinear)
@@ -138,7 +150,7 @@ class Normalization:
         return x if activate is None else activate(x)
 
     def updated_stats(self, batch_stats: Any, batch_moments: Any) -> Any:
-        """Return the collection `batch_stats`, moved once by each layer's Moments."""
+        """Return `batch_stats` after one update by each layer's `Moments`."""
         stats: dict[Any, Any] = dict(flatten_dict(batch_stats))
         found: dict[Any, Any] = dict(flatten_dict(batch_moments))
         for (*layer, _), moments in found.items():
@@ -154,7 +166,7 @@ class Normalization:
 
 
 class _Recorder(nn.Module):
-    """Writes its input to the collection "intermediates", where that is mutable."""
+    """Writes its input to the collection "intermediates" if it is mutable."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> None:

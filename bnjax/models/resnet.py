@@ -1,4 +1,4 @@
-"""Residual networks, for images of 32x32 and of 224x224."""
+"""Residual networks for images of 32x32 and 224x224."""
 
 import functools
 from typing import Any, NamedTuple
@@ -19,10 +19,14 @@ from bnjax.models.normalization import Normalization
 
 
 class ResNetSize(NamedTuple):
-    """How many blocks of which kind each stage has; four are for images of 224x224.
+    """The number of blocks in each stage; four stages are for images of 224x224.
 
-    Every stage but the first halves height and width. Blocks are of two 3x3, or with
-    `bottleneck` of 1x1, 3x3 and 1x1 with four times the features.
+    Every stage except the first halves height and width.
+
+    Attributes:
+        blocks: the number of blocks in each stage.
+        bottleneck: whether blocks have convolutions of 1x1, 3x3 and 1x1 with four times
+            the features; otherwise they have two of 3x3.
     """
 
     blocks: tuple[int, ...]
@@ -39,21 +43,26 @@ SIZES = {
     101: ResNetSize((3, 4, 23, 3), bottleneck=True),
     152: ResNetSize((3, 8, 36, 3), bottleneck=True),
 }
-"""The residual networks by their depth."""
+"""The residual networks by depth."""
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions, whose input is added before the last nonlinearity.
+    """Two 3x3 convolutions; the input is added before the last nonlinearity.
 
-    Where the shape changes, the input takes every second pixel and new channels of 0, a
-    shortcut without parameters; or it goes through a 1x1 convolution and BN.
+    If the shape changes, the shortcut keeps every second pixel and adds channels of 0,
+    without parameters. With `project`, it is a 1x1 convolution and BN instead.
 
-    `conv` makes a `ConvNorm`; `zero_scale` starts the scale of the last BN at 0, the
-    block as the identity.
+    Attributes:
+        features: the number of filters.
+        stride: the stride of the first convolution.
+        zero_scale: start the scale of the last BN at 0, and so the block as the
+            identity.
+        conv: a function that makes a `ConvNorm`.
+        project: whether the shortcut is a convolution if the shape changes.
 
     References:
-        He et al. 2016, "Deep residual learning", section 4.2, option A; with
-        projections section 4.1, option B.
+        He et al. (2016), "Deep residual learning", section 4.2, option A; with
+        projections, section 4.1, option B.
     """
 
     features: int
@@ -78,15 +87,21 @@ class Block(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Convolutions of 1x1, 3x3 and 1x1, the input added before the last nonlinearity.
+    """Convolutions of 1x1, 3x3 and 1x1 with a shortcut around them.
 
-    Where the shape changes, the input goes through a 1x1 convolution and BN. The stride
-    is on the 3x3, as in torchvision; in the paper it is on the first 1x1.
+    The input is added before the last nonlinearity. If the shape changes, the shortcut
+    is a 1x1 convolution and BN. The stride is on the 3x3, as in torchvision; in the
+    paper it is on the first 1x1.
 
-    The features are those of the 3x3; the output has four times as many.
+    Attributes:
+        features: the number of filters of the 3x3; the output has four times as many.
+        stride: the stride of the 3x3.
+        zero_scale: start the scale of the last BN at 0, and so the block as the
+            identity.
+        conv: a function that makes a `ConvNorm`.
 
     References:
-        He et al. 2016, "Deep residual learning", section 4.1, option B.
+        He et al. (2016), "Deep residual learning", section 4.1, option B.
     """
 
     features: int
@@ -96,7 +111,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Return shape (batch, height / stride, width / stride, 4 * features)."""
+        """Return shape (batch, height / stride, width / stride, 4 x features)."""
         wide = 4 * self.features
         shortcut = _project(self.conv, x, wide, self.stride, train)
         x = self.conv(self.features, 1, name="conv1")(x, train=train)
@@ -110,7 +125,7 @@ class Bottleneck(nn.Module):
 def _project(
     conv: Any, x: jax.Array, features: int, stride: int, train: bool
 ) -> jax.Array:
-    """Return a block's input, through a 1x1 convolution where the shape changes."""
+    """Return a block's input, after a 1x1 convolution if the shape changes."""
     if x.shape[-1] == features and stride == 1:
         return x
     project = conv(features, 1, stride, activation="identity", name="projection")
@@ -120,21 +135,20 @@ def _project(
 class ResNet(nn.Module):
     r"""A residual network for images of 32x32, or of 224x224 as in torchvision.
 
-    With 20, 56 or 110 layers it is for 32x32; with 18, 34, 50, 101 or 152 for 224x224.
+    $$z' = g(\mathrm{BN}(F(z)) + z)$$
 
-    .. math:: z' = g(\mathrm{BN}(F(z)) + z)
+    Networks of 20, 56 or 110 layers are for 32x32; networks of 18, 34, 50, 101 or 152
+    layers are for 224x224. The other attributes are described in `bnjax.models`.
 
-    Args:
+    Attributes:
         depth: a key of `SIZES`.
         zero_scale: start the scale of the last BN of each block at 0, so that each
             block starts as the identity.
-        weight_scale: of the convolutions, whose standard deviation is He's.
-
-    The others are those of `bnjax.models`.
+        weight_scale: a factor on He's standard deviation of the convolutions.
 
     References:
-        He et al. 2016, "Deep residual learning for image recognition"; the zero scale:
-        Goyal et al. 2017, section 5.1.
+        He et al. (2016), "Deep residual learning for image recognition"; for the zero
+        scale, Goyal et al. (2017), section 5.1.
     """
 
     depth: int
@@ -157,7 +171,7 @@ class ResNet(nn.Module):
         if self.zero_scale and self.normalization.kind == "none":
             raise ValueError(
                 'ResNet: zero_scale=True with normalization of kind "none", which has '
-                "no scale; expected a normalization, or zero_scale=False."
+                "no scale; expected another normalization, or zero_scale=False."
             )
         check_images("ResNet", images)
         check_width("ResNet", self.width)

@@ -1,4 +1,4 @@
-"""Runs side by side, as one HTML file: `bnjax report RUN...`."""
+"""Compare runs in one HTML file: `bnjax report RUN...`."""
 
 from bnjax.report.page import check_layers as check_layers
 from bnjax.report.page import make_report as make_report

@@ -1,4 +1,4 @@
-"""Charts of a report: matplotlib's SVG, as text."""
+"""Charts of a report, as text of matplotlib's SVG."""
 
 import dataclasses
 import io
@@ -11,13 +11,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-# Okabe and Ito's, told apart with every kind of colour vision. With four kinds of
-# dashes, seven colours make 28 styles, which differ on grey paper too.
+# The palette of Okabe and Ito works with every kind of color vision. Seven colors and
+# four kinds of dashes make 28 styles, which also differ in grayscale prints.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("-", "--", "-.", ":")
 ACCURACIES = (0, 20, 50, 70, 80, 90, 95, 98, 99, 99.5)
 POINTS = 400
-"""Of one curve; those of a longer one are means of neighbours."""
+"""The largest number of points of a curve; a longer curve has means of neighbors."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bnjax",
@@ -28,21 +28,23 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
-    # A dollar in the name of a run is no formula.
+    # A dollar sign in the name of a run does not start a formula.
     "text.parse_math": False,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """A curve: its points, and what it is called.
+    """A curve: its points, its style and its label.
 
     Attributes:
-        x, y: shape (points,); where `y` is not finite there is no point.
-        style: which colour and dash it has.
-        label: in the legend; empty for a curve that shares another's.
-        low, high: bounds of a band around it, None for none.
-        faint: thin, as one of several of the same label.
+        x: shape (points,).
+        y: shape (points,); a value that is not finite is not drawn.
+        style: the index of its color and dash.
+        label: the label in the legend; empty for a curve that shares another label.
+        low: the lower bound of a band around the curve, or None.
+        high: the upper bound of the band, or None.
+        faint: draw it thin, as one of several curves with one label.
     """
 
     x: np.ndarray
@@ -66,16 +68,20 @@ def line_chart(
     """Return a chart of some curves as an SVG document.
 
     Args:
-        series: the curves. If several are labelled there is a legend.
-        title: above it.
-        x_label: below it.
-        y_label: beside it.
-        width: in inches of 96 pixels; at two thirds of it the text is still readable.
-        y_scale: "accuracy" is for percentages, and logarithmic in the errors, so that
-            97 and 98 are as far apart as 94 and 96.
+        series: the curves. If several have a label, the chart has a legend.
+        title: the title above the chart.
+        x_label: the label of the x axis.
+        y_label: the label of the y axis.
+        width: the width in inches of 96 pixels; the text is still readable at two
+            thirds of it.
+        y_scale: "accuracy" is a scale for percentages, logarithmic in the errors: 97
+            and 98 are as far apart as 94 and 96.
+
+    Returns:
+        The text of the SVG document.
     """
     with mpl.rc_context(STYLE), warnings.catch_warnings():
-        # The reader's fonts draw the text, not those that measure it here.
+        # The reader's fonts draw the text, not the fonts that measure it here.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         labels = sum(bool(each.label) for each in series)
         labels = labels if labels > 1 else 0
@@ -93,7 +99,7 @@ def line_chart(
                 color=color,
                 label=each.label or None,
                 lw=0.9 if each.faint else 1.7,
-                # A curve of one evaluation would not be seen.
+                # Without a marker, a curve of one evaluation is invisible.
                 marker="o" if len(each.x) == 1 else None,
             )
             if each.low is not None and each.high is not None:
@@ -115,7 +121,7 @@ def line_chart(
 
 
 def _by_errors(percent: np.ndarray) -> np.ndarray:
-    # What is above is for the margins of the axis.
+    # Values above 100 % are for the margins of the axis.
     return -np.log(np.maximum(100.2 - percent, 0.05))
 
 
@@ -128,7 +134,7 @@ def _thousands(x: float, _: object = None) -> str:
 
 
 def _shorten(values: np.ndarray) -> np.ndarray:
-    """Return means of neighbours, so many that at most POINTS are left."""
+    """Return means of neighbors, at most POINTS of them."""
     size = -(-len(values) // POINTS)
     if size <= 1:
         return values

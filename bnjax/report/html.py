@@ -1,4 +1,4 @@
-"""Elements of an HTML page, as a tree: no text in it can become a tag."""
+"""Elements of an HTML page as a tree, so that text can never become a tag."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def tag(kind: str, /, *parts: Any, **attributes: str) -> ET.Element:
-    """Return an element: parts are text, elements, and dicts of more attributes."""
+    """Return an element; parts are text, elements, or dicts of more attributes."""
     element = ET.Element(kind, attributes)
     for part in parts:
         if isinstance(part, dict):
@@ -28,7 +28,7 @@ def table(
     *,
     prose: Sequence[int] = (),
 ) -> ET.Element:
-    """Return a table whose first column names its rows; it scrolls by itself."""
+    """Return a table that scrolls by itself; its first column names the rows."""
     body = [
         tag(
             "tr",
@@ -47,30 +47,30 @@ def table(
         tag("thead", tag("tr", *(tag("th", name, scope="col") for name in header))),
         tag("tbody", *body),
     )
-    # A keyboard can scroll only what it can reach.
+    # A keyboard can scroll only an element that it can focus.
     label = {"aria-label": caption}
     return tag("div", inner, label, {"class": "wide"}, role="region", tabindex="0")
 
 
 def clean(text: str) -> str:
-    """Return text without the characters that no page may hold."""
+    """Return text without the characters that are invalid in a page."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 def text(value: Any) -> str:
-    """Return a value as a cell shows it."""
+    """Return a value as the text of a cell."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def percent(value: float) -> str:
-    """Return a share as a percentage."""
+    """Return a fraction as a percentage."""
     return f"{100 * value:.2f} %"
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as a person reads them."""
+    """Return seconds in a form for people."""
     if not math.isfinite(seconds) or seconds < 0:
         return "-"
     if seconds < 60:

@@ -1,4 +1,4 @@
-"""Runs side by side: one HTML file that loads nothing and holds no script."""
+"""The page of a report: one HTML file without scripts that loads nothing."""
 
 import base64
 import dataclasses
@@ -24,7 +24,7 @@ from bnjax.training.metrics import PERCENTILES
 
 Findings = tuple[Finding, ...] | str
 SHOWN_LAYERS = 3
-"""How many layers are drawn where none is named: the first, a middle and the last."""
+"""The number of layers in a chart by default, which are first, middle and last."""
 TITLES = {
     "layers": {
         "mean": "Running mean",
@@ -35,9 +35,9 @@ TITLES = {
     "inputs": {"all": "All features", "first": "The first feature"},
 }
 CLOSE = 80
-"""Per cent: above it, accuracies are drawn on a scale that is wider towards 100."""
+"""Accuracies above this percentage have a scale that is wider toward 100."""
 LONGEST = 40
-"""Letters of a name in a legend."""
+"""The largest number of letters of a name in a legend."""
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
 
 
@@ -48,23 +48,27 @@ def make_report(
     accuracies: Sequence[float] = (),
     layers: Sequence[str] = (),
 ) -> str:
-    """Return the page.
+    """Return the page as HTML.
 
     Args:
-        runs: of `read_runs`, one or more.
-        findings: of the doctor in each, or why there are none, a sentence.
-        accuracies: how many steps each run took to these; empty: to the best that
-            every run of a group reached, for each group.
-        layers: patterns of the layers to draw; empty: SHOWN_LAYERS of them.
+        runs: one or more runs, from `read_runs`.
+        findings: for each run, the doctor's findings, or a sentence that says why there
+            are none.
+        accuracies: report the steps that each run took to these. Empty: for each group,
+            to the best accuracy that every run of the group reached.
+        layers: patterns of the layers to draw. Empty: SHOWN_LAYERS of them.
+
+    Returns:
+        The text of the file.
     """
     count = f"{len(runs)} run{'' if len(runs) == 1 else 's'}"
     sections = [
         ("runs", "Runs", _overview(runs)),
-        ("differences", "How their settings differ", _differences(runs)),
+        ("differences", "Differences between their settings", _differences(runs)),
         ("curves", "Accuracy and loss", _curves(runs)),
         ("steps", "Steps to an accuracy", _steps_to(runs, accuracies)),
         ("statistics", "Batch normalization through training", _layers(runs, layers)),
-        ("findings", "What the doctor found", _findings(runs, findings)),
+        ("findings", "Findings of the doctor", _findings(runs, findings)),
     ]
     now = dt.datetime.now(dt.UTC).isoformat(" ", "minutes").removesuffix("+00:00")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -117,13 +121,13 @@ def _overview(runs: Sequence[RunReport]) -> Iterator[ET.Element]:
             best = int(np.nanargmax(accuracy))
             cells = [percent(accuracy[-1]), percent(accuracy[best])]
             cells += [f"{steps[best]:,.0f}", f"{run.test['loss'][-1]:.4f}"]
-        done = f"{at:,}" if run.ended else f"{at:,} of {wanted}, has not ended"
+        done = f"{at:,}" if run.ended else f"{at:,} of {wanted}, not finished"
         rows.append((run.name, *cells, done, duration(seconds)))
     yield table("The runs and how they ended", header, rows)
     yield tag(
         "p",
-        "Accuracy and loss are those of the test set; the best is that of any "
-        "evaluation. The time is that of the training steps, without compilation and "
+        "Accuracy and loss are measured on the test set; the best accuracy is that of "
+        "any evaluation. The time counts the training steps, without compilation and "
         "evaluation.",
     )
 
@@ -140,7 +144,7 @@ def _differences(runs: Sequence[RunReport]) -> Iterator[ET.Element]:
     elif len(runs) > 1:
         yield tag("p", "In nothing.")
     shared = table("Settings that are the same", ("setting", "value"), same.items())
-    summary = f"{len(same)} settings {'they share' if len(runs) > 1 else 'of the run'}"
+    summary = f"{len(same)} {'shared settings' if len(runs) > 1 else 'settings'}"
     yield tag("details", tag("summary", summary), shared)
 
 
@@ -170,10 +174,10 @@ def _curves(runs: Sequence[RunReport]) -> Iterator[ET.Element]:
     charts.append((series, "Training loss against steps", "training steps", options))
     figures = [_figure(*chart, **options) for *chart, options in charts if chart[0]]
     if not figures:
-        yield tag("p", "Nothing was measured yet.")
+        yield tag("p", "There are no measurements yet.")
         return
     yield _figures(figures)
-    yield tag("p", _about_groups(runs, "All of them are drawn."))
+    yield tag("p", _about_groups(runs, "The charts show all of them."))
 
 
 def _steps_to(
@@ -183,15 +187,15 @@ def _steps_to(
     for run in runs:
         accuracy = run.test["accuracy"][np.isfinite(run.test["accuracy"])]
         bests.setdefault(run.group, []).append(float(accuracy.max(initial=0)))
-    about = "The first evaluation at or above an accuracy."
+    about = "Each cell is the first evaluation at or above an accuracy."
     if not accuracies:
         accuracies = sorted({min(each) for each in bests.values()} - {0.0})
         about += (
-            " The accuracies are the best that every run of the same settings "
-            "reached; --accuracy asks for others."
+            " The accuracy is the best that every run with the same settings "
+            "reached; --accuracy selects others."
         )
     if not accuracies:
-        yield tag("p", "No run was evaluated yet.")
+        yield tag("p", "There are no evaluations yet.")
         return
     header = ("run", *(percent(accuracy) for accuracy in accuracies))
     rows = []
@@ -214,7 +218,7 @@ def _layers(runs: Sequence[RunReport], patterns: Sequence[str]) -> Iterator[ET.E
     without = [run.name for run in runs if not run.layers]
     if without:
         yield tag(
-            "p", f"Nothing was recorded, or there is no such layer: {_list(without)}."
+            "p", f"These runs have no records or no such layer: {_list(without)}."
         )
     names_of = _layer_names(drawn)
     for kind, names in names_of.items():
@@ -223,7 +227,7 @@ def _layers(runs: Sequence[RunReport], patterns: Sequence[str]) -> Iterator[ET.E
             if kind == "inputs" and drawn:
                 yield tag(
                     "p",
-                    "How the inputs of the nonlinearities are distributed was not "
+                    "The distributions of the nonlinearities' inputs were not "
                     "recorded: train with --record-inputs.",
                 )
             continue
@@ -235,7 +239,7 @@ def _layers(runs: Sequence[RunReport], patterns: Sequence[str]) -> Iterator[ET.E
                     charts.append(
                         _figure(series, title, "training steps", y_label="", width=3.8)
                     )
-            of = "what its nonlinearity is given" if kind == "inputs" else "its numbers"
+            of = "inputs of its nonlinearity" if kind == "inputs" else "its numbers"
             yield tag("h3", f"{layer}: {of}")
             yield _figures(charts, "small")
         low, middle, high = PERCENTILES
@@ -243,20 +247,20 @@ def _layers(runs: Sequence[RunReport], patterns: Sequence[str]) -> Iterator[ET.E
         about = f"Line: percentile {middle} of {units}; band: {low} to {high}. "
         if left := [name for name in names if name not in chosen]:
             about += (
-                f"{len(chosen)} of {len(names)} layers are drawn; --layers draws "
-                f"others: {_list(left)}. "
+                f"The charts show {len(chosen)} of {len(names)} layers; --layers "
+                f"selects others: {_list(left)}. "
             )
-        about += f"Drawn: {_list([run.name for run in drawn])}. "
-        yield tag("p", about + _about_groups(runs, "The first of them is drawn."))
+        about += f"Runs shown: {_list([run.name for run in drawn])}. "
+        yield tag("p", about + _about_groups(runs, "The charts show the first."))
 
 
 def check_layers(runs: Sequence[RunReport], patterns: Sequence[str]) -> None:
-    """Refuse a pattern that no layer has."""
+    """Refuse a pattern that matches no layer."""
     names = list(dict.fromkeys(itertools.chain(*_layer_names(runs).values())))
     for pattern in patterns:
         if not _choose(names, [pattern]):
             raise SettingError(
-                f"--layers {pattern}: no layer of these runs is called so. Expected "
+                f"--layers {pattern}: these runs have no such layer. Expected "
                 f"some of: {', '.join(names) or 'none was recorded'}."
             )
 
@@ -299,7 +303,7 @@ def _findings(
 def _distribution(
     run: RunReport, runs: Sequence[RunReport], kind: str, layer: str, array: str
 ) -> Series | None:
-    """Return the percentiles of an array through training, if the run has it."""
+    """Return the percentiles of an array during training, if the run has them."""
     lines = [
         (line["step"], *found)
         for line in run.layers
@@ -316,7 +320,7 @@ def _distribution(
 def _series(
     run: RunReport, runs: Sequence[RunReport], x: np.ndarray, y: np.ndarray
 ) -> Series:
-    """Return a curve of a run, in the style of its group and named once in it."""
+    """Return a curve of a run in the style of its group, with one label per group."""
     group = [each for each in runs if each.group == run.group]
     label = run.name if len(run.name) <= LONGEST else f"…{run.name[-LONGEST:]}"
     if more := len(group) - 1:
@@ -328,7 +332,7 @@ def _series(
 def _figure(
     series: Sequence[Series], title: str, x_label: str, *, y_label: str, **options: Any
 ) -> ET.Element:
-    """Return a chart, with its numbers in a table for who does not see it."""
+    """Return a chart and a table of its numbers for readers who cannot see it."""
     svg = line_chart(series, title, x_label, y_label, **options)
     data = base64.b64encode(svg.encode()).decode()
     rows, label = [], ""
@@ -351,7 +355,7 @@ def _figure(
 def _about_groups(runs: Sequence[RunReport], drawn: str) -> str:
     if len({run.group for run in runs}) == len(runs):
         return ""
-    return f"Runs that differ in their seed alone have one colour. {drawn}"
+    return f"Runs that differ only in their seed have one color. {drawn}"
 
 
 def _list(names: Sequence[str]) -> str:

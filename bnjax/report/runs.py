@@ -1,4 +1,4 @@
-"""What the folders of runs say of them."""
+"""Read the folders of runs for a report."""
 
 import dataclasses
 import math
@@ -15,21 +15,23 @@ from bnjax.training.metrics import read_metrics
 from bnjax.training.workdir import LAYERS, METRICS, SUMMARY, config_of, read_record
 
 MAX_BYTES = 2**28
-"""Of a file of records: two million lines of metrics.jsonl."""
+"""The largest size of a file of records, two million lines of metrics.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunReport:
-    """What a run's folder says of it.
+    """The contents of a run's folder.
 
     Attributes:
-        name: of the folder, with those above it as far as it takes to be the only one.
-        settings: every flag with its value, as text, and what it ran on.
-        group: the same for runs that differ in their seed alone.
-        train, test: the records of metrics.jsonl, a column an array; "seconds" is how
-            long training took up to there, without compilation and evaluation.
+        name: the name of the folder, with as many of its parents as make it unique.
+        settings: the value of every flag, as text, and the device.
+        group: a number that is the same for runs that differ only in their seed.
+        train: the training records of metrics.jsonl, one array for each column;
+            "seconds" is the time of training so far, without compilation and
+            evaluation.
+        test: the test records of metrics.jsonl, with the same columns.
         layers: the lines of layers.jsonl.
-        ended: whether it took all its steps.
+        ended: whether the run took all its steps.
     """
 
     name: str
@@ -42,7 +44,7 @@ class RunReport:
 
 
 def read_runs(workdirs: Sequence[Path]) -> list[RunReport]:
-    """Read what the folders of runs hold besides their checkpoints."""
+    """Read the folders of runs, without their checkpoints."""
     runs, groups = [], []
     for workdir, name in zip(workdirs, _names(workdirs), strict=True):
         record = read_record(workdir)
@@ -82,14 +84,14 @@ def _read(workdir: Path, name: str) -> list[dict[str, Any]]:
     path = workdir / name
     if path.exists() and path.stat().st_size > MAX_BYTES:
         raise RunError(
-            f"{path} has {path.stat().st_size:,} bytes; a report takes at most "
-            f"{MAX_BYTES:,}. Leave the run out."
+            f"{path} has {path.stat().st_size:,} bytes; a report reads at most "
+            f"{MAX_BYTES:,}. Omit this run."
         )
     return read_metrics(workdir, name)
 
 
 def _checked(workdir: Path, line: dict[str, Any]) -> dict[str, Any]:
-    """Return a line of layers.jsonl if it is one that a run writes."""
+    """Return a line of layers.jsonl; refuse a line that no run writes."""
     try:
         for kind in ("layers", "inputs"):
             for arrays in line[kind].values():
@@ -98,7 +100,7 @@ def _checked(workdir: Path, line: dict[str, Any]) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{workdir / LAYERS} is damaged: the line of step {line['step']} does not "
-            "hold three numbers for each array of each layer. Restore the file, or "
+            "have three numbers for each array of each layer. Restore the file, or "
             "train again."
         ) from error
     return line
@@ -119,7 +121,7 @@ def _number(value: Any) -> float:
 
 
 def _names(workdirs: Sequence[Path]) -> list[str]:
-    """Return the end of each path that no other path has."""
+    """Return the shortest end of each path that no other path has."""
     paths = [workdir.resolve() for workdir in workdirs]
     length, names = 0, [""] * len(paths)
     while len(set(names)) < len(set(paths)) or not length:

@@ -1,5 +1,5 @@
-"""What train.py and eval.py are made of.
+"""The parts of train.py and eval.py.
 
-This package serves the two programs and promises no stable interface; the layers in
-`bnjax.linen` and `bnjax.nnx` and the functions in `bnjax` do.
+This package serves the two programs and promises no stable interface. The layers in
+`bnjax.linen` and `bnjax.nnx` and the functions in `bnjax` are stable.
 """

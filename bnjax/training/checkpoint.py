@@ -1,7 +1,7 @@
-"""Checkpoints of a run: orbax writes them while training goes on, digests find damage.
+"""Checkpoints of a run: orbax writes them during training, digests find damage.
 
-A checkpoint is a folder that orbax names by its step once it is complete: `state/` has
-the arrays, `metadata/` what lies beside them, `sha256.json` a digest of each file.
+A checkpoint is a folder. When it is complete, orbax names it by its step. `state/` has
+the arrays, `metadata/` the other values, `sha256.json` a digest of each file.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ ROOM = 2**18
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointMetadata:
-    """What a checkpoint holds beside the state."""
+    """The values of a checkpoint beside the state."""
 
-    test_accuracy: float | None = None  # Of this very step, if it was evaluated.
+    test_accuracy: float | None = None  # Of this step, if it was evaluated.
     feed: dict[str, Any] = dataclasses.field(default_factory=dict)  # `Feed.state()`.
-    seconds: float = 0.0  # In steps so far.
-    dropped: int = 0  # Steps so far.
+    seconds: float = 0.0  # Time in training steps so far.
+    dropped: int = 0  # Dropped steps so far.
 
 
 class DamageError(RunError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint differs from what was written."""
 
     def __init__(self, where: Path, reason: str) -> None:
         super().__init__(f"checkpoint {where} is damaged: {reason}.")
@@ -55,10 +55,10 @@ class DamageError(RunError):
 
 
 class _Manager(ocp.CheckpointManager):
-    """orbax's, which reads the test accuracy from `metadata/`."""
+    """orbax's manager, with the test accuracy from `metadata/`."""
 
     def metrics(self, step: int) -> Any:
-        """Return what lies beside the state; None where it cannot be read."""
+        """Return the values beside the state; None if they cannot be read."""
         try:
             return json.loads((self.directory / str(step) / METADATA_FILE).read_bytes())
         except (OSError, ValueError):
@@ -66,7 +66,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `config.keep` and the best are kept.
+    """The checkpoints of one run; it keeps the newest `config.keep` and the best.
 
     With `read_only`, nothing is created or deleted.
     """
@@ -85,7 +85,7 @@ class Checkpoints:
             get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
         )
         kept = checkpoint_managers.AnyPreservationPolicy([newest, best])
-        # Each host has a folder of its own, and nobody waits for another.
+        # Each host has its own folder, so that no host waits for another.
         host = jax.process_index()
         self._manager = _Manager(
             self.folder.absolute(),
@@ -93,7 +93,7 @@ class Checkpoints:
                 create=False,
                 read_only=read_only,
                 preservation_policy=kept,
-                # Of folders created meanwhile orbax tells by keys that hosts share.
+                # orbax reports created folders by keys that the hosts share.
                 async_options=ocp.AsyncOptions(
                     create_directories_asynchronously=False,
                     post_finalization_callback=self._write_digests,
@@ -105,7 +105,7 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Wait for the checkpoint being written, and let go of what is open."""
+        """Wait for the checkpoint being written, and close open files."""
         try:
             self.wait()
         finally:
@@ -116,7 +116,8 @@ class Checkpoints:
     ) -> None:
         """Start to write a checkpoint, and return as soon as the state is copied.
 
-        Its buffers may be donated then. Whatever fails, the last good one is kept.
+        After that, its buffers may be donated. If writing fails, the last good
+        checkpoint remains.
         """
         self.wait()
         step = int(np.asarray(state.step).ravel()[0])
@@ -128,13 +129,13 @@ class Checkpoints:
                 "Try a lower --learning-rate."
             )
         self._writing = self.folder / str(step)
-        # orbax finds out half-way, and says so in many tracebacks.
+        # orbax would fail half-way, with many tracebacks.
         needed = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + ROOM
         if (free := shutil.disk_usage(self.folder).free) < needed:
             raise RunError(
                 f"checkpoint {self._writing} could not be written: the disk has "
-                f"{free:,} bytes left and {needed:,} are wanted. {self.last_good()} "
-                "Make room, or give a --workdir on another disk."
+                f"{free:,} bytes left, and {needed:,} are needed. {self.last_good()} "
+                "Free some space, or give a --workdir on another disk."
             )
         metadata = metadata or CheckpointMetadata()
         record = {"config": self._config, **dataclasses.asdict(metadata)}
@@ -145,20 +146,20 @@ class Checkpoints:
             self._manager.save(step, args=items, metrics=record, force=True)
 
     def check(self) -> None:
-        """Raise what went wrong with the checkpoint being written, if it is over."""
+        """Raise the error of the checkpoint being written, if writing has ended."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Return once the checkpoint being written is there, or raise a RunError."""
+        """Wait for the checkpoint being written; raise a RunError if writing fails."""
         with self._explaining_failure():
             self._manager.wait_until_finished()
 
     def restore(self, target: TrainState) -> tuple[TrainState, CheckpointMetadata]:
-        """Read the newest checkpoint that is whole, into a state like `target`.
+        """Read the newest undamaged checkpoint into a state like `target`.
 
-        A damaged one is named on standard error, put aside unless the run is only
-        read, and the one before it is read.
+        Standard error reports a damaged checkpoint. It is put aside, unless the run is
+        read-only, and the checkpoint before it is read.
         """
         arrays, record = self._newest(jax.tree.map(_copy, target))
         names = [field.name for field in dataclasses.fields(CheckpointMetadata)]
@@ -166,18 +167,18 @@ class Checkpoints:
         return jax.tree.map(_like, arrays, target), metadata
 
     def restore_tree(self) -> dict[str, Any]:
-        """Read it as nested dicts of NumPy arrays, knowing nothing of the network."""
+        """Read the newest checkpoint as nested dicts of arrays, without the network."""
         return self._newest(None)[0]
 
     def steps(self) -> list[int]:
-        """Return the steps that have a checkpoint, in order."""
+        """Return the steps with a checkpoint, in order."""
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
 
     def last_good(self) -> str:
-        """Say where the newest complete checkpoint is."""
+        """Return a sentence with the path of the newest complete checkpoint."""
         steps = self.steps()
         if not steps:
-            return "No checkpoint had been written yet."
+            return "There is no checkpoint yet."
         return f"The last good checkpoint is {self.folder / str(steps[-1])}."
 
     def _newest(self, target: Any) -> tuple[Any, dict[str, Any]]:
@@ -188,7 +189,7 @@ class Checkpoints:
                 found = self._read(where, target)
             except DamageError as error:
                 if not where.exists():
-                    # The run that writes here has newer ones by now.
+                    # The running training has written newer checkpoints meanwhile.
                     return self._newest(target)
                 damaged.append(error)
                 continue
@@ -201,9 +202,9 @@ class Checkpoints:
                     self._manager.reload()
             return found
         if damaged:
-            raise RunError(f"{damaged[0]} There is no other. Train again.")
+            raise RunError(f"{damaged[0]} There is no other checkpoint. Train again.")
         raise RunError(
-            f"{self.folder} holds no whole checkpoint: the run ended before its "
+            f"{self.folder} holds no complete checkpoint: the run ended before its "
             "first, or its files are damaged. Train again in a new --workdir."
         )
 
@@ -221,9 +222,8 @@ class Checkpoints:
         record = json.loads((where / METADATA_FILE).read_bytes())
         if record["config"] != self._config:
             raise RunError(
-                f"config.json is not the configuration that checkpoint {where} was "
-                "made with: one of the two was edited or damaged since. Restore the "
-                "file, or train again."
+                f"config.json is not the configuration of checkpoint {where}: one of "
+                "the two was edited or damaged. Restore the file, or train again."
             )
         try:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
@@ -232,7 +232,7 @@ class Checkpoints:
             raise DamageError(where, first_line(error)) from error
 
     def _write_digests(self) -> None:
-        # orbax calls this with all files written, before it gives the folder its name.
+        # orbax calls this after it has written all files, before it names the folder.
         (partial,) = self.folder.glob(f"*{PARTIAL}*")
         (partial / DIGESTS).write_text(json.dumps(_digests(partial), indent=2))
 
@@ -242,7 +242,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explaining_failure(self) -> Iterator[None]:
-        """Turn what orbax raises into a message, and remove what it left behind."""
+        """Turn an error of orbax into a message, and remove partial files."""
         try:
             yield
         except Exception as error:
@@ -257,8 +257,8 @@ class Checkpoints:
 def open_checkpoints(
     workdir: Path, config: Config, *, read_only: bool = False
 ) -> Iterator[Checkpoints]:
-    """Open the checkpoints of a run and close them in the end."""
-    # What orbax logs about a failure is raised as well.
+    """Open the checkpoints of a run, and close them at the end."""
+    # orbax also raises the failures that it logs.
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -271,7 +271,7 @@ def open_checkpoints(
 
 
 def _check_files(where: Path) -> None:
-    """Raise a DamageError that names the first file that is not what was written."""
+    """Raise a DamageError that names the first missing or changed file."""
     try:
         expected = dict(json.loads((where / DIGESTS).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
@@ -281,7 +281,7 @@ def _check_files(where: Path) -> None:
         if name not in found:
             raise DamageError(where, f"{name} is missing")
         if found[name] != expected.get(name):
-            raise DamageError(where, f"{name} is not what was written")
+            raise DamageError(where, f"{name} differs from its digest")
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -300,12 +300,12 @@ def _accuracy(record: Any) -> float:
 
 
 def _copy(leaf: jax.Array) -> Any:
-    """Return a leaf that no donation can overwrite, and that each host can write."""
+    """Return a copy of a leaf that survives donation and that each host can write."""
     return np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
 def _like(leaf: Any, target: jax.Array) -> jax.Array:
-    """Return what `_copy` made of a leaf of the kind of `target`, as it was."""
+    """Undo `_copy` for a leaf of the kind of `target`."""
     if _is_key(target):
         return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(target))
     return jnp.asarray(leaf, target.dtype)

@@ -1,7 +1,7 @@
-"""What a run is told: typed, frozen, documented.
+"""The configuration of a run: typed, frozen and documented.
 
-tyro reads these classes for the command line; the sentence under each field is what
-`--help` shows. `bnjax.training.config` refuses what no run can use.
+tyro reads these classes for the command line; the text under each field appears in
+`--help`. `validate` refuses values that no run can use.
 """
 
 import ast
@@ -29,42 +29,42 @@ from bnjax.models import MODELS
 
 
 class RunError(ValueError):
-    """A run that cannot be started, read or gone on with."""
+    """A run cannot be started, read or continued."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The network. An option of None has the model's own default."""
+    """The network. None keeps the model's own default."""
 
     name: Annotated[str, tyro.conf.arg(aliases=["--model"])] = "mlp"
-    """mlp, lenet, inception, or resnet and 18, 20, 34, 50, 56, 101, 110 or 152.
+    """mlp, lenet, inception, or resnet followed by 18, 20, 34, 50, 56, 101, 110 or 152.
     my_package.nets:make_net: a function of your own."""
     hidden: tuple[int, ...] | None = None
-    """Of mlp: width of each hidden layer."""
+    """For mlp: the width of each hidden layer."""
     weight_std: float | None = None
-    """Of mlp: standard deviation of the Gaussian the weights start from."""
+    """For mlp: the standard deviation of the Gaussian initial weights."""
     weight_scale: float | None = None
-    """Of the others: factor on the standard deviation of the first weights."""
+    """For the other models: a factor on the standard deviation of initial weights."""
     activation: str | None = None
-    """The nonlinearity, a name of jax.nn such as "relu" or "sigmoid"."""
+    """The nonlinearity, a function of jax.nn such as "relu" or "sigmoid"."""
     dropout: float | None = None
-    """Of inception and resnet: rate of dropout before the classifier."""
+    """For inception and resnet: the dropout rate before the classifier."""
     pool: Literal["avg", "max"] | None = None
-    """Of lenet: how it pools."""
+    """For lenet: the kind of pooling."""
     width: float | None = None
-    """Of inception and resnet: factor on the number of filters of each layer."""
+    """For inception and resnet: a factor on the number of filters of each layer."""
     stem: Literal["imagenet", "small"] | None = None
-    """Of inception: its first layers, for images of 224x224, or for 32x32."""
+    """For inception: the first layers, for images of 224x224 or of 32x32."""
     separable_conv1: bool | None = None
-    """Of inception: conv1 separable, with depth multiplier 8 (the paper's appendix)."""
+    """For inception: separable conv1, depth multiplier 8 (the paper's appendix)."""
     printed_depths: bool | None = None
-    """Of inception: depths as the paper prints them, not as its filters sum up."""
+    """For inception: use the paper's printed depths, not the sums of its filters."""
     local_response_norm: bool | None = None
-    """Of inception: normalize the local response after pool1 and after conv2."""
+    """For inception: add local response normalization after pool1 and conv2."""
     per_activation: bool | None = None
-    """Of inception: BN of the last modules scales and shifts each position apart."""
+    """For inception: the last modules' BN scales and shifts each position by itself."""
     zero_scale: bool | None = None
-    """Of resnet: the scale of each block's last BN starts at 0, not at 1."""
+    """For resnet: start the scale of each block's last BN at 0, not at 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,25 +74,26 @@ class BatchNormConfig:
     momentum: float = 0.99
     """Weight of the OLD running value, as in Flax (PyTorch's 0.1 is 0.9 here)."""
     epsilon: float = 1e-5
-    """Added to the variance."""
+    """The number added to the variance."""
     unbiased: bool = True
-    """Running variance with Algorithm 2's m/(m-1), as PyTorch; Flax: without."""
+    """Keep the running variance with the factor m/(m-1) of Algorithm 2.
+    PyTorch has this factor, Flax does not."""
     implementation: Literal["bnjax", "flax"] = "bnjax"
-    """Whose layer: bnjax.linen.BatchNorm, or to compare, flax.linen.BatchNorm."""
+    """The layer: bnjax.linen.BatchNorm or, for comparisons, flax.linen.BatchNorm."""
     sync: str = "global"
-    """Whose examples are normalized together.
-    global: those of all devices.
-    group:K: those of K neighbouring devices.
-    per-device: those of each device by itself."""
+    """Which examples are normalized together.
+    global: the examples of all devices.
+    group:K: the examples of K neighboring devices.
+    per-device: the examples of each device by itself."""
     virtual_batch_size: int | None = None
-    """Normalize so many examples at a time, in training (the paper's replicas: 32).
-    None: all that --bn.sync puts together."""
+    """Normalize this many examples at a time in training (the paper's replicas: 32).
+    None: all examples that --bn.sync normalizes together."""
 
 
 def read_options(words: Sequence[str]) -> dict[str, Any]:
-    """Return keywords, NAME=VALUE each: a literal of Python's, or else a string.
+    """Return keywords from NAME=VALUE words; a value is a Python literal or a string.
 
-    Example:
+    Examples:
         >>> read_options(["b1=0.9", "nesterov=True", "accumulator_dtype=bfloat16"])
         {'b1': 0.9, 'nesterov': True, 'accumulator_dtype': 'bfloat16'}
     """
@@ -121,115 +122,116 @@ Options = Annotated[
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer and its learning rate over time."""
+    """The optimizer and its learning rate schedule."""
 
     name: str = "sgd"
-    """An optimizer of Optax by its name there: sgd, adam, adamw, lion, lars, ..."""
+    """The Optax name of the optimizer: sgd, adam, adamw, lion, lars, ..."""
     options: Options = dataclasses.field(default_factory=dict)
-    """Its keywords, such as momentum=0.9 nesterov=True; others stay the preset's."""
+    """Keywords of the optimizer, such as momentum=0.9 nesterov=True.
+    Other keywords keep the preset's values."""
     weight_decay: float = 0.0
     """L2 penalty on weights, never on biases or BN's scale.
-    An optimizer with a weight_decay of its own, such as adamw, is given it instead."""
+    An optimizer with its own weight_decay, such as adamw, gets this value instead."""
     clip_norm: float | None = None
-    """Gradients of a larger global norm are scaled down to this. None: as they are."""
+    """Clip gradients to this global norm. None: do not clip."""
     schedule: str = "constant_schedule"
-    """What the learning rate does after the warm-up, by its name in Optax.
+    """The Optax name of the learning rate schedule after the warm-up.
     constant_schedule, cosine_decay_schedule, exponential_decay, ..."""
     schedule_options: Options = dataclasses.field(default_factory=dict)
-    """Its keywords, such as decay_rate=0.96 transition_steps=1000.
-    Required ones left out: from --learning-rate to 0, in the steps that are left."""
+    """Keywords of the schedule, such as decay_rate=0.96 transition_steps=1000.
+    Omitted required keywords: from --learning-rate to 0, in the remaining steps."""
     warmup_steps: int = 0
-    """Steps over which the rate first rises on a line to --learning-rate.
-    The schedule starts after them."""
+    """Steps of a linear warm-up to --learning-rate.
+    The schedule starts after the warm-up."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """Several hosts that train together: the same command on each but for the index."""
+    """Several hosts that train together, with the same command except the index."""
 
     coordinator: str | None = None
-    """ADDRESS:PORT of host 0, free there and reached by all. None: one host.
-    auto: found by JAX, under Slurm, Open MPI and on Cloud TPU."""
+    """ADDRESS:PORT of host 0, a free port that all hosts can reach. None: one host.
+    auto: JAX finds it, under Slurm, Open MPI and on Cloud TPU."""
     count: int = 1
-    """How many hosts there are."""
+    """The number of hosts."""
     index: int = 0
-    """Which of them this is, counted from 0; host 0 writes the run's folder."""
+    """The index of this host, from 0; host 0 writes the run's folder."""
     timeout: int = 120
-    """Seconds to wait for the others to come."""
+    """Seconds to wait for the other hosts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A run is a function of this and of the machine it runs on."""
+    """The settings of a run, which together with the machine determine its results."""
 
     steps: int
-    """How many steps to train."""
+    """The number of training steps."""
     batch_size: int
-    """Examples in a step."""
+    """The number of examples in a step."""
     learning_rate: Annotated[float, tyro.conf.arg(aliases=["--lr"])]
-    """Learning rate that the schedule starts from."""
+    """The learning rate at the start of the schedule."""
     seed: int = 0
-    """Of all randomness: first weights, order of the data, augmentation."""
+    """The seed of all randomness: initial weights, order of the data, augmentation."""
     batch_norm: bool = True
-    """Normalize each hidden layer; without, its bias returns."""
+    """Normalize each hidden layer. Without normalization, the layers have biases."""
     ema: float | None = None
-    """Evaluate a moving average of the parameters; this is the old average's weight.
+    """Evaluate a moving average of the parameters, with this weight of the old value.
     None: evaluate the parameters themselves."""
     batch_stats_from: int = 100
-    """Of --ema: over how many training batches the average's statistics are taken."""
+    """For --ema: the number of training batches for the average's statistics."""
     init_from: Path | None = None
-    """Start from another network: the folder of a run, or weights saved by PyTorch.
-    Its last layer starts anew where the classes are others."""
+    """Start from another network: the folder of a run, or weights from PyTorch.
+    The last layer is new if the classes differ."""
     init_stats: Literal["adapt", "freeze", "reset"] = "adapt"
-    """What becomes of the running statistics of --init-from.
-    adapt: they move on from where they are.
-    freeze: they stay, and normalize in training too.
-    reset: they start anew."""
+    """How to use the running statistics of --init-from.
+    adapt: start from them and update them.
+    freeze: keep them, and normalize by them in training too.
+    reset: start with new statistics."""
     accumulate: int = 1
-    """Micro-batches that a batch is cut into, each normalized by itself."""
+    """The number of micro-batches in a batch, each normalized by itself."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations; parameters, statistics and losses stay in float32."""
+    """The dtype of activations; parameters, statistics and losses stay float32."""
     parallel: Literal["auto", "single", "pmap", "spmd"] = "auto"
     """How devices share the work.
-    pmap: each has a part of the batch.
-    spmd: one program, its arrays sharded.
-    single: one device works.
-    auto: pmap where there are several, else single.
-    A network of your own that takes no normalization: spmd in place of pmap."""
+    pmap: each device has a part of the batch.
+    spmd: one program with sharded arrays.
+    single: use one device.
+    auto: pmap if there are several devices, else single.
+    A network of your own that takes no normalization: spmd instead of pmap."""
     devices: int | None = None
-    """How many devices to use, the first ones. None: all."""
+    """Use only the first devices, this many. None: all devices."""
     workdir: Path | None = None
-    """Where the run writes, a folder without a run. None: runs/<preset>-<time>."""
+    """The folder to write, without a run in it. None: runs/<preset>-<time>."""
     resume: bool = False
     """Continue the run in --workdir bit for bit; without a checkpoint, start it."""
     data_dir: Path | None = None
-    """Where tfds sets are. None: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
+    """The folder of tfds sets. None: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     log_every: int = 100
-    """Steps that metrics.jsonl has the mean of, in one dispatch to the device.
-    Convolutions on a CPU are dispatched step by step: in a loop they are slow."""
+    """Steps in one dispatch to the device; metrics.jsonl has their mean.
+    Convolutions on a CPU are dispatched step by step, because a loop is slow there."""
     eval_every: int = 500
     """Steps between two evaluations on the test set."""
     checkpoint_every: int = 5000
-    """Steps between two checkpoints; the last step always makes one."""
+    """Steps between two checkpoints; the last step always writes one."""
     keep: int = 2
-    """How many of the newest checkpoints stay; the best by test accuracy stays too."""
+    """The number of newest checkpoints to keep, beside the best by test accuracy."""
     eval_batch_size: int = 1000
-    """Examples in a batch of the evaluation; results stay the same."""
+    """The number of examples in an evaluation batch; it does not change results."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do where the loss is nan or infinite.
-    stop: end the run, and name the layer that it began in.
-    skip: drop the step, where anything in it is not finite, and go on."""
+    """What to do if the loss is nan or infinite.
+    stop: end the run, and name the layer where it began.
+    skip: drop every step with a value that is not finite, and continue."""
     tensorboard: bool = False
-    """Write what metrics.jsonl has to <workdir>/tensorboard too, for TensorBoard."""
+    """Also write the contents of metrics.jsonl to <workdir>/tensorboard."""
     histograms: bool = False
-    """For TensorBoard: scale, bias, mean and var of BN layers, when evaluating."""
+    """For TensorBoard: write scale, bias, mean and var of BN layers at evaluations."""
     record_inputs: bool = False
-    """When evaluating, write percentiles of each nonlinearity's inputs, Figure 1b, c,
-    to layers.jsonl too."""
+    """At evaluations, write percentiles of nonlinearity inputs to layers.jsonl.
+    Figure 1b, c of the paper shows such percentiles."""
     profile: bool = False
     """Trace the second dispatch with jax.profiler, to <workdir>/profile."""
     compilation_cache: Path | None = None
-    """A folder where compiled programs are kept for the next run. None: not kept."""
+    """A folder to keep compiled programs for the next run. None: do not keep them."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -239,7 +241,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A run by name, the accuracy to expect, and how long it takes if it was run."""
+    """A named configuration, with the expected accuracy and, if known, the time."""
 
     name: str
     summary: str
@@ -249,9 +251,9 @@ class Preset:
 
 
 def vary(config: Any, **changes: Any) -> Any:
-    """Return a configuration with some fields changed, those of a group by a dict.
+    """Return a configuration with changed fields; a dict changes fields of a group.
 
-    Example:
+    Examples:
         >>> vary(Config(9, 8, 0.1), seed=1, bn={"sync": "group:2"}).bn.sync
         'group:2'
     """
@@ -278,12 +280,12 @@ INCIDENTAL = frozenset(
         "compilation_cache",
     }
 )
-"""Fields of `Config` that no result depends on: a resumed run may change them."""
+"""Fields of `Config` that do not affect results; a resumed run may change them."""
 OPTIONS = tuple(field.name for field in dataclasses.fields(ModelConfig)[1:])
 
 
 def is_import_path(name: str) -> bool:
-    """Return whether a model's name is a function of the user's own."""
+    """Return whether a model's name refers to a function of the user."""
     return ":" in name
 
 
@@ -293,13 +295,13 @@ def as_flag(field: str) -> str:
 
 
 def set_options(model: ModelConfig) -> dict[str, Any]:
-    """Return the options that are set."""
+    """Return the options that are not None."""
     values = {name: getattr(model, name) for name in OPTIONS}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def refuse_options(model: ModelConfig, known: Collection[str]) -> None:
-    """Refuse an option that the model does not have; it has those `known`."""
+    """Refuse an option that is not among the `known` options of the model."""
     for name, value in set_options(model).items():
         if name not in known:
             has = [as_flag(f"model.{each}") for each in OPTIONS if each in known]
@@ -310,17 +312,23 @@ def refuse_options(model: ModelConfig, known: Collection[str]) -> None:
 
 
 def to_json(config: Any) -> Any:
-    """Return a configuration as JSON holds it."""
+    """Return a configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=os.fspath))
 
 
 def from_json(value: Any, where: str, made_by: str | None = None) -> Config:
-    """Return the configuration that `to_json` was given, if a run can use it.
+    """Return the configuration of a result of `to_json`, if a run can use it.
 
     Args:
-        value: what `to_json` returned.
+        value: the result of `to_json`.
         where: the file, for messages.
-        made_by: the version of bnjax that wrote it, where that is known.
+        made_by: the version of bnjax that wrote it, if it is known.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        RunError: if the value is damaged or from another version.
     """
     try:
         config = _read(Config, value, "")
@@ -337,9 +345,9 @@ def from_json(value: Any, where: str, made_by: str | None = None) -> Config:
 
 
 def result_config(config: Config) -> dict[str, Any]:
-    """Return what the state after a step depends on, as JSON.
+    """Return the settings that affect the state after a step, as JSON.
 
-    `steps` is left out: a resumed run may be given more.
+    `steps` is left out, because a resumed run may have more steps.
     """
     value = to_json(config)
     value["data"] = {n: v for n, v in value["data"].items() if n not in DATA_INCIDENTAL}
@@ -347,7 +355,7 @@ def result_config(config: Config) -> dict[str, Any]:
 
 
 def differences(recorded: Config, given: Config) -> list[str]:
-    """Name each flag that keeps a run from being resumed."""
+    """Describe each flag that prevents resuming the run."""
     before, now = flag_values(recorded), flag_values(given)
     incidental = {*INCIDENTAL, *(f"data.{name}" for name in DATA_INCIDENTAL)}
     if given.steps > recorded.steps:
@@ -371,7 +379,7 @@ def flag_values(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _read(kind: Any, value: Any, path: str) -> Any:
-    """Return `value` as `kind`, or raise naming the place."""
+    """Return `value` as `kind`, or raise an error that names the field."""
     if dataclasses.is_dataclass(kind):
         names = {field.name for field in dataclasses.fields(kind)}
         if not isinstance(value, dict) or set(value) != names:
@@ -398,14 +406,14 @@ def _read(kind: Any, value: Any, path: str) -> Any:
 
 
 def _read_option(value: Any) -> Any:
-    """Return a keyword's value; JSON has made strings of the keys of a dict."""
+    """Return a keyword's value; JSON turned the keys of a dict into strings."""
     if isinstance(value, dict):
         return {int(k) if k.isdigit() else k: v for k, v in value.items()}
     return value
 
 
-# Of each field, whether a value is accepted, and what was expected. None is not
-# checked: where a field may be None, that is its default.
+# For fields: the check of a value, and what was expected. None is not checked, because
+# it is the default of every field that may be None.
 _RULES: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
     (
         (
@@ -451,7 +459,7 @@ _RULES: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
 
 
 def validate(config: Config) -> None:
-    """Refuse values no run can use, and say what was expected of which flag."""
+    """Refuse values that no run can use; the message names the flag."""
     for names, accepts, expected in _RULES:
         for name in names.split():
             value = operator.attrgetter(name)(config)
@@ -480,19 +488,19 @@ def validate(config: Config) -> None:
         _refuse(config, "accumulate", f"a divisor of {config.batch_size}")
     if config.batch_norm and config.batch_size < 2:
         raise SettingError(
-            "--batch-size 1: batch normalization in training needs at least 2 examples "
-            "to take statistics over. Give a larger batch, or --no-batch-norm.",
+            "--batch-size 1: the statistics of batch normalization need at least 2 "
+            "examples in training. Give a larger batch, or --no-batch-norm.",
         )
     if config.batch_norm and bn.implementation == "flax":
         if bn.unbiased:
             raise SettingError(
-                "--bn.implementation flax keeps the biased variance only: "
+                "--bn.implementation flax supports only the biased variance: "
                 "add --bn.no-unbiased.",
             )
         if (bn.sync, bn.virtual_batch_size, config.accumulate) != ("global", None, 1):
             raise SettingError(
-                "--bn.implementation flax has the statistics of a whole batch only: "
-                "leave out --bn.sync, --bn.virtual-batch-size and --accumulate.",
+                "--bn.implementation flax supports only the statistics of a whole "
+                "batch: omit --bn.sync, --bn.virtual-batch-size and --accumulate.",
             )
     if config.resume and config.workdir is None:
         raise SettingError(

@@ -1,4 +1,4 @@
-"""How good a trained network is: every example of the test set scored exactly once."""
+"""Evaluate trained networks; every example of the test set is scored exactly once."""
 
 import contextlib
 import dataclasses
@@ -53,16 +53,19 @@ from bnjax.training.workdir import (
 )
 
 RECORDED_VALUES = 2**17
-"""How many values of a layer its percentiles are taken of, at most."""
+"""The largest number of values of a layer for its percentiles."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Scores over a whole split.
 
-    The loss is the mean cross-entropy; the rest are how many examples are classified
-    correctly, how many there are, and how many have their class among the five most
-    probable, or None where there are no more than five classes.
+    Attributes:
+        loss: the mean cross-entropy.
+        correct: the number of correctly classified examples.
+        examples: the number of examples.
+        top5_correct: the number of examples with their class among the five most
+            probable classes; None if there are no more than five classes.
     """
 
     loss: float
@@ -72,7 +75,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, parts: Sequence[Mapping[str, np.ndarray]]) -> "Evaluation":
-        """Sum up the scores of examples, as `make_eval_step` gives them."""
+        """Sum up the scores of examples from `make_eval_step`."""
         scores = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         return cls(
             loss=float(scores["loss"].astype(np.float64).mean()),
@@ -83,12 +86,12 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """Return the share classified correctly, between 0 and 1."""
+        """Return the fraction of correct examples, between 0 and 1."""
         return self.correct / self.examples
 
     @property
     def top5_accuracy(self) -> float | None:
-        """Return the share correct among the first five, between 0 and 1, or None."""
+        """Return the top-5 fraction of correct examples, between 0 and 1, or None."""
         return None if self.top5_correct is None else self.top5_correct / self.examples
 
     def __str__(self) -> str:
@@ -101,7 +104,7 @@ class Evaluation:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return what summary.json and eval.json hold."""
+        """Return the values for summary.json and eval.json."""
         names = ("accuracy", "loss", "correct", "examples")
         if self.top5_correct is not None:
             names += ("top5_accuracy", "top5_correct")
@@ -111,8 +114,8 @@ class Evaluation:
 class Evaluator:
     """Scores states on one split.
 
-    The batch size is rounded up to a multiple of the devices, and the last batch is
-    padded and masked. The work is on one device if `parallel` is None.
+    The batch size is rounded up to a multiple of the number of devices, and the last
+    batch is padded and masked. If `parallel` is None, one device does the work.
     """
 
     def __init__(
@@ -138,11 +141,11 @@ class Evaluator:
         )
 
     def __call__(self, state: TrainState) -> Evaluation:
-        """Score one state, as `Spmd.host_state` gives it."""
+        """Score one state from `Spmd.host_state`."""
         params, batch_stats = self._parallel.place((state.params, state.batch_stats))
         parts = []
         for arrays, kept in self._blocks:
-            # Arrays that are on the devices already stay as they are.
+            # Arrays that are already on the devices do not move.
             placed = self._parallel.place(arrays)
             scores = self._steps(params, batch_stats, placed, self._rows)
             parts.append({n: np.asarray(scores[n])[self._mask][kept] for n in scores})
@@ -150,10 +153,10 @@ class Evaluator:
 
 
 class InputRecorder:
-    """Gives what each nonlinearity of a network is given, for some test images.
+    """Returns the inputs of each nonlinearity of a network for some test images.
 
-    They are the first `count` and normalized by their own statistics, as a step of
-    training would; with fewer in memory at a time, those of the first block.
+    These are the first `count` images, or those of the first block if it has fewer.
+    They are normalized by their own statistics, as in a training step.
     """
 
     def __init__(
@@ -184,7 +187,7 @@ class InputRecorder:
     def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
         """Return values of shape (values, features) by layer, for one copy of a state.
 
-        Of large feature maps they are some, at equal distances.
+        From large feature maps, only equally spaced values are returned.
         """
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         placed = jax.device_put(jax.tree.map(np.asarray, variables), self._device)
@@ -198,13 +201,13 @@ def _some_of(u: jax.Array) -> jax.Array:
 
 
 Predictor = Callable[[np.ndarray], jax.Array]
-"""Gives the logits of stored images, uint8, a batch that the devices share."""
+"""A function from a batch of stored uint8 images to logits, sharded over devices."""
 
 
 def make_predictor(
     model: nn.Module, to_inputs: ToInputs, state: TrainState, parallel: Spmd
 ) -> Predictor:
-    """Put one trained network on the devices."""
+    """Put one trained network on the devices, and return its predictor."""
     variables = parallel.place((state.params, state.batch_stats))
     steps = parallel.eval_steps(
         make_predict_step(model), lambda _, images, __: {"image": to_inputs(images)}
@@ -220,23 +223,34 @@ def evaluate_crops(
     batch_size: int,
     report: Report = lambda done, total: None,  # noqa: ARG005
 ) -> tuple[list[Evaluation], Evaluation]:
-    r"""Score networks, and their ensemble, on the crops of every test image.
+    r"""Score networks and their ensemble on the crops of every test image.
 
-    The probabilities of an image, by one network and by the ensemble, are
+    The probabilities of an image from one network and from the ensemble are
 
-    .. math:: p_k = \frac{1}{C} \sum_{c=1}^{C} \mathrm{softmax}(f_k(x_c)), \quad
-              p = \frac{1}{K} \sum_{k=1}^{K} p_k
+    $$
+    p_k = \frac{1}{C} \sum_{c=1}^{C} \mathrm{softmax}(f_k(x_c)), \quad
+    p = \frac{1}{K} \sum_{k=1}^{K} p_k
+    $$
 
-    in float64; the loss is the mean of :math:`-\log p_t`. Each network is given
-    `batch_size` crops at a time, a multiple of the devices; the last batch is padded,
-    and the padding is not counted.
+    in float64. The loss is the mean of $-\log p_t$. Each network gets `batch_size`
+    crops at a time, a multiple of the number of devices. The last batch is padded, and
+    the padding is not counted.
+
+    Args:
+        predictors: the networks, from `make_predictor`.
+        blocks: the crops.
+        batch_size: the number of crops in a batch.
+        report: called with the examples done and their total.
+
+    Returns:
+        The scores of each network, and those of the ensemble.
 
     References:
-        Szegedy et al. 2015 (GoogLeNet), section 7; Ioffe and Szegedy 2015, section
+        Szegedy et al. (2015, GoogLeNet), section 7; Ioffe & Szegedy (2015), section
         4.2.3.
     """
     source = blocks.split.source
-    # The sums of the last example of a batch: its crops may go on in the next batch.
+    # The sums of the last example of a batch, whose crops may continue in the next.
     sums = np.zeros((len(predictors), 0, source.classes))
     labels, first = np.zeros(0, np.int32), 0
     scores = [[] for _ in range(len(predictors) + 1)]
@@ -245,7 +259,7 @@ def evaluate_crops(
         members = sums / blocks.crops
         for part, mean in zip(scores, [*members, members.mean(0)], strict=True):
             own = mean[np.arange(len(labels)), labels]
-            # A probability too small for float64 is not one of zero.
+            # A probability that underflows in float64 is not zero.
             loss = -np.log(np.maximum(own, np.finfo(np.float64).tiny))
             part.append({"loss": loss, **topk_correct(mean, labels)})
 
@@ -253,7 +267,7 @@ def evaluate_crops(
         size = len(images)
         padded = np.zeros((batch_size, *images.shape[1:]), np.uint8)
         padded[:size] = images
-        # All networks are given their work before the first is waited for.
+        # Start the work of all networks before waiting for the first.
         logits = [predict(padded) for predict in predictors]
         probabilities = np.stack([softmax(np.asarray(each)[:size]) for each in logits])
         places, starts = np.unique(examples - first, return_index=True)
@@ -271,17 +285,17 @@ def evaluate_crops(
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Return probabilities in float64 of logits of shape (batch, classes)."""
+    """Return float64 probabilities of logits of shape (batch, classes)."""
     wide = logits.astype(np.float64)
     powers = np.exp(wide - wide.max(axis=-1, keepdims=True))
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
 def _crop_batches(blocks: CropBlocks, size: int) -> Iterator[tuple[np.ndarray, ...]]:
-    """Pack the crops, in their order, into batches of one size; the last is smaller.
+    """Pack the crops in order into batches of one size; the last batch is smaller.
 
-    A batch is the images, the number and the label of the example of each, and how many
-    equal crops each stands for.
+    A batch holds the images and, for each image, the index and the label of its example
+    and the number of equal crops that it represents.
     """
     waiting, seen = None, 0
     for block in blocks:
@@ -302,13 +316,13 @@ def _crop_batches(blocks: CropBlocks, size: int) -> Iterator[tuple[np.ndarray, .
 class PopulationEstimator:
     """Estimates population statistics (Algorithm 2) over a run's training batches.
 
-    A run evaluates the moving averages of training, which cost nothing, except where
-    its parameters are an average that no batch has gone through. The batches are those
-    of steps 0, 1, ..., augmented as in training and each whole, so that every host, and
-    whoever evaluates the run later, finds the same statistics.
+    A run evaluates with the moving averages of training, which cost nothing. If its
+    parameters are an average, there are no such statistics, and it estimates them. The
+    batches are those of steps 0, 1, ..., augmented as in training. Each batch is whole,
+    so that every host and every later evaluation finds the same statistics.
 
-    The feed gives whole batches, at any step; `constants` are its own, where they are
-    on the devices already.
+    The feed returns whole batches at any step; `constants` are the constants of the
+    feed if they are already on the devices.
     """
 
     def __init__(
@@ -326,7 +340,7 @@ class PopulationEstimator:
             constants = self._parallel.place(feed.constants)
         self._constants = constants
         self._to_batch = jax.jit(feed.batch)
-        # One function for all calls: it is compiled once.
+        # One function for all calls, so that it is compiled once.
         self._apply = lambda variables, batch: program.model.apply(
             variables,
             batch["image"],
@@ -344,18 +358,18 @@ class PopulationEstimator:
         layers: Layers = None,
         report: Report = lambda done, total: None,  # noqa: ARG005
     ) -> TrainState:
-        """Return one copy of a state with statistics over some training batches.
+        """Return one copy of a state with statistics over training batches.
 
-        They are those of `--batch-stats-from` if None; for `method` and `layers` see
-        `bnjax.population.recompute_batch_stats`.
+        If `batches` is None, their number is `--batch-stats-from`. For `method` and
+        `layers` see `bnjax.population.recompute_batch_stats`.
         """
         if not state.batch_stats:
             return state
         config, place = self._config, self._parallel.place
         if config.init_stats == "freeze":
             raise SettingError(
-                "--batch-stats-from: the run was trained with --init-stats freeze, and "
-                "its layers have no statistics but those they are given. Leave it out."
+                "--batch-stats-from: the run was trained with --init-stats freeze, "
+                "which fixes the statistics of its layers. Omit the flag."
             )
         count = config.batch_stats_from if batches is None else batches
         rng = place(state.rng)
@@ -379,32 +393,32 @@ class PopulationEstimator:
 
 
 def average_params(config: Config, state: TrainState) -> TrainState:
-    """Return the state with `--ema`'s average in place of its parameters."""
+    """Return the state with the average of `--ema` as its parameters."""
     if config.ema is None or not isinstance(state.opt_state, AveragedState):
         return state
     return dataclasses.replace(state, params=average_of(state.opt_state, config.ema))
 
 
 def average_needs_stats(config: Config) -> bool:
-    """Return whether a run is evaluated with an average that has no statistics yet."""
+    """Return whether a run evaluates an average, which has no statistics yet."""
     return config.ema is not None and config.init_stats != "freeze"
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A run, opened from its folder: its configuration and its data set."""
+    """A run opened from its folder, with its configuration and its data set."""
 
     workdir: Path
     config: Config
     source: Source
 
     def restore(self) -> tuple[Program, TrainState]:
-        """Build the network and read its newest whole checkpoint."""
+        """Build the network and read its newest complete checkpoint."""
         program, state, _ = self.restore_with_metadata()
         return program, state
 
     def restore_with_metadata(self) -> tuple[Program, TrainState, CheckpointMetadata]:
-        """Return with them what the checkpoint holds beside the state."""
+        """Return the network, the state and the checkpoint's other values."""
         program = Program(self.config, self.source)
         with open_checkpoints(self.workdir, self.config, read_only=True) as checkpoints:
             return program, *checkpoints.restore(program.initial_state())
@@ -417,16 +431,17 @@ class LoadedRun:
         parallel: Spmd,
         batches: int | None,
     ) -> TrainState:
-        """Return the state to evaluate: with `--ema`, that of the averaged parameters.
+        """Return the state to evaluate; with `--ema`, it has the averaged parameters.
 
-        Its statistics are the averages of training, or estimated over training batches;
-        where `kind` is None, those that the run itself evaluated with.
+        Its statistics are the moving averages of training, or are estimated over
+        training batches. If `kind` is None, they are the statistics of the run's own
+        evaluation.
         """
         state = average_params(self.config, state)
         estimated = kind == "population" or average_needs_stats(self.config)
         if kind == "moving_averages" or not estimated:
             return state
-        report = ProgressReporter(self.source.name, verb="taking statistics of")
+        report = ProgressReporter(self.source.name, verb="estimating statistics of")
         with contextlib.closing(make_run_feed(self.config, self.source)) as feed:
             estimator = PopulationEstimator(self.config, program, feed, parallel)
             return estimator.estimate(state, batches, report=report)
@@ -439,27 +454,33 @@ def load_run(
     trust: bool = False,
     examples: bool = True,
 ) -> LoadedRun:
-    """Open a run from its folder alone, reading no example.
+    """Open a run from its folder, without reading an example.
 
     Args:
-        workdir: The folder that train.py wrote.
-        data_dir: Where the data set is, if no longer where the run found it.
-        trust: Import the code that the run names as its network.
-        examples: The data set has to be there, not only the run's description of it.
+        workdir: the folder that train.py wrote.
+        data_dir: the folder of the data set, if it has moved since the run.
+        trust: import the code of a network that is not in bnjax.
+        examples: whether the data set must exist; otherwise its description is enough.
+
+    Returns:
+        The run.
+
+    Raises:
+        RunError: if the folder is not a run, or needs `trust`.
     """
     record = read_record(workdir)
     config = config_of(workdir, record)
-    # A run is data: it names code, which is run where somebody says so.
+    # A run is data. It names code, which is run only if the user says so.
     if is_import_path(config.model.name) and not trust:
         raise RunError(
-            f"the network of {workdir} is code of its own, {config.model.name}, which "
-            "was not run. If you trust who made it, add --trust; the module is looked "
-            "for among what is installed and in PYTHONPATH."
+            f"the network of {workdir} is code outside bnjax, {config.model.name}, "
+            "which was not run. If you trust its author, add --trust; Python then "
+            "imports the module from installed packages or PYTHONPATH."
         )
     if not (workdir / CHECKPOINTS).is_dir():
         raise RunError(
-            f"{workdir} has no {CHECKPOINTS}: the run ended before its first one. "
-            "Train again in a new --workdir."
+            f"{workdir} has no {CHECKPOINTS}: the run ended before its first "
+            "checkpoint. Train again in a new --workdir."
         )
     if examples:
         source = open_data(config.data, data_dir or config.data_dir)
@@ -483,15 +504,17 @@ def evaluate_runs(
     data_dir: Path | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run, or of several as an ensemble.
+    """Evaluate the newest checkpoint of a run, or of several runs as an ensemble.
 
-    With `batch_stats_from` they are evaluated twice: with the moving averages of
-    training, and with population statistics over so many training batches. The result
-    is written to `output`: if None, to eval.json in the only workdir.
+    With `batch_stats_from`, the runs are evaluated twice: with the moving averages of
+    training, and with population statistics over that many training batches. The
+    result is written to `output`. If `output` is None, the result of a single run is
+    written to eval.json in its folder.
 
     Returns:
-        Scores, crops and step, or in place of the step the members. With
-        `batch_stats_from`, also that of each kind of statistics, by its name.
+        The scores, the crops and the step; for an ensemble, the members instead of the
+        step. With `batch_stats_from`, also the scores for each kind of statistics, by
+        name.
     """
     _check_arguments(workdirs, output, batch_stats_from)
     runs = [load_run(workdir, data_dir, trust=trust) for workdir in workdirs]
@@ -536,8 +559,8 @@ def evaluate_runs(
         written = summary.get("steps") if isinstance(summary, dict) else None
         if written != step:
             print(
-                f"note: the newest whole checkpoint of {workdir} is of step {step}, "
-                f"and {SUMMARY} of step {written}.",
+                f"note: the newest complete checkpoint of {workdir} is of step {step}, "
+                f"but {SUMMARY} is of step {written}.",
                 file=sys.stderr,
             )
     averaged = any(run.config.ema is not None for run in runs)
@@ -569,7 +592,7 @@ def _score(
     for run, program, state in networks:
         to_inputs = make_to_inputs(run.config.data, source.max_value)
         predictors.append(make_predictor(program.model, to_inputs, state, parallel))
-    # The smallest batch size of the members, but no more than there are crops.
+    # The smallest batch size of the members, at most the number of crops.
     size = min(run.config.eval_batch_size for run, _, _ in networks)
     size = parallel.round_up(min(size, blocks.crops * source.sizes["test"]))
     report = ProgressReporter(source.name, seconds=10, verb="scoring")
@@ -579,21 +602,21 @@ def _score(
 def _check_arguments(
     workdirs: Sequence[Path], output: Path | None, batch_stats_from: int | None
 ) -> None:
-    """Refuse a command line before anything is read."""
+    """Check a command line before reading anything."""
     if batch_stats_from is not None and batch_stats_from < 1:
         raise SettingError(
             f"--batch-stats-from {batch_stats_from}: expected the number of training "
-            "batches to take statistics over, 1 or more."
+            "batches for the statistics, 1 or more."
         )
     places = [workdir.resolve() for workdir in workdirs]
     for workdir, place in zip(workdirs, places, strict=True):
         if places.count(place) > 1:
             raise SettingError(
-                f"{workdir} is named twice, and would count twice in the ensemble. "
-                "Name each run once."
+                f"{workdir} is given twice, and would count twice in the ensemble. "
+                "Give each run once."
             )
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        problem = "is a folder" if output.is_dir() else "is in a folder not there"
+        problem = "is a folder" if output.is_dir() else "is in a missing folder"
         raise SettingError(
             f"--output {output} {problem}: expected a file to write, in a folder that "
             "exists."
@@ -601,8 +624,8 @@ def _check_arguments(
 
 
 def _check_same_test_set(runs: Sequence[LoadedRun]) -> None:
-    """Refuse an ensemble whose members are not given the same images."""
-    # The name of a test set as decoded: its files, split and image size.
+    """Refuse an ensemble whose members have different test images."""
+    # The name of a decoded test set depends on its files, split and image size.
     tests = [run.source.cache_key("test") for run in runs]
     for other, test in zip(runs, tests, strict=True):
         if test != tests[0]:
@@ -613,7 +636,7 @@ def _check_same_test_set(runs: Sequence[LoadedRun]) -> None:
                 for run, key in ((runs[0], tests[0]), (other, test))
             )
             raise RunError(
-                f"these runs make no ensemble: {' and '.join(described)} are tested. "
-                "Expected runs of one data set, test split and size of images. "
-                "Evaluate them one by one."
+                "these runs cannot form an ensemble, because their test sets differ: "
+                f"{' and '.join(described)}. Expected runs with the same data set, "
+                "test split and image size. Evaluate them one by one."
             )

@@ -1,4 +1,4 @@
-"""What can go wrong while a run trains: numbers that are not finite, signals."""
+"""Faults of a run during training: numbers that are not finite, and signals."""
 
 import functools
 import os
@@ -20,11 +20,11 @@ from bnjax.training.step import layer_names
 
 
 class DivergedError(RunError):
-    """The numbers of a run are no longer finite."""
+    """The values of a run are no longer finite."""
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
-    """A signal stopped the run, which has been saved."""
+    """A signal stopped the run after saving it."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -32,13 +32,13 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
 
 
 PATIENCE = 10
-"""Steps in a row, in dispatches that keep none, after which nothing will mend it."""
+"""A run ends after this many consecutive dropped steps, in dispatches of only these."""
 
 
 def forward_order(model: nn.Module, images: Any) -> tuple[str, ...]:
-    """Return the layers that keep statistics, as the forward pass comes to them.
+    """Return the layers that keep statistics, in the order of the forward pass.
 
-    `images` are a batch or its shape: the model is traced, not run.
+    `images` is a batch or its shape: the model is traced, not run.
     """
     met: dict[str, None] = {}
 
@@ -54,10 +54,10 @@ def forward_order(model: nn.Module, images: Any) -> tuple[str, ...]:
 
 
 class NonFiniteGuard:
-    """Looks at the steps of each dispatch: were they finite, and may the run go on.
+    """Checks whether the steps of each dispatch are finite and the run may continue.
 
-    With `skip` steps that are not finite were dropped; else the first one ends the run.
-    `layers` gives `layer_names` in the order of the forward pass.
+    With `skip`, steps that are not finite were dropped. Otherwise the first such step
+    ends the run. `layers` returns `layer_names` in the order of the forward pass.
     """
 
     def __init__(self, *, skip: bool, layers: Callable[[], tuple[str, ...]]) -> None:
@@ -67,10 +67,10 @@ class NonFiniteGuard:
         self._in_a_row = 0
 
     def check(self, step: int, taken: dict[str, np.ndarray]) -> str | None:
-        """Return why the run cannot go on, if so; count what was dropped, and warn.
+        """Return why the run cannot continue, or None; count dropped steps, and warn.
 
-        `step` counts those of this dispatch, and `taken` has the metrics of
-        `train_step` for each of them, shape (steps, ...).
+        `step` includes the steps of this dispatch. `taken` has the metrics of
+        `train_step` for each of these steps, shape (steps, ...).
         """
         losses = taken["loss"]
         bad = np.flatnonzero(taken["dropped"] if self._skip else ~np.isfinite(losses))
@@ -98,12 +98,12 @@ class NonFiniteGuard:
         if self._in_a_row < PATIENCE:
             return None
         return (
-            f"the last {self._in_a_row:,} steps were all dropped, since they were not "
-            f"finite.{began} More steps would not mend it."
+            f"the last {self._in_a_row:,} steps were all dropped, because they were "
+            f"not finite.{began} More steps would not help."
         )
 
     def _began(self, loss: float, bad: np.ndarray) -> str:
-        """Say which layer went bad first, as the forward pass comes to them."""
+        """Return a sentence that names the first bad layer of the forward pass."""
         layers = self._layers()
         names = {n for n, is_bad in zip(sorted(layers), bad, strict=True) if is_bad}
         if names:
@@ -119,10 +119,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """While entered, remembers a signal to stop instead of ending the process.
+    """A context in which a stop signal is remembered and does not end the process.
 
-    The first one is remembered; SIGINT after it ends the process at once, which no
-    checkpoint minds. A signal that is ignored outside, as under nohup, stays ignored.
+    The first signal is remembered. A later SIGINT ends the process at once, which
+    damages no checkpoint. A signal that the process ignores, as under nohup, stays
+    ignored.
     """
 
     def __init__(self) -> None:
@@ -133,13 +134,13 @@ class StopSignals:
         """Return the signal received by this process, or by any of several."""
         received = self._received
         if jax.process_count() > 1:
-            # All stop after the same step, or the others would wait for this one.
+            # All hosts must stop after the same step; otherwise they wait for this one.
             everyones = multihost_utils.process_allgather(np.int32(received))
             received = int(np.max(everyones))
         return signal.Signals(received) if received else None
 
     def __enter__(self) -> Self:
-        # Python lets the main thread alone handle signals.
+        # In Python only the main thread can handle signals.
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 before = signal.getsignal(number)
@@ -158,9 +159,9 @@ class StopSignals:
         self._received = number
         if signal.SIGINT in self._before:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        # A print may have been interrupted here, and cannot be entered twice.
+        # The signal may have interrupted a print, which is not reentrant.
         os.write(
             2,
-            f"\n{signal.Signals(number).name}: finishing the steps under way, then "
+            f"\n{signal.Signals(number).name}: finishing the current steps, then "
             "saving (Ctrl-C stops at once)\n".encode(),
         )

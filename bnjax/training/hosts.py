@@ -1,4 +1,4 @@
-"""Several hosts become one run: they meet, are told the same, and end together."""
+"""Several hosts train one run: they connect, check their settings, and end together."""
 
 import contextlib
 import dataclasses
@@ -34,17 +34,17 @@ from bnjax.training.config import (
 HEARTBEAT_SECONDS = 30
 LAST_WORDS_SECONDS = 2
 SHARED = ("parallel", "devices", "on_nan", "resume")
-"""Fields of `Config` that hosts must share, though no result depends on them."""
+"""Fields of `Config` that must be equal on all hosts but do not affect results."""
 
 
 def join_hosts(hosts: HostsConfig) -> None:
-    """Connect this process with those of the other hosts, before any computation."""
+    """Connect this process with the processes of the other hosts, first of all."""
     if hosts.coordinator is None:
         return
     automatic = hosts.coordinator == "auto"
     place = () if automatic else (hosts.coordinator, hosts.count, hosts.index)
     if not automatic and hosts.index == 0:
-        # JAX 0.10 would end in a segmentation fault where the port is taken.
+        # JAX 0.10 ends with a segmentation fault if the port is in use.
         port = int(hosts.coordinator.rpartition(":")[2])
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -56,8 +56,8 @@ def join_hosts(hosts: HostsConfig) -> None:
                     f"used on this host: {error.strerror}. Give another port on every "
                     "host."
                 ) from error
-    # JAX ends the process, with a stack of C++ frames, where its own time is up. So it
-    # is given more, and waits in a thread that is left behind.
+    # After its own timeout, JAX ends the process with a stack of C++ frames. Therefore
+    # its timeout is longer, and it waits in a thread that is then abandoned.
     waiting = ThreadPool(1).apply_async(
         jax.distributed.initialize,
         place,
@@ -70,9 +70,9 @@ def join_hosts(hosts: HostsConfig) -> None:
     try:
         waiting.get(hosts.timeout)
     except multiprocessing.TimeoutError:
-        who = "host 0 was not reached, or another host did not come,"
+        who = "host 0 was not reached, or another host did not connect,"
         if hosts.index == 0:
-            who = f"the --hosts.count {hosts.count} hosts did not all come"
+            who = f"not all of the --hosts.count {hosts.count} hosts connected"
         raise RunError(
             f"--hosts.coordinator {hosts.coordinator}: {who} within {hosts.timeout} s. "
             "Start the same command on every host, each with its own --hosts.index; "
@@ -89,7 +89,7 @@ def join_hosts(hosts: HostsConfig) -> None:
 
 
 def settings(preset: str, config: Config) -> dict[str, Any]:
-    """Return what must be the same on every host, by the names of `train.py`."""
+    """Return the settings that must be equal on all hosts, by their flags."""
     values = flatten_dict(result_config(config), sep=".")
     values |= {name: getattr(config, name) for name in SHARED}
     flags = {as_flag(name): value for name, value in values.items()}
@@ -98,9 +98,9 @@ def settings(preset: str, config: Config) -> dict[str, Any]:
 
 
 def check_hosts_agree(values: Mapping[str, Any]) -> None:
-    """Refuse to go on where hosts have different values; every host has to call this.
+    """Refuse to continue if hosts have different values; every host must call this.
 
-    They are JSON values by the names that the message gives them.
+    `values` are JSON values by their names in the message.
     """
     if jax.process_count() == 1:
         return
@@ -125,21 +125,21 @@ def check_hosts_agree(values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """Raise what each of several hosts has to say before JAX ends it."""
+    """Let each of several hosts report its error before JAX ends it."""
     try:
         yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         if jax.process_count() == 1:
             raise
         if jax.process_index() == 0:
-            # JAX ends the others as soon as host 0 is gone.
+            # JAX ends the other hosts as soon as host 0 has ended.
             time.sleep(LAST_WORDS_SECONDS)
         if isinstance(error, ValueError):
             raise
         raise RunError(
-            "a computation with the other hosts failed, most likely since one of "
-            f"them died: {first_line(error)}. Start the same command on every host "
-            "again, with --workdir and --resume: the run goes on from its newest "
+            "a computation with the other hosts failed, most likely because one of "
+            f"them ended: {first_line(error)}. Start the same command on every host "
+            "again, with --workdir and --resume: the run continues from its newest "
             "checkpoint."
         ) from error
 
@@ -147,7 +147,7 @@ def failing_together() -> Iterator[None]:
 def leave_hosts(status: int) -> None:
     """End this process at once if it is one of several hosts.
 
-    Left to itself, Python would wait at exit for the others, and they for this one.
+    At exit, Python would wait for the other hosts, and they would wait for this one.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -157,10 +157,10 @@ def leave_hosts(status: int) -> None:
 
 @contextlib.contextmanager
 def host_folder(config: Config) -> Iterator[Config]:
-    """Give every host but the first a folder of its own, gone in the end.
+    """Give every host except the first a temporary folder of its own.
 
-    So one host writes the run and prints, and all run the same program. A run to resume
-    is read from its `workdir`, on every host.
+    Only one host then writes the run and prints, and all hosts run the same program.
+    Every host reads a run to resume from its `workdir`.
     """
     if config.hosts.coordinator is None or jax.process_index() == 0:
         yield config

@@ -69,9 +69,14 @@ from bnjax.training.workdir import (
 
 
 def train(preset: str, config: Config) -> dict[str, Any]:
-    """Train, evaluate, and write the run to its folder; return summary.json.
+    """Train, evaluate, and write the run to its folder.
 
-    `preset` is a name for the folder and the record.
+    Args:
+        preset: the name for the folder and the record.
+        config: the configuration.
+
+    Returns:
+        The contents of summary.json.
     """
     join_hosts(config.hosts)
     with failing_together(), host_folder(config) as config_here:
@@ -79,11 +84,11 @@ def train(preset: str, config: Config) -> dict[str, Any]:
 
 
 def _train(preset: str, config: Config) -> dict[str, Any]:
-    """Train on this host, connected with the others if there are any."""
+    """Train on this host, connected with the other hosts if there are any."""
     check_hosts_agree(settings(preset, config))
     if config.compilation_cache is not None:
         keep_compiled(config.compilation_cache)
-    # A run finds its folder of images from any working directory.
+    # The absolute name lets a run find its folder of images from any directory.
     config = dataclasses.replace(config, data=absolute_name(config.data))
     source = open_data(config.data, config.data_dir)
     described = describe(preset, config, source)
@@ -100,7 +105,7 @@ def _train(preset: str, config: Config) -> dict[str, Any]:
         if resuming:
             record = read_record(workdir)
             check_same(workdir, record, described, config)
-            # --steps may have grown.
+            # A resumed run may have more --steps.
             described = record | {"config": described["config"]}
         run = Run(config, source, parallel, resuming=resuming)
         stack.callback(run.close)
@@ -127,10 +132,10 @@ def _train(preset: str, config: Config) -> dict[str, Any]:
 
 
 class Run:
-    """A run in memory: its data, its functions, and its present state.
+    """A run in memory: its data, its functions and its current state.
 
-    The layout on devices is that of the configuration if None. Where it is `resuming`,
-    the first state will be replaced by a checkpoint's.
+    If `parallel` is None, the configuration determines the layout on devices. If
+    `resuming`, a checkpoint will replace the first state.
     """
 
     def __init__(
@@ -145,7 +150,7 @@ class Run:
         self._parallel = parallel = parallel or make_parallel(config)
         self.program = program = Program(config, source)
         report = ProgressReporter(source.name)
-        # What a resumed run started from may be gone.
+        # The weights that a resumed run started from may no longer exist.
         first = program.initial_state() if resuming else first_state(config, program)
         self._state = parallel.place_state(first)
         self.step, self.seconds, self.compile_seconds = 0, 0.0, 0.0
@@ -180,7 +185,7 @@ class Run:
 
     @property
     def state(self) -> TrainState:
-        """One copy of the state, as a checkpoint holds it."""
+        """One copy of the state, as in a checkpoint."""
         return self._parallel.host_state(self._state)
 
     def resume(self, checkpoints: Checkpoints) -> None:
@@ -198,15 +203,15 @@ class Run:
         print(f"resuming at step {self.step:,}", file=sys.stderr)
 
     def metadata(self, accuracy: float | None) -> CheckpointMetadata:
-        """Return what a checkpoint holds beside the state."""
+        """Return the values of a checkpoint beside the state."""
         place, dropped = self._feed.state(), self.guard.dropped
         return CheckpointMetadata(accuracy, place, self.seconds, dropped)
 
     def dispatch(self, steps: int) -> tuple[dict[str, np.ndarray], float]:
         """Take steps; return the metrics of `train_step` for each, and the seconds.
 
-        The time runs from drawing the examples to having the losses, and does not
-        include compilation.
+        The time includes drawing the examples and waiting for the losses, but not
+        compilation.
         """
         limit = self._max_steps
         parts = [min(limit, steps - done) for done in range(0, steps, limit)]
@@ -214,7 +219,7 @@ class Run:
             self._compile(part)
         started = time.perf_counter()
         step_metrics = []
-        # The device takes one part while the host draws the next.
+        # The device works on one part while the host draws the next.
         for part in parts:
             chunk = self._parallel.place_chunk(self._feed.chunk(self.step, part))
             take = self._compiled[part]
@@ -227,19 +232,19 @@ class Run:
         return joined, seconds
 
     def evaluate(self) -> Evaluation:
-        """Score the network as it is used: with `--ema`, its average."""
+        """Score the network; with `--ema`, its average."""
         state = average_params(self.config, self.state)
         if self._estimator is not None:
-            # No batch has gone through an average.
+            # The averaged parameters have no statistics yet.
             state = self._estimator.estimate(state)
         return self._evaluator(state)
 
     def inputs(self) -> dict[str, np.ndarray]:
-        """Return some of what each nonlinearity is given, if that is recorded."""
+        """Return some inputs of each nonlinearity, if they are recorded."""
         return {} if self._recorder is None else self._recorder(self.state)
 
     def close(self) -> None:
-        """End what reads the data."""
+        """Close the feed."""
         for feed in self._feeds:
             feed.close()
 
@@ -261,7 +266,7 @@ def _take_steps(
     progress: ProgressBar,
     stop: StopSignals,
 ) -> Evaluation:
-    """Take every step that is left, and return the evaluation after the last."""
+    """Take the remaining steps, and return the evaluation after the last step."""
     config = run.config
     every = (config.log_every, config.eval_every, config.checkpoint_every)
     schedule = make_schedule(config)
@@ -270,7 +275,7 @@ def _take_steps(
         until = min(config.steps, *(run.step // n * n + n for n in every))
         dispatches += 1
         profile = contextlib.nullcontext()
-        if config.profile and dispatches == 2:  # The first runs cold.
+        if config.profile and dispatches == 2:  # The first dispatch is a warm-up.
             profile = jax.profiler.trace(checkpoints.workdir / PROFILE)
         with profile:
             step_metrics, seconds = run.dispatch(until - run.step)
@@ -292,7 +297,7 @@ def _take_steps(
                 metrics.histograms(run.step, run.state)
         for each in records:
             metrics.write(each)
-        # A line of training shows the evaluation before it.
+        # A line of training also shows the latest evaluation.
         for each in reversed(records):
             progress.show(each)
         checkpoints.check()
@@ -314,7 +319,7 @@ def _take_steps(
 
 
 def _stop_on(problem: str | None, checkpoints: Checkpoints, config: Config) -> None:
-    """Stop where there is a problem: numbers that nothing can be learned from."""
+    """Stop the run if there is a problem."""
     if problem is not None:
         checkpoints.wait()
         raise DivergedError(
@@ -326,7 +331,7 @@ def _stop_on(problem: str | None, checkpoints: Checkpoints, config: Config) -> N
 def summarize(
     run: Run, evaluation: Evaluation, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return what summary.json holds of a finished run; its records are all given."""
+    """Return the contents of summary.json, from all records of a finished run."""
     tests = [record for record in records if record["split"] == "test"]
     best = max(tests, key=lambda test: (test["accuracy"], test["step"]))
     state, names = run.state, ("accuracy", "loss", "correct", "examples")
@@ -346,7 +351,7 @@ def summarize(
 
 
 def final_table(summary: dict[str, Any]) -> str:
-    """Return the rest of a summary for a person to read."""
+    """Return the rest of a summary as a table for people."""
     best, seconds = summary["best_test_accuracy"], round(summary["train_seconds"])
     rows = {
         "best": f"{100 * best:.2f} % at step {summary['best_step']:,}",
@@ -362,7 +367,7 @@ def final_table(summary: dict[str, Any]) -> str:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Have JAX keep every compiled program in a folder, and look for it there."""
+    """Let JAX keep every compiled program in a folder, and reuse it from there."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -1,4 +1,4 @@
-"""What a run measures, and where it goes: its two .jsonl files, TensorBoard, stderr."""
+"""Measurements of a run, and their outputs: .jsonl files, TensorBoard, stderr."""
 
 import dataclasses
 import itertools
@@ -22,16 +22,16 @@ from bnjax.training.step import TrainState
 from bnjax.training.workdir import LAYERS, METRICS, TENSORBOARD, writing
 
 PERCENTILES = (15, 50, 85)
-"""Of every distribution in layers.jsonl, as in Figure 1b, c of the paper."""
+"""The percentiles of every distribution in layers.jsonl, as in the paper's Figure 1."""
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainRecord:
-    """Means over the steps of one dispatch, without the steps that were dropped.
+    """Means over the steps of one dispatch, without dropped steps.
 
-    The learning rate is that of the last step; loss and accuracy are those before each
-    step; the rate of steps is without compilation and evaluation.
+    The learning rate is that of the last step. Loss and accuracy are measured before
+    each step. The rate of steps excludes compilation and evaluation.
     """
 
     step: int
@@ -40,7 +40,7 @@ class TrainRecord:
     learning_rate: float
     steps_per_second: float
     dropped: int = 0
-    """Steps dropped so far because they were not finite."""
+    """The number of steps dropped so far, because they were not finite."""
     split: str = "train"
 
 
@@ -66,9 +66,16 @@ def train_record(
 ) -> TrainRecord | None:
     """Return the record of one dispatch, or None if all its steps were dropped.
 
-    It took `seconds`, and gave `step_metrics` of `train_step`, shape (steps, ...). So
-    far `step` steps were taken, of which some were dropped: the optimizer's count, by
-    which the schedule gives the learning rate, does not include those.
+    Args:
+        step_metrics: the metrics of `train_step`, shape (steps, ...).
+        step: the number of steps so far.
+        dropped: the number of dropped steps so far. The optimizer's count, which
+            determines the learning rate, does not include them.
+        seconds: the time of the dispatch.
+        schedule: the learning rate as a function of the optimizer's count.
+
+    Returns:
+        The record, or None.
     """
     losses, accuracies = step_metrics["loss"], step_metrics["accuracy"]
     kept = ~step_metrics.get("dropped", np.zeros(losses.shape, bool))
@@ -87,18 +94,18 @@ def train_record(
 def layer_record(
     step: int, state: TrainState, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Return a line of layers.jsonl: how each BN layer's numbers are distributed.
+    """Return a line of layers.jsonl: the distributions of each BN layer's arrays.
 
     Args:
-        step: how many steps were taken.
+        step: the number of steps so far.
         state: one copy of the training state.
-        inputs: some of what each nonlinearity is given, shape (values, features), by
-            its layer; empty where that is not recorded.
+        inputs: some inputs of each nonlinearity, shape (values, features), by layer;
+            empty if they are not recorded.
 
     Returns:
-        "layers": for each array of each BN layer, the PERCENTILES of its features.
-        "inputs": for each nonlinearity, those of all values ("all") and of the values
-        of the first feature ("first").
+        A dict. "layers" has the PERCENTILES of the features for each array of each BN
+        layer. "inputs" has, for each nonlinearity, the percentiles of all values
+        ("all") and of the values of the first feature ("first").
     """
 
     def percentiles(values: np.ndarray) -> list[float]:
@@ -117,10 +124,10 @@ def layer_record(
 
 
 class MetricsWriter:
-    """Appends records to a run's two files and, on request, to TensorBoard's.
+    """Appends records to a run's two files and, on request, to TensorBoard's files.
 
-    Training continues from a state of `step` steps: records of later ones that are in
-    the files are dropped, since they will be written again.
+    Training continues after `step` steps. Records of later steps are removed from the
+    files, because the run will write them again.
     """
 
     def __init__(
@@ -131,7 +138,7 @@ class MetricsWriter:
         self._file = _open_at(self._path, step)
         self._layers = _open_at(workdir / LAYERS, step)
         if tensorboard:
-            # The import takes a second, and most runs do without.
+            # The import takes a second, and most runs do not need it.
             from tensorboardX import SummaryWriter
 
             with writing(self._path):
@@ -139,7 +146,7 @@ class MetricsWriter:
                 self._board = SummaryWriter(folder, purge_step=step + 1)
 
     def write(self, record: Record) -> None:
-        """Append one record; each is in the file before the next."""
+        """Append one record, and flush it to the file."""
         values = dataclasses.asdict(record)
         with writing(self._path):
             self._file.write(json.dumps(values) + "\n")
@@ -149,7 +156,7 @@ class MetricsWriter:
                 self._board.add_scalar(f"{split}/{name}", value, step)
 
     def write_layers(self, record: Mapping[str, Any]) -> None:
-        """Append what `layer_record` gave, if there is a layer in it."""
+        """Append a record of `layer_record`, if it has a layer."""
         if record["layers"] or record["inputs"]:
             with writing(self._path):
                 self._layers.write(json.dumps(record) + "\n")
@@ -162,7 +169,7 @@ class MetricsWriter:
                 self._board.add_histogram(name, values, step)
 
     def sync(self) -> None:
-        """Return once everything written is on the disk."""
+        """Wait until everything written is on the disk."""
         with writing(self._path):
             for file in (self._file, self._layers):
                 os.fsync(file.fileno())
@@ -177,10 +184,10 @@ class MetricsWriter:
 
 
 def _open_at(path: Path, step: int) -> TextIO:
-    """Open a file to append to, without its lines of later steps than this."""
+    """Open a file for appending, without its lines of steps after this one."""
 
     def is_kept(line: str) -> bool:
-        # The last line may not be whole.
+        # The last line may be incomplete.
         return line.endswith("\n") and json.loads(line)["step"] <= step
 
     with writing(path):
@@ -192,10 +199,9 @@ def _open_at(path: Path, step: int) -> TextIO:
 
 
 def read_metrics(workdir: Path, name: str = METRICS) -> list[dict[str, Any]]:
-    """Return the records of one of a run's two files, in the order they were written.
+    """Return the records of one of a run's two files, in the order of writing.
 
-    A last line without an end is left out: it is being written, or never was to the
-    end.
+    A last line without an end is ignored, because it is incomplete.
     """
     path, records = workdir / name, []
     try:
@@ -225,10 +231,10 @@ def layer_values(params: Any, batch_stats: Any) -> Iterator[tuple[str, np.ndarra
 
 
 class ProgressBar:
-    """Shows how far a run is: a bar on a terminal, elsewhere a line now and then.
+    """Shows the progress of a run, as a bar on a terminal or as lines elsewhere.
 
-    Lines come for the first record, for the last, and at most every `seconds` between.
-    `first` counts the steps taken before; `stream` is standard error if None.
+    There are lines for the first and the last record, and at most every `seconds`
+    between. `first` is the number of earlier steps. None as `stream` is standard error.
     """
 
     def __init__(
@@ -279,16 +285,16 @@ class ProgressBar:
         )
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.close()
 
 
 @dataclasses.dataclass
 class ProgressReporter:
-    """Shows how much of a data set is done, if that takes longer than `seconds`.
+    """Shows the progress on a data set, if it takes longer than `seconds`.
 
-    `stream` is standard error if None; `verb` says what is done with the data set.
+    None as `stream` is standard error. `verb` says what is done with the data set.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The network that a configuration names: of `bnjax.models`, or the user's own."""
+"""The network of a configuration, from `bnjax.models` or from the user."""
 
 import dataclasses
 import functools
@@ -36,8 +36,14 @@ def make_network(config: Config, **offered: Any) -> nn.Module:
     """Return the network of a run.
 
     Args:
-        config: of the run.
-        **offered: what every network may take: classes, normalization, dtype.
+        config: the configuration of the run.
+        **offered: keywords that a network may take: classes, normalization, dtype.
+
+    Returns:
+        The module.
+
+    Raises:
+        SettingError: if the network cannot be made.
     """
     path, options = config.model.name, set_options(config.model)
     if not is_import_path(path):
@@ -46,8 +52,8 @@ def make_network(config: Config, **offered: Any) -> nn.Module:
     refuse_options(config.model, known)
     if config.dtype != "float32" and "dtype" not in known:
         raise SettingError(
-            f"--dtype {config.dtype}: {path} takes no dtype. Leave it out, or let the "
-            "function take it.",
+            f"--dtype {config.dtype}: {path} takes no dtype. Omit the flag, or give "
+            "the function an argument dtype.",
         )
     options |= {name: value for name, value in offered.items() if name in known}
     try:
@@ -55,7 +61,7 @@ def make_network(config: Config, **offered: Any) -> nn.Module:
     except Exception as error:
         raise _refused(path, f"calling it failed: {_told(error)}") from error
     if not isinstance(network, nn.Module):
-        message = f"it gave {_article(network)}; expected a flax.linen.Module."
+        message = f"it returned {_article(network)}; expected a flax.linen.Module."
         raise _refused(path, message)
     parameters = inspect.signature(network.__call__).parameters.values()
     if not any(p.name == "train" or p.kind is p.VAR_KEYWORD for p in parameters):
@@ -70,10 +76,10 @@ def make_network(config: Config, **offered: Any) -> nn.Module:
 
 
 def takes_normalization(config: Config) -> bool:
-    """Return whether the network is built on `bnjax.models.Normalization`.
+    """Return whether the network uses `bnjax.models.Normalization`.
 
-    One that is not shares no statistics between the devices of a pmap, nor between
-    micro-batches.
+    A network without it cannot share statistics between the devices of a pmap or
+    between micro-batches.
     """
     path = config.model.name
     offered = {*OPTIONS, "classes", "normalization", "dtype"}
@@ -83,9 +89,9 @@ def takes_normalization(config: Config) -> bool:
 def check_network(
     config: Config, network: nn.Module, image_shape: tuple[int, ...], classes: int
 ) -> None:
-    """Refuse a network of the user's own that cannot be trained as it is asked for.
+    """Refuse a user's network that does not support the requested training.
 
-    It is traced in training and in evaluation, and nothing is computed.
+    The network is traced in training and in evaluation, without computing anything.
     """
     path = config.model.name
     if not is_import_path(path):
@@ -108,9 +114,9 @@ def check_network(
         flags.append("--accumulate")
     if flags:
         raise SettingError(
-            f"{', '.join(flags)}: the layers of {path} cannot follow, since it takes "
-            "no normalization. Leave the flags out, or let the function take "
-            "normalization, a bnjax.models.Normalization, and use it in its layers.",
+            f"{', '.join(flags)}: the layers of {path} cannot apply these flags, "
+            "because it takes no normalization. Omit the flags, or give the function "
+            "an argument normalization, a bnjax.models.Normalization for its layers.",
         )
 
 
@@ -137,8 +143,8 @@ def _check_traces(
         if others := sorted(set(variables) - {"params", "batch_stats"}):
             raise _refused(
                 path,
-                f"it keeps the collections {', '.join(others)}; expected params and "
-                "batch_stats alone: nothing else is trained or saved.",
+                f"it keeps the collections {', '.join(others)}; expected only params "
+                "and batch_stats: no other collection is trained or saved.",
             )
         if "params" not in variables:
             raise _refused(path, "it has no parameters to train.")
@@ -187,12 +193,12 @@ def _check_traces(
 
 
 def _find_factory(path: str) -> Callable[..., Any]:
-    """Import what makes a network, "module:function": this runs the module's code."""
+    """Import the function "module:function"; this runs the code of the module."""
     if not _PATH.fullmatch(path) or ".py:" in path:
         raise _refused(
             path,
-            "expected a module and a function in it, such as my_package.nets:make_net "
-            "for make_net in my_package/nets.py.",
+            "expected a module and a function in the module, such as "
+            "my_package.nets:make_net for make_net in my_package/nets.py.",
         )
     module_name, _, name = path.partition(":")
     importlib.invalidate_caches()
@@ -203,14 +209,14 @@ def _find_factory(path: str) -> Callable[..., Any]:
         if isinstance(error, ModuleNotFoundError):
             missing = error.name or ""
             problem = (
-                f"{module_name} imports {missing!r}, which is not installed: pip "
-                "install it, or mend the import."
+                f"{module_name} imports {missing!r}, which is not installed: install "
+                "it with pip, or fix the import."
             )
             if f"{module_name}.".startswith(f"{missing}."):
                 problem = (
                     f"there is no module {missing!r}. Start train.py in the folder "
-                    "that holds it, or add that folder to PYTHONPATH, as other "
-                    "commands need it."
+                    "of the module, or add that folder to PYTHONPATH, which other "
+                    "commands need too."
                 )
         raise _refused(path, problem) from error
     factory = getattr(module, name, None)
@@ -220,14 +226,14 @@ def _find_factory(path: str) -> Callable[..., Any]:
     if isinstance(factory, nn.Module) or not callable(factory):
         raise _refused(
             path,
-            f"{name} is {_article(factory)}; expected the function, or the class, that "
-            "makes a network.",
+            f"{name} is {_article(factory)}; expected a function or a class that makes "
+            "a network.",
         )
     return factory
 
 
 def _keywords(path: str, offered: set[str]) -> set[str]:
-    """Return which of the keywords offered the function takes; it needs no other."""
+    """Return the offered keywords that the function takes; refuse a required other."""
     parameters = inspect.signature(_find_factory(path)).parameters.values()
     for each in parameters:
         optional = each.default is not each.empty
@@ -236,8 +242,8 @@ def _keywords(path: str, offered: set[str]) -> set[str]:
         if each.kind is each.POSITIONAL_ONLY or each.name not in offered:
             raise _refused(
                 path,
-                f"it needs {each.name!r}; expected to be called with no more than "
-                "classes, normalization, dtype and options of --model, by name. Give "
+                f"it needs {each.name!r}; expected only the keywords classes, "
+                "normalization, dtype and options of --model. Give "
                 f"{each.name!r} a default.",
             )
     if any(each.kind is each.VAR_KEYWORD for each in parameters):
@@ -255,7 +261,7 @@ def _article(value: Any) -> str:
 
 
 def _told(error: Exception) -> str:
-    """Return what went wrong, and where: outside any installed package if possible."""
+    """Return the error and its place, outside installed packages if possible."""
     place = ""
     for frame in traceback.extract_tb(error.__traceback__):
         installed = "site-packages" in frame.filename

@@ -1,4 +1,4 @@
-"""Optimizers and schedules of Optax, by their names and keywords there."""
+"""Optimizers and schedules of Optax, by their Optax names and keywords."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ SCHEDULES = {
     for name, function in inspect.getmembers(optax.schedules, inspect.isfunction)
     if inspect.signature(function).return_annotation == optax.Schedule
 }
-# Of keywords whose other values Optax takes for something else in silence.
+# Ranges of keywords whose other values Optax silently interprets as something else.
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("momentum", "b1", "b2", "b3", "decay"),
@@ -47,10 +47,10 @@ def make_schedule(config: Config) -> optax.Schedule:
         if not steps or not all(isinstance(t, int) and t > 0 for t in steps):
             raise SettingError(
                 f"--optim.schedule-options boundaries_and_scales={drops}: expected "
-                "steps and the factors there, such as "
+                "steps and their factors, such as "
                 "'boundaries_and_scales={30000: 0.1, 60000: 0.1}'."
             )
-        # They count from the start of the run, Optax's from the end of the warm-up.
+        # Here steps count from the start of the run, in Optax from the warm-up's end.
         moved = {step - warmup: factor for step, factor in steps.items()}
         options = {**options, "boundaries_and_scales": moved}
     ours = dict.fromkeys(("value", "init_value", "peak_value"), rate)
@@ -58,15 +58,15 @@ def make_schedule(config: Config) -> optax.Schedule:
     after = _call("schedule", optim, options, ours)
     if warmup == 0:
         return after
-    # It starts above zero: no step is without effect.
+    # The warm-up starts above zero, so that every step has an effect.
     rising = optax.linear_schedule(rate / warmup, rate, max(warmup - 1, 1))
     return optax.join_schedules([rising, after], [warmup])
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Return the optimizer that follows `make_schedule`'s learning rate.
+    """Return the optimizer, with the learning rate of `make_schedule`.
 
-    Gradients are clipped by their global norm first, before any weight decay. With
+    It first clips gradients by their global norm, before any weight decay. With
     `config.ema` it keeps an average of the parameters.
     """
     optim = config.optim
@@ -75,7 +75,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     chain = [_call("name", optim, optim.options, ours)]
     own_decay = "weight_decay" in inspect.signature(OPTIMIZERS[optim.name]).parameters
     if optim.weight_decay and not own_decay:
-        # As the gradient of an L2 penalty.
+        # This adds the gradient of an L2 penalty.
         chain.insert(0, optax.add_decayed_weights(optim.weight_decay, mask=decayed))
     if optim.clip_norm is not None:
         chain.insert(0, optax.clip_by_global_norm(optim.clip_norm))
@@ -94,9 +94,9 @@ def _call(
     options: Mapping[str, Any],
     ours: Mapping[str, Any],
 ) -> Any:
-    """Call the function that `optim` names with the user's options, and ours below.
+    """Call an Optax function with the user's options and the defaults `ours`.
 
-    An optimizer is given ours where it takes them, a schedule where it needs them.
+    An optimizer gets the defaults that it takes, a schedule those that it requires.
     """
     functions, flag = {
         "name": (OPTIMIZERS, "--optim.options"),
@@ -141,15 +141,16 @@ def _failed(
     given = ", ".join(f"{name}={value}" for name, value in options.items())
     return SettingError(
         f"--optim.{field} {name}({given}) fails: {first_line(error)}. Expected one "
-        "that needs gradients, parameters and a schedule, and values that it takes."
+        "that needs only gradients, parameters and a schedule, and valid values of its "
+        "keywords."
     )
 
 
 def decayed(params: Any) -> Any:
-    """Return which parameters weight decay reaches: not biases, nor BN's scale.
+    """Return which parameters have weight decay: all except biases and BN's scale.
 
-    The name decides and not the rank: stacked and grouped layers have scales and
-    biases of two dimensions and more.
+    The name decides, not the rank: stacked and grouped layers have scales and biases of
+    two and more dimensions.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: (
@@ -160,7 +161,7 @@ def decayed(params: Any) -> Any:
 
 
 class AveragedState(NamedTuple):
-    """An optimizer's own state, and the average of the parameters, from zero."""
+    """The state of an optimizer, and the average of the parameters, started at zero."""
 
     inner: optax.OptState
     average: optax.EmaState
@@ -169,13 +170,13 @@ class AveragedState(NamedTuple):
 def keep_average(
     optimizer: optax.GradientTransformation, decay: float
 ) -> optax.GradientTransformation:
-    r"""Return the same optimizer, which also averages the parameters it leads to.
+    r"""Return an optimizer that also averages the updated parameters.
 
-    After step t the average is
+    After step $t$ the average is
 
-    .. math:: \bar\theta_t = \frac{1 - d}{1 - d^t} \sum_{i=1}^t d^{t-i} \theta_i,
+    $$\bar\theta_t = \frac{1 - d}{1 - d^t} \sum_{i=1}^t d^{t-i} \theta_i,$$
 
-    where the decay d is the weight of the old average.
+    and the decay $d$ is the weight of the old average.
     """
     ema = optax.ema(decay)
 
@@ -195,5 +196,5 @@ def keep_average(
 
 
 def average_of(state: AveragedState, decay: float) -> Any:
-    """Return the average after one step or more, free of the zero it starts from."""
+    """Return the average after at least one step, corrected for its start at zero."""
     return optax.tree.bias_correction(state.average.ema, decay, state.average.count)

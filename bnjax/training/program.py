@@ -1,4 +1,4 @@
-"""A configuration made into functions: the same for training and for evaluation."""
+"""The functions of a configuration, for training and for evaluation."""
 
 import functools
 from collections.abc import Callable
@@ -26,11 +26,11 @@ from bnjax.training.step import (
 
 
 class Program:
-    """What a configuration says, ready to run.
+    """The functions of a configuration.
 
-    Of the source only the shape of its images and its classes matter here. The model is
-    as it is initialized and evaluated; `images` are shape and dtype of a batch of one,
-    and `gather` gives the batch of some rows of the resident arrays.
+    Only the image shape and the classes of the source matter here. `model` is the
+    module for initialization and evaluation, `images` has the shape and dtype of a
+    batch of one, and `gather` returns the batch of some rows of the resident arrays.
     """
 
     def __init__(self, config: Config, source: Source) -> None:
@@ -67,7 +67,7 @@ class Program:
 
     @functools.cached_property
     def scans(self) -> bool:
-        """Return whether many steps are taken in one call to the device."""
+        """Return whether one call to the device takes many steps."""
         init = functools.partial(self.model.init, train=False)
         return not slow_in_loops(init, jax.random.key(0), self.images)
 
@@ -76,13 +76,13 @@ class Program:
             self._config,
             classes=self.classes,
             normalization=normalization,
-            # float32 is what inputs and parameters have.
+            # None: inputs and parameters are float32.
             dtype=jnp.bfloat16 if self._config.dtype == "bfloat16" else None,
         )
 
 
 def make_normalization(config: Config, **sharing: Any) -> models.Normalization:
-    """Return what stands before each nonlinearity; `sharing` is of `Spmd.sharing`."""
+    """Return the normalization of a model; `sharing` is a result of `Spmd.sharing`."""
     kind = "flax" if config.bn.implementation == "flax" else "batch"
     return models.Normalization(
         kind=kind if config.batch_norm else "none",
@@ -95,7 +95,7 @@ def make_normalization(config: Config, **sharing: Any) -> models.Normalization:
 
 
 def make_run_feed(config: Config, source: Source, **options: Any) -> Feed:
-    """Return what feeds the steps of a run; see `bnjax.data.pipeline.make_feed`."""
+    """Return the feed of a run; see `bnjax.data.pipeline.make_feed`."""
     key = jax.random.fold_in(jax.random.key(config.seed), Stream.ORDER)
     return make_feed(
         config.data, source, batch_size=config.batch_size, key=key, **options
@@ -103,11 +103,11 @@ def make_run_feed(config: Config, source: Source, **options: Any) -> Feed:
 
 
 def slow_in_loops(function: Callable[..., Any], *args: Any) -> bool:
-    """Return whether steps of a function, traced, are better dispatched one at a time.
+    """Return whether the steps of a function should be dispatched one at a time.
 
-    On a CPU, XLA takes the gradient of a convolution many times slower inside a loop
+    On a CPU, XLA computes the gradient of a convolution many times slower inside a loop
     than outside (https://github.com/jax-ml/jax/issues/12868), and a scan over training
-    steps is a loop.
+    steps is a loop. The function is traced.
     """
     if jax.default_backend() != "cpu":
         return False

@@ -1,4 +1,4 @@
-"""What is done with a run after it: images classified, BN folded, a new run written."""
+"""Use a finished run: classify images, fold BN, examine it, write a new run."""
 
 import contextlib
 import functools
@@ -39,15 +39,15 @@ from bnjax.training.workdir import (
 )
 
 BATCH = 64
-"""How many images are classified at a time."""
+"""The number of images in a batch of `classify`."""
 MAX_VALUE = 255
-"""Of an image in a file, whatever the data set has."""
+"""The channels of an image file, whatever the data set has."""
 EXAMPLES = 16
-"""How many random inputs a folded network is compared on."""
+"""The number of random inputs to compare a folded network on."""
 
 
 def list_images(places: Sequence[Path]) -> list[Path]:
-    """Return the images that files are, and that folders hold at every depth."""
+    """Return the given image files, and the images in folders at every depth."""
     files = []
     for place in places:
         found, problem = [place] if place.is_file() else [], "is not there"
@@ -69,8 +69,13 @@ def classify(
 ) -> tuple[int, list[dict[str, Any]], list[str]]:
     """Return the most probable classes of images, prepared as the run's test images.
 
+    Args:
+        run: the run.
+        files: the image files.
+        top: the number of classes for each image.
+
     Returns:
-        The step of the checkpoint; `file` and `predictions` of each image; the files
+        The step of the checkpoint; `file` and `predictions` for each image; the files
         that cannot be decoded.
     """
     program, state = run.restore()
@@ -84,8 +89,9 @@ def classify(
         probabilities = softmax(np.asarray(predict(pixels))[: len(found)])
         if not np.isfinite(probabilities).all():
             raise RunError(
-                f"the network of {run.workdir} gives {found[0]} no finite probability: "
-                "its outputs overflow. Train again with a lower --learning-rate."
+                f"the network of {run.workdir} has no finite probability for "
+                f"{found[0]}: its outputs overflow. Train again with a lower "
+                "--learning-rate."
             )
         for file, row in zip(found, probabilities, strict=True):
             predictions = [
@@ -99,7 +105,7 @@ def classify(
             described.append({"file": printable(file), "predictions": predictions})
     if not described:
         raise RunError(
-            f"none of {len(files):,} files can be decoded, {files[0]} being the first. "
+            f"none of {len(files):,} files can be decoded; the first is {files[0]}. "
             f"Expected one of {', '.join(SUFFIXES)}."
         )
     return int(state.step), described, unreadable
@@ -108,9 +114,9 @@ def classify(
 def _image_batches(
     files: Sequence[Path], source: Source, unreadable: list[str]
 ) -> Iterator[tuple[list[Path], np.ndarray]]:
-    """Give the decoded images some at a time, the last filled up with zeros.
+    """Yield batches of decoded images; the last batch is padded with zeros.
 
-    Files that are no image are named on standard error and in `unreadable`.
+    Files that cannot be decoded are reported on standard error and in `unreadable`.
     """
     size = min(BATCH, len(files))
     report = ProgressReporter("images", verb="classifying")
@@ -132,7 +138,7 @@ def _image_batches(
 
 
 def _read_image(file: Path, source: Source) -> np.ndarray:
-    """Return one image as the network is given it."""
+    """Return one image, prepared for the network."""
     shape = source.image_shape
     image = source.decode(read_file(file))
     if source.resize is not None:
@@ -140,8 +146,9 @@ def _read_image(file: Path, source: Source) -> np.ndarray:
     if image.shape[:2] != shape[:2]:
         given, expected = ("x".join(map(str, s[:2])) for s in (image.shape, shape))
         raise RunError(
-            f"{file} is {given} pixels (height x width); the network takes {expected}, "
-            "and its run resized no image (--data.image-size). Resize it first."
+            f"{file} has {given} pixels (height x width), but the network takes "
+            f"{expected}, and its run did not resize images (--data.image-size). "
+            "Resize it first."
         )
     return image.reshape(shape)
 
@@ -152,11 +159,11 @@ def fold_state(
     image_shape: tuple[int, ...],
     dtype: Any = None,
 ) -> tuple[Folded, float]:
-    """Fold a network, into weights of `dtype` or of its own.
+    """Fold a network into weights of `dtype`, or of its own dtype.
 
     Returns:
-        The folded network, and the largest difference between its logits and those
-        from before, on random inputs.
+        The folded network, and the largest difference of its logits from the original
+        logits on random inputs.
     """
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     apply = functools.partial(program.model.apply, train=False)
@@ -172,9 +179,9 @@ def fold_state(
 def examine_run(
     run: LoadedRun, ignore: Sequence[str] = ()
 ) -> tuple[TrainState, tuple[Finding, ...]]:
-    """Return the newest checkpoint, and the mistakes with BN that are found in it.
+    """Return the newest checkpoint, and the doctor's findings in it.
 
-    They are looked for in its first training batch, or as much of that as is normalized
+    The doctor gets the first training batch, or the part of it that is normalized
     together.
     """
     config = run.config
@@ -203,7 +210,7 @@ def examine_run(
 def try_to_examine(
     workdir: Path, data_dir: Path | None = None, *, trust: bool = False
 ) -> tuple[Finding, ...] | str:
-    """Return the mistakes in a run, or why it could not be looked at, in a sentence."""
+    """Return the findings in a run, or a sentence that says why there are none."""
     try:
         return examine_run(load_run(workdir, data_dir, trust=trust))[1]
     except (DataError, RunError, SettingError) as error:
@@ -211,9 +218,9 @@ def try_to_examine(
 
 
 def format_findings(findings: Sequence[Finding]) -> str:
-    """Return how many there are, each in a row, and what to do about each kind.
+    """Return a table of findings with their number, and the fix for each rule.
 
-    Example:
+    Examples:
         >>> print(
         ...     format_findings([Finding("r", "error", "bn", {"x": 0.5}, "M.", "F.")])
         ... )
@@ -255,11 +262,11 @@ def find_layers(
 ) -> list[dict[str, Any]]:
     """Describe every layer that has a running mean and variance, as JSON.
 
-    A unit is dead where |scale| is below `scale_below`, at every position where the
-    scale has several, or the running variance is below `var_below`. The layers are in
-    the order of their paths, numbers by their value.
+    A unit is dead if its absolute scale is below `scale_below` (at every position, if
+    the scale has several), or if its running variance is below `var_below`. The layers
+    are in the order of their paths, with numbers in numerical order.
 
-    Example:
+    Examples:
         >>> params = {"bn": {"scale": np.array([1.0, 0.0, 2.0])}}
         >>> stats = {"bn": {"mean": np.zeros(3), "var": np.array([4.0, 1.0, 0.0])}}
         >>> [layer] = find_layers(params, stats)
@@ -297,7 +304,7 @@ def find_layers(
 def _find_statistics(
     batch_stats: Mapping[str, Any],
 ) -> dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]]:
-    """Return mean and variance by the path of the layer, numbers in their order."""
+    """Return mean and variance by the path of the layer, in numerical order."""
     leaves = {path: np.asarray(a) for path, a in flatten_dict(batch_stats).items()}
     means = (path[:-1] for path in leaves if path[-1] == "mean")
     return {
@@ -308,12 +315,14 @@ def _find_statistics(
 
 
 def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    r"""Return a table of how far the statistics of each layer moved.
+    r"""Return a table of the change of each layer's statistics.
 
-    .. math:: \max_k |\mu'_k - \mu_k| / \sigma_k, \quad
-              \min_k \sigma'^2_k / \sigma^2_k, \quad \max_k \sigma'^2_k / \sigma^2_k
+    $$
+    \max_k \lvert \mu'_k - \mu_k \rvert / \sigma_k, \quad
+    \min_k \sigma'^2_k / \sigma^2_k, \quad \max_k \sigma'^2_k / \sigma^2_k
+    $$
 
-    Example:
+    Examples:
         >>> before = {"bn": {"mean": np.zeros(2), "var": np.array([4.0, 1.0])}}
         >>> after = {"bn": {"mean": np.ones(2), "var": np.array([4.0, 3.0])}}
         >>> print(describe_change(before, after))
@@ -333,12 +342,12 @@ def describe_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 def check_new_run(workdir: Path, *, force: bool = False) -> None:
     """Refuse a folder that a run cannot be written to, before any work is done.
 
-    With `force` a run that is there may be replaced; nothing else may.
+    With `force`, an existing run may be replaced, but nothing else.
     """
     if not workdir.parent.is_dir():
         raise SettingError(
-            f"--output {workdir}: {workdir.parent} is not there. Make it first, or "
-            "give another place.",
+            f"--output {workdir}: {workdir.parent} does not exist. Create it first, or "
+            "give another folder.",
         )
     if not workdir.exists():
         return
@@ -347,13 +356,13 @@ def check_new_run(workdir: Path, *, force: bool = False) -> None:
         return
     if not (workdir / CONFIG).is_file():
         raise SettingError(
-            f"--output {workdir} is there and holds no run: expected a folder that is "
-            "new or empty, or with --force one that holds a run.",
+            f"--output {workdir} exists and holds no run: expected a folder that is "
+            "new or empty, or, with --force, a folder with a run.",
         )
     if not force:
         raise SettingError(
             f"--output {workdir} holds a run already. Nothing was overwritten: give "
-            "another folder, or --force to replace it.",
+            "another folder, or --force to replace the run.",
         )
 
 
@@ -370,7 +379,7 @@ def write_run(
 ) -> None:
     """Write a run's folder with one checkpoint, whole or not at all.
 
-    `made_by` is what else config.json says: the command, and what it was given. The
+    `made_by` has further entries of config.json: the command and its arguments. The
     source may be without examples. For `force` see `check_new_run`.
     """
     check_new_run(workdir, force=force)
@@ -396,9 +405,9 @@ def write_run(
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return rows in columns: the first set left, the others right.
+    """Return rows in columns, the first column left-aligned, the others right-aligned.
 
-    Example:
+    Examples:
         >>> print(format_table(("layer", "dead"), [("bn_0", "0"), ("bn_10", "12")]))
         layer  dead
         bn_0      0

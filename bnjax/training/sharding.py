@@ -1,4 +1,4 @@
-"""How a run is laid out on devices, and whose examples are normalized together."""
+"""The layout of a run on devices, and which examples are normalized together."""
 
 import functools
 import sys
@@ -30,9 +30,9 @@ AXIS = "data"
 
 
 class Spmd:
-    """One program for all devices: jit over a mesh, the batch sharded.
+    """One program for all devices: jit over a mesh, with a sharded batch.
 
-    Statistics are those of the global batch by themselves. The devices are those of all
+    The statistics are then those of the global batch. The devices are those of all
     hosts; `accumulate` is the number of micro-batches in a batch.
     """
 
@@ -46,12 +46,12 @@ class Spmd:
         self._chunks = NamedSharding(self._mesh, P(None, AXIS))
 
     def sharing(self, config: Config) -> dict[str, Any]:
-        """Return what the BN layers of the model in training are told.
+        """Return the options of the model's BN layers in training.
 
-        These are options of `bnjax.models.Normalization` that realize `--bn.sync` and
-        `--bn.virtual-batch-size` on these devices. Whatever the strategy, a layer
+        These options of `bnjax.models.Normalization` implement `--bn.sync` and
+        `--bn.virtual-batch-size` on these devices. With every strategy, a layer
         normalizes consecutive groups of the (micro-)batch, and the running statistics
-        move once a step, towards the moments of all groups.
+        are updated once a step with the moments of all groups.
         """
         if not config.batch_norm:
             return {}
@@ -77,7 +77,7 @@ class Spmd:
         return {"axis_name": self.axis_name, "axis_index_groups": groups} | deferred
 
     def for_evaluation(self) -> "Spmd":
-        """Return the layout that evaluates."""
+        """Return the layout for evaluation."""
         return self
 
     def round_up(self, size: int) -> int:
@@ -89,13 +89,13 @@ class Spmd:
         return self.place(state)
 
     def host_state(self, state: TrainState) -> TrainState:
-        """Return what a checkpoint holds and an evaluation reads: one copy."""
+        """Return one copy of the state, for checkpoints and evaluations."""
         if jax.process_count() == 1:
             return state
         return jax.tree.map(lambda leaf: leaf.addressable_data(0), state)
 
     def place(self, constants: Any) -> Any:
-        """Put arrays, the same on every host, on every device."""
+        """Put arrays that are equal on every host on every device."""
         if jax.process_count() == 1:
             return jax.device_put(constants, self._replicated)
         return _replicate(constants, self._replicated)
@@ -103,7 +103,7 @@ class Spmd:
     def place_chunk(self, chunk: Any) -> Any:
         """Give each device its part of a chunk, of shape (steps, local batch, ...).
 
-        Each host gives the part of its own devices.
+        Each host has the part of its own devices.
         """
         if jax.process_count() == 1:
             return jax.device_put(chunk, self._chunks)
@@ -111,7 +111,7 @@ class Spmd:
         return jax.tree.map(join, chunk)
 
     def chunk_spec(self, spec: Any) -> Any:
-        """Return the shapes that `place_chunk` gives to a chunk of these shapes."""
+        """Return the shapes of `place_chunk` for a chunk of these shapes."""
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(
                 self._chunk_shape(*leaf.shape), leaf.dtype, sharding=self._chunks
@@ -123,22 +123,28 @@ class Spmd:
         return (steps, batch * jax.process_count(), *rest)
 
     def place_rows(self, rows: np.ndarray) -> jax.Array:
-        """Shard what `eval_steps` goes through, (steps, batch) on every host."""
+        """Shard the rows for `eval_steps`, shape (steps, batch) on every host."""
         sharding = NamedSharding(self._mesh, P(None, AXIS))
         return jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
 
     def compile(self, steps: Any, state: TrainState, constants: Any, chunk: Any) -> Any:
-        """Compile what `train_steps` gave for placed arguments or their shapes."""
+        """Compile a result of `train_steps` for placed arguments or their shapes."""
         return steps.lower(state, constants, chunk).compile()
 
     def train_steps(self, train_step: TrainStep, batch: MakeBatch) -> Any:
         """Return a jitted function that takes one step for each item of a chunk.
 
-        That is `train_steps(state, constants, chunk) -> (state, metrics)` of what the
-        methods above placed. The state given is donated: its buffers are those of the
-        state returned. Each metric has shape (steps,). The step was made with this
-        object's `axis_name`, and `batch` makes a batch of the feed's constants, an item
-        and the step's key.
+        The function is `train_steps(state, constants, chunk) -> (state, metrics)`, with
+        arguments that the methods above placed. It donates the state: the new state
+        reuses its buffers. Each metric has shape (steps,).
+
+        Args:
+            train_step: a step with this object's `axis_name`.
+            batch: a function that makes a batch of the feed's constants, an item of a
+                chunk and the key of the step.
+
+        Returns:
+            The jitted function.
         """
         sharded = NamedSharding(self._mesh, P(AXIS))
 
@@ -154,9 +160,9 @@ class Spmd:
     def eval_steps(self, eval_step: EvalStep, batch: MakeBatch) -> Any:
         """Return a jitted function that evaluates each item of a chunk.
 
-        That is `eval_steps(params, batch_stats, constants, chunk) -> metrics`, each
-        metric of shape (steps, batch), on every device. The key that `batch` is given
-        is a constant.
+        The function is `eval_steps(params, batch_stats, constants, chunk) -> metrics`.
+        Each metric has shape (steps, batch), on every device. The key for `batch` is a
+        constant.
         """
 
         def eval_steps(
@@ -170,10 +176,10 @@ class Spmd:
 
 
 class Pmap(Spmd):
-    """The step on every device, each with its part of the batch; evaluates as `Spmd`.
+    """The step runs on every device with its part of the batch; evaluation is `Spmd`'s.
 
-    The state is stacked, one copy a device, and all copies are equal. Each host holds
-    the stack of its own devices.
+    The state is stacked, with one copy for each device, and all copies are equal. Each
+    host holds the stack of its own devices.
     """
 
     axis_name = AXIS
@@ -188,7 +194,7 @@ class Pmap(Spmd):
         self._on_each = NamedSharding(mesh, P())
 
     def for_evaluation(self) -> Spmd:
-        """Return the layout that evaluates, on the same devices."""
+        """Return the layout for evaluation on the same devices."""
         return Spmd(self.devices)
 
     def place_state(self, state: TrainState) -> TrainState:
@@ -211,8 +217,8 @@ class Pmap(Spmd):
     def place_chunk(self, chunk: Any) -> Any:
         """Give each device its part of every micro-batch, stacked by device.
 
-        Micro-batches come first in the batch, so that each holds the same examples on
-        any number of devices.
+        The batch is split into micro-batches first, so that each micro-batch has the
+        same examples on any number of devices.
         """
 
         def by_device(leaf: np.ndarray) -> np.ndarray:
@@ -226,8 +232,8 @@ class Pmap(Spmd):
         return (self._count, steps, batch // self._count, *rest)
 
     def compile(self, steps: Any, state: TrainState, constants: Any, chunk: Any) -> Any:
-        """Compile as `Spmd` does, on one host; on several, at the first call."""
-        # What pmap compiles ahead of time takes arrays of all hosts, not of this one.
+        """Compile as `Spmd` does on one host; on several hosts, at the first call."""
+        # A pmap compiled ahead of time takes arrays of all hosts, not of one host.
         if jax.process_count() > 1:
             return steps
         return super().compile(steps, state, constants, chunk)
@@ -245,7 +251,7 @@ class Pmap(Spmd):
 
 
 def _group_size(config: Config, examples: int, devices: int) -> int:
-    """Return how many examples are normalized together."""
+    """Return the number of examples that are normalized together."""
     sync, virtual = config.bn.sync, config.bn.virtual_batch_size
     together = devices
     if sync == "per-device":
@@ -261,23 +267,23 @@ def _group_size(config: Config, examples: int, devices: int) -> int:
     if virtual is not None:
         if size % virtual or (virtual % local and local % virtual):
             raise SettingError(
-                f"--bn.virtual-batch-size {virtual}: expected a divisor of {size}, the "
-                "examples that share statistics, that also divides or is a multiple of "
-                f"the {local} on each device.",
+                f"--bn.virtual-batch-size {virtual}: expected a divisor of the {size} "
+                "examples that share statistics, which also divides or is a multiple "
+                f"of the {local} examples on each device.",
             )
         size = virtual
     if size < 2:
         raise SettingError(
             f"--batch-size {config.batch_size}: {size} example is normalized by "
-            "itself; batch normalization in training needs at least 2 to take "
-            "statistics over. Give a larger batch, or another --bn.sync or "
+            "itself; the statistics of batch normalization need at least 2 examples "
+            "in training. Give a larger batch, or another --bn.sync or "
             "--bn.virtual-batch-size.",
         )
     return size
 
 
 def _scan(train_step: TrainStep, batch: MakeBatch) -> Callable[..., Any]:
-    """Return the function that takes one step for each item of a chunk."""
+    """Return a function that takes one step for each item of a chunk."""
 
     def train_steps(
         state: TrainState, constants: Any, chunk: Any
@@ -286,7 +292,7 @@ def _scan(train_step: TrainStep, batch: MakeBatch) -> Callable[..., Any]:
             key = stream_key(state.rng, Stream.AUGMENT, state.step)
             return train_step(state, batch(constants, item, key))
 
-        # Not a loop of one: see `slow_in_loops`.
+        # Avoid a loop of one step; see `slow_in_loops`.
         if jax.tree.leaves(chunk)[0].shape[0] == 1:
             state, metrics = body(state, jax.tree.map(lambda leaf: leaf[0], chunk))
             return state, jax.tree.map(lambda leaf: leaf[None], metrics)
@@ -296,7 +302,7 @@ def _scan(train_step: TrainStep, batch: MakeBatch) -> Callable[..., Any]:
 
 
 def _replicate(tree: Any, sharding: NamedSharding) -> Any:
-    """Put arrays that every host has onto the devices of all hosts."""
+    """Put arrays that are equal on every host on the devices of all hosts."""
 
     def is_key(leaf: Any) -> bool:
         return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -306,7 +312,7 @@ def _replicate(tree: Any, sharding: NamedSharding) -> Any:
             return leaf
         return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like))
 
-    # Only NumPy arrays may go where other hosts' devices are.
+    # Only NumPy arrays can be put on devices of other hosts.
     raw = jax.tree.map(
         lambda leaf: np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf),
         tree,
@@ -318,9 +324,10 @@ def _replicate(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
-    """Lay a run out as its configuration says.
+    """Return the layout of a run according to its configuration.
 
-    The devices are all that JAX finds, or `config.devices` of them, if None are given.
+    If `devices` is None, the devices are all that JAX finds, or the first
+    `config.devices` of them.
     """
     if devices is None:
         devices = jax.devices()
@@ -334,19 +341,19 @@ def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
     hosts = len({device.process_index for device in devices})
     if hosts > 1 and (strategy == "single" or config.devices is not None):
         raise SettingError(
-            f"--parallel single and --devices are for one host, and there are {hosts}: "
-            "leave them out.",
+            f"--parallel single and --devices are for one host, but there are {hosts} "
+            "hosts. Omit the flags.",
         )
     if strategy == "single":
         devices = devices[:1]
     if strategy == "auto" and config.bn.sync == "global" and hosts == 1:
-        # As many as divide the batch: the results are the same.
+        # Use a number of devices that divides the batch; it does not change results.
         examples = config.batch_size // config.accumulate
         used = max(n for n in range(1, len(devices) + 1) if examples % n == 0)
         if used < len(devices):
             print(
                 f"note: {used} of {len(devices)} devices are used: --batch-size "
-                f"{config.batch_size} does not divide by more.",
+                f"{config.batch_size} is not divisible by more.",
                 file=sys.stderr,
             )
         devices = devices[:used]
@@ -354,11 +361,11 @@ def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
     if config.batch_size % parts:
         raise SettingError(
             f"--batch-size {config.batch_size}: {len(devices)} device(s) and "
-            f"--accumulate {config.accumulate} need a multiple of {parts}. Give one, "
-            "or fewer --devices, or --parallel single.",
+            f"--accumulate {config.accumulate} need a multiple of {parts}. Give such a "
+            "batch size, or fewer --devices, or --parallel single.",
         )
     if strategy == "auto" and len(devices) > 1:
-        # Statistics that no axis name is given to are shared in one program alone.
+        # Without an axis name, devices share statistics only in one program.
         strategy = "pmap" if takes_normalization(config) else "spmd"
     kind = Pmap if strategy == "pmap" else Spmd
     parallel = kind(devices, config.accumulate)
@@ -367,10 +374,10 @@ def make_parallel(config: Config, devices: Devices | None = None) -> Spmd:
 
 
 def evaluation_parallel(config: Config) -> Spmd:
-    """Return the layout of the run itself, or one device where that is not to be had.
+    """Return the layout of the run, or one device if that layout is not available.
 
-    A matrix product of other shapes may round otherwise: on the machine that trained,
-    the loss is then the same to the last digit.
+    A matrix product of other shapes may round differently. With the layout of the run,
+    on the same machine, the loss is equal to the last digit.
     """
     try:
         return make_parallel(config)

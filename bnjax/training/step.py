@@ -1,4 +1,4 @@
-"""One step of training and one of evaluation, as pure functions."""
+"""The training step and the evaluation step, as pure functions."""
 
 import dataclasses
 import enum
@@ -23,14 +23,14 @@ from bnjax.variants.ghost import MOMENTS, merge_stacked
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step reads and writes.
+    """The state that a training step reads and writes.
 
-    Args:
-        step: Steps taken, int32, shape ().
-        params: Weights, scale and bias of every layer.
-        batch_stats: Running statistics; empty without batch normalization.
-        opt_state: The optimizer's.
-        rng: The run's random key; it never changes, see `stream_key`.
+    Attributes:
+        step: the number of steps so far, int32, shape ().
+        params: the weights, scale and bias of every layer.
+        batch_stats: the running statistics; empty without batch normalization.
+        opt_state: the state of the optimizer.
+        rng: the random key of the run; it never changes, see `stream_key`.
     """
 
     step: jax.Array
@@ -50,18 +50,18 @@ class Stream(enum.IntEnum):
 
 
 def stream_key(rng: jax.Array, stream: Stream, index: jax.Array | int = 0) -> jax.Array:
-    """Return the key of one draw: the epoch's order, the step's noise.
+    """Return the key of one draw, such as the order of an epoch or the noise of a step.
 
-    It depends on the run's key, the kind and the index alone, so that a run can be
-    taken up again at any step.
+    It depends only on the run's key, the kind and the index, so that a run can be
+    resumed at any step.
     """
     return jax.random.fold_in(jax.random.fold_in(rng, stream), index)
 
 
 def check_memory(what: str, shapes: Any) -> None:
-    """Refuse arrays that no memory of this machine holds, before they are made.
+    """Refuse arrays that exceed the memory of this machine, before they are made.
 
-    A configuration may be a stranger's, and asks for whatever it says.
+    A configuration may come from a stranger and ask for any size.
     """
     if not hasattr(os, "sysconf"):  # Windows
         return
@@ -69,9 +69,9 @@ def check_memory(what: str, shapes: Any) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
         raise RunError(
-            f"the network cannot be made: {what} take {needed:,} bytes, and this "
-            f"machine has {memory:,} of memory. Make --model.*, the images or the "
-            "batch smaller; of a run, see its config.json."
+            f"the network cannot be made: {what} take {needed:,} bytes, but this "
+            f"machine has {memory:,} bytes of memory. Make --model.*, the images or "
+            "the batch smaller; for an existing run, see its config.json."
         )
 
 
@@ -81,11 +81,11 @@ def create_state(
     seed: int,
     images: jax.Array,
 ) -> TrainState:
-    """Return the state before the first step; every leaf is an array of its own.
+    """Return the state before the first step; every leaf is a separate array.
 
-    The running statistics start in the dtype that a step gives them: Flax makes them
-    float32, and a step on float64 makes them float64, which no scan could carry. The
-    values of `images`, an example batch, are not used.
+    The running statistics start with their dtype after a step: Flax makes them float32,
+    and a step on float64 makes them float64, which a scan could not carry. `images` is
+    an example batch, whose values are not used.
     """
     rng = jax.random.key(seed)
 
@@ -103,7 +103,7 @@ def create_state(
     variables = init(rng, images)
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     if batch_stats:
-        # Two examples: one value per channel is none to train on.
+        # Two examples, because training cannot use one value per channel.
         two = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
         after = jax.eval_shape(step, variables, two)["batch_stats"]
         batch_stats = jax.tree.map(
@@ -119,12 +119,12 @@ def create_state(
 
 
 def count_parameters(params: Any) -> int:
-    """Return how many numbers `params` holds."""
+    """Return the number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def tree_sha256(tree: Any) -> str:
-    """Digest a tree: paths, shapes, dtypes and every bit of every leaf."""
+    """Return a digest of a tree: paths, shapes, dtypes and every bit of every leaf."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -136,7 +136,7 @@ def tree_sha256(tree: Any) -> str:
 
 
 def state_sha256(state: TrainState) -> str:
-    """Digest parameters, statistics and optimizer state: equal runs have equal ones."""
+    """Return a digest of parameters, statistics and optimizer state to compare runs."""
     return tree_sha256((state.params, state.batch_stats, state.opt_state))
 
 
@@ -146,7 +146,7 @@ def layer_names(batch_stats: Any) -> tuple[str, ...]:
 
 
 def bad_layers(batch_stats: Any) -> jax.Array:
-    """Return which of `layer_names` have a statistic that is not finite."""
+    """Return, for each of `layer_names`, whether a statistic is not finite."""
     layers = {name: [] for name in layer_names(batch_stats)}
     for path, leaf in flatten_dict(batch_stats).items():
         layers["/".join(path[:-1])].append(leaf)
@@ -186,33 +186,35 @@ def make_train_step(
 
     It takes one step of the optimizer on the mean cross-entropy of the batch,
 
-    .. math:: L = -\frac{1}{m} \sum_i \log \mathrm{softmax}(f(x_i))_{t_i},
+    $$L = -\frac{1}{m} \sum_i \log \mathrm{softmax}(f(x_i))_{t_i},$$
 
-    and one step of the running statistics.
+    and updates the running statistics once.
 
     Args:
-        model: Gives logits; its `batch_stats` collection is updated where it has one.
-        optimizer: Of the parameters.
-        axis_name: Of the enclosing pmap, whose devices have a part of the batch each.
-        accumulate: Micro-batches that the batch is cut into. Gradients are their mean;
-            each is normalized by its own statistics.
-        updated_stats: Gives the new `batch_stats` from the old and from each layer's
-            Moments over the micro-batches and devices, for a model that writes them to
-            the collection "batch_moments". None for one that updates its statistics
-            itself.
-        skip_nonfinite: Where the loss, or anything in the new state, is not finite,
-            only count the step: parameters, statistics and optimizer state stay.
-        unroll: Write the micro-batches out one after the other; see `slow_in_loops`.
+        model: a module that returns logits; its collection `batch_stats` is updated if
+            it has one.
+        optimizer: the optimizer of the parameters.
+        axis_name: the axis of the enclosing pmap, in which each device has a part of
+            the batch.
+        accumulate: the number of micro-batches in a batch. Each is normalized by its
+            own statistics, and the gradients are averaged.
+        updated_stats: for a model that writes the collection "batch_moments", a
+            function that returns the new `batch_stats` from the old and from each
+            layer's Moments over the micro-batches and devices. None for a model that
+            updates its statistics itself.
+        skip_nonfinite: if the loss or a value of the new state is not finite, only
+            count the step and keep parameters, statistics and optimizer state.
+        unroll: unroll the loop over micro-batches; see `slow_in_loops`.
 
     Returns:
         A pure function of a `TrainState` and a batch of "image", shape (batch, ...)
         and floating, and "label", shape (batch,) and integer. Its metrics are the
         batch's mean "loss" and "accuracy" before the step, of shape (); `bad_layers`,
-        all False where the loss is finite; and, with `skip_nonfinite`, whether the step
+        all False if the loss is finite; and, with `skip_nonfinite`, whether the step
         was "dropped".
 
     References:
-        Ioffe and Szegedy 2015, Algorithm 2, lines 1 to 6.
+        Ioffe & Szegedy (2015), Algorithm 2, lines 1 to 6.
     """
     mutable = ["batch_stats"] if updated_stats is None else ["batch_stats", MOMENTS]
 
@@ -240,7 +242,7 @@ def make_train_step(
     def differentiate_parts(
         state: TrainState, batch: Batch, noise: jax.Array
     ) -> tuple[Any, Metrics, Any]:
-        """Return the means over the micro-batches, and their joined moments."""
+        """Return the means over the micro-batches, and their merged moments."""
 
         def body(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, Any]:
             index, micro_batch = part
@@ -283,7 +285,7 @@ def make_train_step(
         )
         fine = jnp.isfinite(metrics["loss"])
         if skip_nonfinite:
-            # All that it reads is the same on every device, and so is the answer.
+            # These values are equal on every device, and so is the result.
             fine &= all_finite((new_state.params, batch_stats, opt_state))
             metrics["dropped"] = ~fine
             kept = jax.tree.map(
@@ -300,20 +302,24 @@ def make_train_step(
 
 
 def _merged(moments: Any) -> Any:
-    """Join each layer's Moments along the leading axis."""
+    """Merge each layer's Moments along the leading axis."""
     return jax.tree.map(
         merge_stacked, moments, is_leaf=lambda node: isinstance(node, Moments)
     )
 
 
 def topk_correct(scores: Any, labels: Any) -> dict[str, Any]:
-    """Say which examples are classified right, and right among the first five.
+    """Return which examples are correct, and correct among the first five classes.
 
-    Of equal scores the lower class comes first, as for argmax. NaN beats all others,
-    and an example whose own score is NaN is wrong.
+    If scores are equal, the lower class comes first, as for argmax. NaN is above all
+    numbers, and an example whose own score is NaN is wrong.
 
-    Scores are logits or probabilities, shape (batch, classes), of NumPy or of JAX. The
-    result is "correct" and, where there are more than 5 classes, "top5".
+    Args:
+        scores: logits or probabilities, shape (batch, classes), of NumPy or JAX.
+        labels: the classes, shape (batch,).
+
+    Returns:
+        "correct" and, if there are more than 5 classes, "top5", shape (batch,).
     """
     examples, classes = scores.shape
     own = scores[np.arange(examples), labels][:, None]
@@ -324,10 +330,10 @@ def topk_correct(scores: Any, labels: Any) -> dict[str, Any]:
 
 
 def make_eval_step(model: nn.Module) -> EvalStep:
-    """Return `eval_step(params, batch_stats, batch) -> metrics`, each per example.
+    """Return `eval_step(params, batch_stats, batch) -> metrics`, one for each example.
 
-    The metrics are "loss" and those of `topk_correct`, of shape (batch,): whoever sums
-    them leaves the padding out.
+    The metrics are "loss" and the results of `topk_correct`, of shape (batch,). The
+    caller must leave out padding from sums.
     """
     predict = make_predict_step(model)
 

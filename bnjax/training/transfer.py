@@ -1,4 +1,4 @@
-"""A run that starts from the network of another."""
+"""Start a run from the network of another run, or from PyTorch weights."""
 
 import dataclasses
 import sys
@@ -31,11 +31,11 @@ from bnjax.training.workdir import CHECKPOINTS, CONFIG, read_config
 
 Tree = dict[str, Any]
 SHOWN = 6
-"""How many arrays a message names."""
+"""The largest number of arrays in a message."""
 
 
 def first_state(config: Config, program: Program) -> TrainState:
-    """Return the state before the first step, from `--init-from` where it is given."""
+    """Return the state before the first step, from `--init-from` if it is given."""
     state = program.initial_state()
     if config.init_from is None:
         return state
@@ -73,9 +73,9 @@ def first_state(config: Config, program: Program) -> TrainState:
 def _read_weights(
     path: Path, config: Config, program: Program, state: TrainState
 ) -> Tree:
-    """Return variables from a file of PyTorch's; a last layer is of the classes there.
+    """Return variables from a PyTorch file; the last layer has the file's classes.
 
-    Its layers are called as `known_mapping` says, or as the network's own.
+    The names of its layers are those of `known_mapping`, or those of the network.
     """
     tensors = read_state_dict(path)
     mapping = known_mapping(config.model.name, program.images.shape[1:]) or SAME_NAMES
@@ -93,18 +93,18 @@ def _read_weights(
         return from_torch(tensors, variables, mapping)
     except TorchError as error:
         raise TorchError(
-            f"--init-from {path}: {error} Where its layers have other names: python -m "
-            "bnjax import-torch with --mapping, then --init-from the run it writes."
+            f"--init-from {path}: {error} If its layers have other names, run python "
+            "-m bnjax import-torch with --mapping, then --init-from its new run."
         ) from error
 
 
 def _adopt(
     own: Tree, given: Tree, classes: int | None, source: str
 ) -> tuple[Tree, list[str]]:
-    """Return the tree `own` with the values of `given`, and the paths that stayed.
+    """Return the tree `own` with the values of `given`, and the paths that stay new.
 
-    An array stays whose last axis has `classes` entries, where that of `given` has
-    others, and which is else of the same shape: its layer tells other classes apart.
+    An array stays new if its last axis has `classes` entries, the array of `given` has
+    another number, and their other axes are equal: its layer is for other classes.
     """
     ours: dict[str, Any] = dict(flatten_dict(own, sep="/"))
     theirs: dict[str, Any] = dict(flatten_dict(given, sep="/"))
@@ -114,10 +114,10 @@ def _adopt(
         for path in other
         if (*theirs[path].shape[:-1], classes) == ours[path].shape
     ]
-    problems = [f"{path} is not there" for path in ours if path not in theirs]
-    problems += [f"{path} has no place here" for path in theirs if path not in ours]
+    problems = [f"{path} is missing" for path in ours if path not in theirs]
+    problems += [f"{path} is unknown here" for path in theirs if path not in ours]
     problems += [
-        f"{path} has the shape {theirs[path].shape}, {ours[path].shape} here"
+        f"{path} has the shape {theirs[path].shape}, here {ours[path].shape}"
         for path in other
         if path not in anew
     ]
@@ -126,7 +126,7 @@ def _adopt(
         rest = f"; and {more} more" if more > 0 else ""
         raise SettingError(
             f"{source} holds another network: {'; '.join(problems[:SHOWN])}{rest}. "
-            "Give the --model and --batch-norm flags that it was trained with.",
+            "Give the --model and --batch-norm flags of its training.",
         )
     taken = {
         path: leaf if path in anew else jnp.asarray(theirs[path], leaf.dtype)
@@ -141,16 +141,16 @@ def source_of_weights(
     mapping: LayerMapping,
     image_shape: Sequence[int] | None,
 ) -> Source:
-    """Return the data set, without examples where it is not there.
+    """Return the data set; if it does not exist, return one without examples.
 
-    The weights say how many classes there are, and `image_shape` or --data.image-size
-    which images the network takes.
+    In that case the weights give the number of classes, and `image_shape` or
+    --data.image-size the shape of the images.
     """
     if image_shape is not None:
         if len(image_shape) not in (2, 3) or min(image_shape) < 1:
             raise SettingError(
-                f"--image-shape {' '.join(map(str, image_shape))}: expected a height, "
-                "a width and the channels, such as 224 224 3."
+                f"--image-shape {' '.join(map(str, image_shape))}: expected the "
+                "height, the width and the channels, such as 224 224 3."
             )
         shape, absent = tuple(image_shape), None
     else:
@@ -160,16 +160,16 @@ def source_of_weights(
             absent = error
         if (size := config.data.image_size) is None:
             raise DataError(
-                f"{absent}\nOr say which images the network takes, and the weights "
-                "tell the rest: --image-shape HEIGHT WIDTH CHANNELS."
+                f"{absent}\nOr give the shape of the network's images; the weights "
+                "have the rest: --image-shape HEIGHT WIDTH CHANNELS."
             ) from absent
         shape = (size, size, 3)
     known = known_mapping(config.model.name, shape) or {}
     classes = classes_in(state, prefer(mapping, known))
     if classes is None:
         raise absent or SettingError(
-            "--image-shape: no tensor goes to the layer logits, and the number of "
-            "classes is not known. Prepare the data set, and leave the flag out."
+            "--image-shape: no tensor goes to the layer logits, so the number of "
+            "classes is not known. Prepare the data set, and omit the flag."
         )
     description = {"image_shape": shape, "classes": classes}
     return Source.from_description(config.data, description)

@@ -1,4 +1,4 @@
-"""The folder of a run: claimed once, written whole."""
+"""The folder of a run: one process writes it, and each file is written whole."""
 
 import contextlib
 import itertools
@@ -42,8 +42,8 @@ OURS = (CONFIG, METRICS, LAYERS, SUMMARY, EVALUATION, CHECKPOINTS)
 def default_workdir(preset: str, data_name: str = "") -> Path:
     """Return runs/<preset>-<time>, a folder that does not exist yet.
 
-    The name of a folder of images stands after the preset's, since no preset is made
-    for it.
+    The name of a folder of images follows the name of the preset, because no preset is
+    made for such a folder.
     """
     stem = preset
     if is_folder(data_name):
@@ -57,10 +57,11 @@ def default_workdir(preset: str, data_name: str = "") -> Path:
 
 @contextlib.contextmanager
 def claim(workdir: Path, *, resume: bool = False) -> Iterator[bool]:
-    """Make the folder and keep every other process from writing to it meanwhile.
+    """Make the folder, and lock it against every other process meanwhile.
 
-    The system frees the lock when this process ends, however it ends. Yields whether
-    the folder holds a run, which `resume` asks for; where it fails, none was changed.
+    The system releases the lock when this process ends in any way. The context yields
+    whether the folder holds a run; only `resume` allows one. On failure, the folder is
+    unchanged.
     """
     with contextlib.ExitStack() as stack:
         with writing(workdir):
@@ -92,13 +93,13 @@ def _lock(lock: TextIO, workdir: Path) -> None:
         lock.seek(0)
         raise RunError(
             f"workdir {workdir} is being written by {lock.read() or 'another process'}"
-            ". Nothing was changed: wait until that has ended, or give another "
+            ". Nothing was changed: wait until that process has ended, or give another "
             "--workdir."
         ) from None
     except OSError as error:
-        # Some network file systems have no locks: a run there is better than none.
+        # Some network file systems have no locks; do not refuse to run there.
         print(
-            f"note: {workdir} cannot be locked ({error.strerror or error}): take care "
+            f"note: {workdir} cannot be locked ({error.strerror or error}): make sure "
             "that no other process writes to it.",
             file=sys.stderr,
         )
@@ -111,8 +112,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"{path} could not be written: {error.strerror or error}. Give a folder on "
-            "a disk with room, and with permission to write, as --workdir."
+            f"{path} could not be written: {error.strerror or error}. Give a --workdir "
+            "on a disk with free space, where you have permission to write."
         ) from error
 
 
@@ -129,8 +130,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(
-            f"{path.parent} is no run: it has no {path.name}. Expected a folder that "
-            "train.py wrote, such as runs/digits-<time>."
+            f"{path.parent} is not a run: it has no {path.name}. Expected a folder "
+            "that train.py wrote, such as runs/digits-<time>."
         ) from None
     except (OSError, ValueError) as error:
         raise RunError(
@@ -139,7 +140,7 @@ def read_json(path: Path) -> Any:
 
 
 def describe(preset: str, config: Config, source: Source) -> dict[str, Any]:
-    """Return what config.json holds: all that the run is a function of."""
+    """Return the contents of config.json, which determine the run."""
     return {
         "preset": preset,
         "config": to_json(config),
@@ -153,12 +154,12 @@ def describe(preset: str, config: Config, source: Source) -> dict[str, Any]:
 
 
 def read_config(workdir: Path) -> Config:
-    """Return the configuration that a run was started with."""
+    """Return the configuration of a run."""
     return config_of(workdir, read_record(workdir))
 
 
 def config_of(workdir: Path, record: dict[str, Any]) -> Config:
-    """Return the configuration in a run's record, as `read_record` gave it."""
+    """Return the configuration in a record of `read_record`."""
     return from_json(record["config"], str(workdir / CONFIG), made_by(record))
 
 
@@ -171,27 +172,27 @@ def made_by(record: dict[str, Any]) -> str | None:
 def check_same(
     workdir: Path, record: dict[str, Any], described: dict[str, Any], config: Config
 ) -> None:
-    """Refuse to go on with a run under another configuration than its record's.
+    """Refuse to continue a run with another configuration than that of its record.
 
-    Other versions or another device are named on standard error.
+    Standard error reports other versions or another device.
     """
     if changed := differences(config_of(workdir, record), config):
         raise SettingError(
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. "
-            "Give the flags it was started with, or another --workdir.",
+            "Give the flags of its start, or another --workdir.",
         )
     for name in ("versions", "device"):
         before, now = record.get(name), described[name]
         if before != now:
             print(
-                f"note: the run was started with {name} {before} and goes on with "
+                f"note: the run was started with {name} {before} and continues with "
                 f"{now}; the last digits of its results may differ.",
                 file=sys.stderr,
             )
 
 
 def read_record(workdir: Path) -> dict[str, Any]:
-    """Return what config.json holds; see `describe`."""
+    """Return the contents of config.json; see `describe`."""
     record = read_json(workdir / CONFIG)
     if not isinstance(record, dict) or "config" not in record:
         raise RunError(

@@ -112,7 +112,7 @@ def test_findings_of_one_kind_have_one_advice():
 
 
 def test_faults(fails, tmp_path):
-    assert "is no run" in fails("doctor", tmp_path)
+    assert "is not a run" in fails("doctor", tmp_path)
     message = fails("doctor", tmp_path, "--ignore", "few-value", status=2)
     assert "Did you mean 'few-values'?" in message
 

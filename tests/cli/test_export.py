@@ -70,13 +70,13 @@ def test_faults(trained, fails, tmp_path, monkeypatch):
 
     taken = tmp_path / "taken"
     taken.write_text("old")
-    assert "is there already" in fails("export", trained("digits"), taken, status=2)
+    assert "exists already" in fails("export", trained("digits"), taken, status=2)
     assert "is a folder" in fails("export", trained("digits"), tmp_path, status=2)
     missing = tmp_path / "no" / "file"
-    assert "not there" in fails("export", trained("digits"), missing, status=2)
+    assert "does not exist" in fails("export", trained("digits"), missing, status=2)
     onnx = fails("export", trained("digits"), tmp_path / "new.onnx", status=2)
     assert "jax2onnx" in onnx
-    assert "is no run" in fails("export", tmp_path, tmp_path / "new.stablehlo")
+    assert "is not a run" in fails("export", tmp_path, tmp_path / "new.stablehlo")
     with monkeypatch.context() as patched:
         patched.setattr("bnjax.training.runs.fold_batch_norm", refuse)
         message = fails("export", trained("digits"), tmp_path / "new.stablehlo")

@@ -58,7 +58,7 @@ def test_bfloat16(trained, run, fails, tmp_path):
     assert {each["dtype"] for each in report["weights"].values()} == {"bfloat16"}
     assert 1e-5 < report["largest_difference"] < 0.1
     argv = ["fold", trained("digits"), tmp_path / "other.npz", "--dtype", "bfloat16"]
-    assert "have no bfloat16" in fails(*argv, status=2)
+    assert "do not support bfloat16" in fails(*argv, status=2)
     assert not (tmp_path / "other.json").exists()
 
 
@@ -68,5 +68,5 @@ def test_faults(trained, fails, tmp_path):
     assert "expected .npz or .safetensors. Did you mean '.safetensors'?" in message
     (tmp_path / "a.json").write_text("old")
     message = fails(*argv, tmp_path / "a.npz", status=2)
-    assert f"{tmp_path / 'a.json'} is there already" in message
+    assert f"{tmp_path / 'a.json'} exists already" in message
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

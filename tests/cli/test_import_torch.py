@@ -61,7 +61,7 @@ def test_weights_from_pytorch(trained, variables, importing, run, fails, tmp_pat
     # Another width than the weights have.
     assert "(12, 64)" in fails(*argv)
     message = fails(*argv, "--names", "dense_0", "--", *FLAGS, status=2)
-    assert "expected THEIRS=OURS" in message
+    assert "expected TORCH=FLAX" in message
     argv[3] = "digts"
     assert "Did you mean 'digits'?" in fails(*argv, "--", *FLAGS, status=2)
     assert not (tmp_path / "other").exists()
@@ -119,7 +119,7 @@ def test_a_proposal_is_confirmed(importing, run, fails, tmp_path, monkeypatch):
     proposed = {"0": "Conv_0", "1": Layer("b", channels=4), "2": "a", "3": "Dense_0"}
     assert "was not imported: no mapping is known for own_import_nets:Net" in message
     assert format_mapping(proposed) in message
-    assert "By order alone, since others have the same shapes: none" in message
+    assert "because other layers have the same shapes: none" in message
     assert not new.exists()
     run(*argv, "--confirm")
     _, state = load_run(new, trust=True).restore()
@@ -158,7 +158,7 @@ def test_without_the_data_set(run, fails, tmp_path, monkeypatch):
     assert "is not prepared" in message
     assert "--image-shape HEIGHT WIDTH CHANNELS" in message
     shape = ["--image-shape", 32, 32, 3]
-    assert "expected a height" in fails(*argv, "--image-shape", 32, status=2)
+    assert "expected the height" in fails(*argv, "--image-shape", 32, status=2)
     run(*argv, *shape, "--", *flags)
     recorded = json.loads((new / "config.json").read_text())["data"]
     assert recorded["image_shape"] == [32, 32, 3]

@@ -75,7 +75,7 @@ def test_a_network_without_batch_norm(trained, run, monkeypatch):
 
 @pytest.mark.parametrize("flag", ["--scale-below", "--var-below"])
 def test_faults(flag, fails, tmp_path):
-    assert "is no run" in fails("inspect", tmp_path)
+    assert "is not a run" in fails("inspect", tmp_path)
     assert f"{flag} -1.0: expected 0 or more" in fails(
         "inspect", tmp_path, flag, -1, status=2
     )

@@ -71,10 +71,10 @@ def test_faults(trained, fails, tmp_path):
     assert "expected 1 or more" in fails(*argv, "x", "--batches", 0, status=2)
     message = fails(*argv, trained("digits"), "--force", status=2)
     assert "is the run itself" in message
-    assert "is not there" in fails(*argv, tmp_path / "no" / "new", status=2)
+    assert "does not exist" in fails(*argv, tmp_path / "no" / "new", status=2)
     (tmp_path / "file").write_text("old")
     message = fails(*argv, tmp_path, "--force", status=2)
-    assert "is there and holds no run" in message
+    assert "exists and holds no run" in message
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -113,11 +113,11 @@ def test_faults(trained, digits, images, fails, tmp_path):
     assert f"{tmp_path} holds no image" in fails(*argv, tmp_path, status=2)
     taken = tmp_path / "taken.json"
     taken.write_text("old")
-    assert "is there already" in fails(*argv, folder, "--output", taken, status=2)
+    assert "exists already" in fails(*argv, folder, "--output", taken, status=2)
     assert taken.read_text() == "old"
     message = fails(*argv, images / "val")
-    assert "is 20x30 pixels (height x width); the network takes 8x8" in message
-    assert "is no run" in fails("predict", tmp_path, folder)
+    assert "has 20x30 pixels (height x width), but the network takes 8x8" in message
+    assert "is not a run" in fails("predict", tmp_path, folder)
 
 
 def test_names_of_classes(images, tmp_path):

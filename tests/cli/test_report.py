@@ -27,7 +27,7 @@ def test_nothing_is_overwritten(trained, fails, run, tmp_path):
     output = tmp_path / "report.html"
     output.write_text("mine")
     given = ("report", trained("digits"), "--no-doctor", "--output", output)
-    assert "is there already" in fails(*given, status=2)
+    assert "exists already" in fails(*given, status=2)
     assert output.read_text() == "mine"
     run(*given, "--force")
     assert "no-doctor" in output.read_text()
@@ -51,7 +51,7 @@ def test_mistakes(trained, fails, tmp_path, words, message):
 
 def test_what_is_no_run(fails, tmp_path):
     found = fails("report", tmp_path, "--output", tmp_path / "r.html")
-    assert "is no run: it has no config.json" in found
+    assert "is not a run: it has no config.json" in found
 
 
 def test_a_run_without_checkpoints_or_data_is_reported(trained, run, tmp_path):

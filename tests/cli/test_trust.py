@@ -64,7 +64,7 @@ def test_its_code_is_not_run(name, strangers, capsys):
     run, marker = strangers
     before = sorted(run.iterdir())
     assert main([name, str(run), *COMMANDS[name]]) == 1
-    assert f"{run} is code of its own, evil:make, which was not run" in (
+    assert f"{run} is code outside bnjax, evil:make, which was not run" in (
         capsys.readouterr().err
     )
     assert not marker.exists()
@@ -75,7 +75,7 @@ def test_a_report_says_what_it_did_not_run(strangers, tmp_path):
     run, marker = strangers
     output = tmp_path / "report.html"
     assert main(["report", str(run), "--output", str(output)]) == 0
-    assert "evil:make, which was not run. If you trust who" in output.read_text()
+    assert "evil:make, which was not run. If you trust its" in output.read_text()
     assert not marker.exists()
 
 

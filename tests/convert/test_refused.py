@@ -31,10 +31,10 @@ from tests.convert.models import (
         (
             "bn2",
             ValueError,
-            r"layers='bn2' fits no layer. Did you mean 'bn1'\?.*bn0, bn1",
+            r"layers='bn2' matches no layer. Did you mean 'bn1'\?.*bn0, bn1",
         ),
-        (["bn0", "x/*"], ValueError, r"layers='x/\*' fits no layer"),
-        (lambda name, layer: False, ValueError, "a function that is true of no layer"),
+        (["bn0", "x/*"], ValueError, r"layers='x/\*' matches no layer"),
+        (lambda name, layer: False, ValueError, "that returns True for no layer"),
         ([], TypeError, r"layers=\(\)"),
         ([3], TypeError, r"layers=\(3,\)"),
     ],
@@ -68,7 +68,7 @@ class LinenWithDefaults(nn.BatchNorm):
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_another_function_is_refused_unless_it_is_asked_for(api):
     _, converted, x, given = two(api)
-    with pytest.raises(ValueError, match=r"the output changes by .* another epsilon"):
+    with pytest.raises(ValueError, match=r"the output changes by .* check epsilon"):
         converted(ToBatchNorm(epsilon=0.1), x, **given)
     with pytest.raises(ValueError, match="the output changes by"):
         converted(ToBatchNorm(epsilon=2e-5), x, tolerance=1e-7, **given)
@@ -90,7 +90,7 @@ def test_another_function_is_refused_unless_it_is_asked_for(api):
 @pytest.mark.parametrize("to", [*SAME.values(), ToGroupNorm(2)])
 def test_an_activation_in_a_class_of_its_own_is_not_lost(api, kind, to):
     _, converted, x, given = two(api, kind)
-    message = f"layer bn0 is a .*{kind.__name__}; what {kind.__name__}.__call__ does"
+    message = f"layer bn0 is a .*{kind.__name__}; the work of {kind.__name__}.__call__"
     with pytest.raises(ValueError, match=message):
         converted(to, x, may_change=True, **given)
 
@@ -122,7 +122,7 @@ def test_a_class_derived_from_ours_is_kept():
     new = converted(ToBatchNorm(axis_name="data"), x)
     assert type(new.bn0) is Ours
     assert new.bn0.axis_name == "data"
-    with pytest.raises(ValueError, match=r"what Ours.__call__ does would be lost"):
+    with pytest.raises(ValueError, match=r"work of Ours.__call__, .* would be lost"):
         converted(ToFrozen(), x)
     own = converted(ToBatchNorm(use_running_average=False), x)
     assert isinstance(own.bn0, Ours)
@@ -166,20 +166,20 @@ def test_what_is_given_is_checked():
         ToBatchNorm(epsilon=0)
     with pytest.raises(Exception, match="batch_stats") as caught:
         converted(ToBatchNorm(), x, train=True, **given)
-    assert any("those of evaluation" in note for note in caught.value.__notes__)
+    assert any("keywords of evaluation" in note for note in caught.value.__notes__)
 
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_what_cannot_be_group_norm_is_refused(api):
     _, converted, x, given = two(api)
-    with pytest.raises(ValueError, match=r"another function.* may_change=True"):
+    with pytest.raises(ValueError, match=r"changes the function.* may_change=True"):
         converted(ToGroupNorm(2), x, **given)
     with pytest.raises(ValueError, match=r"bn0 has 4 channels, num_groups=32.*as 4"):
         converted(ToGroupNorm(), x, may_change=True, **given)
     with pytest.raises(ValueError, match=r"group_size=3; expected a divisor.* as 1"):
         converted(ToGroupNorm(None, group_size=3), x, may_change=True, **given)
     for sizes in ((None, None), (2, 2), (0, None)):
-        with pytest.raises(ValueError, match="expected one of them"):
+        with pytest.raises(ValueError, match="expected one of the two"):
             ToGroupNorm(*sizes)
     kind = {"linen": nn.BatchNorm, "nnx": nnx.BatchNorm}[api]
     _, converted, x, given = two(api, functools.partial(kind, axis=(0,)))

@@ -119,9 +119,9 @@ class TestReading:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (os.mkfifo, "is no regular file"),
-            (lambda path: path.symlink_to("/dev/zero"), "is no regular file"),
-            (lambda path: path.mkdir(), "is no regular file"),
+            (os.mkfifo, "is not a regular file"),
+            (lambda path: path.symlink_to("/dev/zero"), "is not a regular file"),
+            (lambda path: path.mkdir(), "is not a regular file"),
             (lambda path: path.symlink_to("gone"), r"cannot be read \(No such file"),
             (lambda path: path.symlink_to(path.name), r"read \(Too many levels of"),
             (lambda path: path.write_bytes(b"12345"), "has 5 bytes, more than 4"),

@@ -190,8 +190,8 @@ def test_what_is_left_out_is_counted_in_a_line(root, capsys):
     (root / "val" / "cat" / ".DS_Store").write_text("hidden")
     assert open_small(root).sizes == {"train": 24, "test": 9}
     assert capsys.readouterr().err == (
-        f"note: {root}: 3 files and folders are left out, being no images by their "
-        f"endings, such as {root}/train/ant/notes.txt\n"
+        f"note: {root}: 3 files and folders are skipped, because their names do not "
+        f"end like images, such as {root}/train/ant/notes.txt\n"
     )
 
 
@@ -203,8 +203,8 @@ def half_an_image(path):
 @pytest.mark.parametrize(
     ("make", "problem"),
     [
-        (os.mkfifo, ": is no regular file"),
-        (lambda path: path.symlink_to("/dev/zero"), ": is no regular file"),
+        (os.mkfifo, ": is not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), ": is not a regular file"),
         (lambda path: path.symlink_to("gone"), ": cannot be read (No such file"),
         (lambda path: path.symlink_to(path.name), ": cannot be read (Too many levels"),
         (lambda path: path.write_bytes(b""), "."),
@@ -309,7 +309,7 @@ class TestWithoutSplits:
     def test_the_error_names_the_flag(self, flat, root):
         with pytest.raises(ValueError, match=r"ant, bee, cat\..*validation-share 0\.2"):
             open_small(flat)
-        already = r"share 0.2: .*already, into train, val"
+        already = r"share 0.2: .*already has the splits train, val"
         with pytest.raises(SettingError, match=already):
             open_small(root, validation_share=0.2)
 
@@ -435,7 +435,7 @@ class TestRefusals:
             ),
             (
                 edit("features.json", lambda text: text.replace('"6"', '"-1"')),
-                r"many sizes: say with --data\.image-size",
+                r"many sizes: give the height",
             ),
         ],
     )
@@ -456,9 +456,7 @@ class TestRefusals:
             source.load("train", quiet)
 
     def test_many_sizes_need_one(self, root):
-        with pytest.raises(
-            ValueError, match=r"many sizes: say with --data\.image-size"
-        ):
+        with pytest.raises(ValueError, match=r"many sizes: give the height"):
             open_source(str(root))
 
     @pytest.mark.parametrize(
@@ -540,7 +538,7 @@ def test_a_truncated_entry_is_made_again(make, keep, capsys):
     path = cache_dir() / "a.npz"
     path.write_bytes(path.read_bytes()[:keep])
     check_same(cached("a", make))
-    assert "damaged and is made again" in capsys.readouterr().err
+    assert "is damaged; the data are decoded again" in capsys.readouterr().err
     check_same(cached("a", make))
     assert make.call_count == 2
 

@@ -198,7 +198,7 @@ def test_a_layer_of_ones_own():
     variables["batch_stats"]["mean"] += 1
     [finding] = doctor(Own(), variables, data())
     assert (finding.rule, finding.severity) == ("not-examined", "info")
-    assert "no BatchNorm" in finding.message
+    assert "not a BatchNorm" in finding.message
 
 
 def test_distance_by_hand():

@@ -129,10 +129,10 @@ def test_each_pixel_its_own_normalization():
 def test_what_is_left():
     relu = "it follows `max`, not a linear layer; `exp` follows"
     assert reason((nn.Dense(3), nn.relu, norm(), jnp.exp), (2, 4)) == relu
-    first = "it normalizes an input of the model; it gives an output of the model"
+    first = "it normalizes an input of the model; its output is an output of the model"
     assert reason((norm(),), (2, 4)) == first
     padded = reason((norm(), nn.Conv(3, (3,))), (2, 4, 3))
-    assert "reads zeros beside the map" in padded
+    assert "pads its input with zeros" in padded
 
     class Residual(nn.Module):
         @nn.compact
@@ -147,7 +147,7 @@ def test_what_is_left():
         def __call__(self, x):
             return norm()(x @ x.T)
 
-    assert "whose kernel is no parameter" in reason((Attention(),), (4, 4))
+    assert "whose kernel is not a parameter" in reason((Attention(),), (4, 4))
 
 
 def test_what_is_left_has_constants():
@@ -432,7 +432,7 @@ def test_a_shape_for_which_other_layers_fold():
 
 def test_variables_of_another_model():
     folded = fold_batch_norm(Trains().apply, STATE, X)
-    with pytest.raises(ValueError, match="variables are not those of"):
+    with pytest.raises(ValueError, match="variables are not `folded"):
         folded.apply({"params": {}}, X)
 
 

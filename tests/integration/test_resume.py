@@ -159,7 +159,7 @@ def test_a_run_stopped_by_a_signal(undisturbed, cache, tmp_path, capsys):
     process.send_signal(signal.SIGINT)
     log = finish(process, workdir, 130)
     assert "Traceback" not in log
-    assert "SIGINT: finishing the steps under way" in log
+    assert "SIGINT: finishing the current steps" in log
     found = re.search(r"after step ([\d,]+)\. The last good checkpoint is (\S+)\.", log)
     assert found is not None
     step = int(found[1].replace(",", ""))

@@ -200,9 +200,9 @@ def test_where_a_file_can_go(exported, written, refused, tmp_path):
     def refusal(path):
         return refused(save, exported, path, error=OutputError)
 
-    assert "is there already" in refusal(written)
+    assert "exists already" in refusal(written)
     assert "is a folder" in refusal(tmp_path)
-    assert "is in a folder that is not there" in refusal(tmp_path / "no" / "file")
+    assert "is in a folder that does not exist" in refusal(tmp_path / "no" / "file")
     for name in ("net.onnx", "net.pb", "net"):
         message = refusal(tmp_path / name)
         assert "expected .stablehlo" in message
@@ -221,7 +221,7 @@ def test_damaged_files(written, refused, tmp_path):
     assert "could not be read" in refused(load, path)
     for text in (b"", b"hello", content[:1000], content[:-1000], content[:-90]):
         path.write_bytes(text)
-        assert "is no exported function, or is cut short" in refused(load, path)
+        assert "is not an exported function, or is cut short" in refused(load, path)
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert "is damaged" in refused(load, path)

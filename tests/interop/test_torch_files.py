@@ -77,7 +77,7 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_nothing_is_overwritten_unasked(tmp_path):
     path = tmp_path / "weights.safetensors"
     write_state_dict(path, {"a": np.ones(1)})
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         write_state_dict(path, {"a": np.zeros(1)})
     assert read_state_dict(path)["a"] == 1
     write_state_dict(path, {"a": np.zeros(1)}, overwrite=True)
@@ -230,7 +230,7 @@ def test_live_a_tensor_that_is_no_array(tmp_path):
     torch = pytest.importorskip("torch")
     path = tmp_path / "weights.pt"
     torch.save({"a": torch.ones(2).to(torch.float8_e4m3fn)}, path)
-    with pytest.raises(ValueError, match=r"weights\.pt: a is no plain tensor"):
+    with pytest.raises(ValueError, match=r"weights\.pt: a is not a plain tensor"):
         read_state_dict(path)
 
 

@@ -111,8 +111,8 @@ def test_runs_of_several_seeds(tmp_path):
     rows = table(page, "Steps, and time of training")
     assert rows[0] == ["run", "60.00 %", "70.00 %"]
     assert [row[2] for row in rows[1:]] == ["200 (4.0 s)"] * 3 + ["not reached"]
-    assert "Runs that differ in their seed alone have one colour" in page
-    assert "Drawn: a0, b." in page
+    assert "Runs that differ only in their seed have one color" in page
+    assert "Runs shown: a0, b." in page
     assert [row[0] for row in table(page, "Running variance")] == [
         "run",
         "a0 and 2 more seeds",
@@ -127,14 +127,14 @@ def test_a_run_that_goes_on(tmp_path):
             file.write('{"step": 300, "spl')
     page = report_of(run)
     rows = table(page, "The runs and how they ended")
-    assert rows[1][5:] == [f"200 of {CONFIG.steps}, has not ended", "4.0 s"]
+    assert rows[1][5:] == [f"200 of {CONFIG.steps}, not finished", "4.0 s"]
     assert "Settings that differ" not in page
     new = write_run(tmp_path / "new", ended=False, accuracies=())
     page = report_of(new)
     assert table(page, "The runs and how they ended")[1][1:5] == ["-"] * 4
-    assert "Nothing was measured yet." in page
-    assert "No run was evaluated yet." in page
-    assert "Nothing was recorded, or there is no such layer: new." in page
+    assert "There are no measurements yet." in page
+    assert "There are no evaluations yet." in page
+    assert "These runs have no records or no such layer: new." in page
 
 
 def test_layers_are_chosen(tmp_path):
@@ -145,7 +145,8 @@ def test_layers_are_chosen(tmp_path):
     (run / LAYERS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     drawn = re.findall(r"<h3>(.*?): its numbers</h3>", page := report_of(run))
     assert drawn == ["bn_0", "bn_5", "bn_10"]
-    assert "3 of 11 layers are drawn; --layers draws others: bn_1, bn_2, bn_3" in page
+    shown = "The charts show 3 of 11 layers; --layers selects others: bn_1, bn_2, bn_3"
+    assert shown in page
     page = report_of(run, layers=["bn_1", "*_10"])
     assert re.findall(r"<h3>(.*?): its numbers</h3>", page) == ["bn_1", "bn_10"]
 
@@ -207,7 +208,7 @@ def test_a_file_too_large_to_be_a_record(tmp_path):
     run = write_run(tmp_path / "run")
     with (run / METRICS).open("ab") as file:
         file.truncate(2**28 + 1)
-    with pytest.raises(RunError, match=r"268,435,457 bytes; a report takes at most"):
+    with pytest.raises(RunError, match=r"268,435,457 bytes; a report reads at most"):
         report_of(run)
 
 

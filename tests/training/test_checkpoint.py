@@ -217,7 +217,7 @@ def test_a_run_may_be_moved(saved, small_config, initial_state, tmp_path_factory
 
 def test_there_is_none(small_config, initial_state, tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
         restore(tmp_path, small_config, initial_state)
 
 

@@ -214,11 +214,11 @@ class TestParse:
         ("--optim.warmup-steps 2000", "fewer than the 2000 --steps"),
         ("--keep 0", "--keep 0: expected a whole number of 1 or more"),
         ("--resume", "--resume needs the folder of the run to continue"),
-        ("--batch-size 1", "needs at least 2 examples"),
+        ("--batch-size 1", "need at least 2 examples"),
         ("--bn.implementation flax", "add --bn.no-unbiased"),
         (
             "--bn.implementation flax --bn.no-unbiased --accumulate 2",
-            "leave out --bn.sync, --bn.virtual-batch-size and --accumulate",
+            "omit --bn.sync, --bn.virtual-batch-size and --accumulate",
         ),
     ],
 )

@@ -435,19 +435,19 @@ def test_crops_of_an_image_folder(train_cli, evaluate, tmp_path):
 def test_runs_that_make_no_ensemble(train_cli, fails):
     one, other = train_cli("one"), train_cli("other", "--data.name", OBLONG)
     message = fails(one, other)
-    assert "these runs make no ensemble" in message
+    assert "these runs cannot form an ensemble" in message
     assert f"{one} on digits (digits, images of 8x8, 10 classes)" in message
     assert f"{other} on {OBLONG}" in message
-    assert f"{one} is named twice" in fails(one, one, status=2)
+    assert f"{one} is given twice" in fails(one, one, status=2)
 
 
 def test_other_faults(train_cli, fails, tmp_path):
     one = train_cli("one")
     missing = tmp_path / "no" / "folder.json"
-    assert "is in a folder not there" in fails(one, "--output", missing, status=2)
+    assert "is in a missing folder" in fails(one, "--output", missing, status=2)
     assert "is a folder" in fails(one, "--output", tmp_path, status=2)
     assert "expected 1, 10 or 144" in fails(one, "--crops", 12, status=2)
-    assert f"{tmp_path} is no run" in fails(one, tmp_path)
+    assert f"{tmp_path} is not a run" in fails(one, tmp_path)
     bare = shutil.copytree(one, tmp_path / "bare")
     shutil.rmtree(bare / "checkpoints")
     assert "has no checkpoints" in fails(one, bare)

@@ -321,7 +321,7 @@ def test_a_stopped_run_goes_on_with_skip(small_config, poisoned, tmp_path):
 def test_where_nothing_is_kept_the_run_stops(run_small):
     with pytest.raises(ValueError, match="last 10 steps were all dropped") as caught:
         run_small(learning_rate=1e30, on_nan="skip")
-    assert "No checkpoint had been written yet" in str(caught.value)
+    assert "There is no checkpoint yet" in str(caught.value)
     assert "--on-nan" not in str(caught.value)
 
 

@@ -115,7 +115,7 @@ def test_a_loss_that_is_not_finite(run_small, tmp_path, small_config):
         run_small(learning_rate=1e30)
     message = str(caught.value)
     assert "the loss became nan in step 2." in message
-    assert "No checkpoint had been written yet" in message
+    assert "There is no checkpoint yet" in message
     assert "Try a --learning-rate below 1e+30" in message
     assert not (tmp_path / "run1" / "summary.json").exists()
     assert read_metrics(tmp_path / "run1") == []

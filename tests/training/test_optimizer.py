@@ -270,7 +270,7 @@ def adam_with(**options):
         ),
         (
             scheduled(PIECEWISE),
-            "boundaries_and_scales=None: expected steps and the factors there",
+            "boundaries_and_scales=None: expected steps and their factors",
         ),
         (
             scheduled(PIECEWISE, boundaries_and_scales={-5: 0.1}),

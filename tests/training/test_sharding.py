@@ -53,7 +53,7 @@ def test_auto_uses_as_many_devices_as_divide_the_batch(capsys):
         ({"devices": 9}, "--devices 9: JAX finds 8"),
         ({"sync": "group:3", "parallel": "pmap"}, "--bn.sync group:3"),
         ({"virtual": 3}, "--bn.virtual-batch-size 3"),
-        ({"virtual": 16, "sync": "per-device"}, "a divisor of 8"),
+        ({"virtual": 16, "sync": "per-device"}, "a divisor of the 8"),
         ({"batch_size": 8, "sync": "per-device"}, "1 example is normalized by itself"),
     ],
 )
@@ -73,7 +73,7 @@ def test_what_does_not_divide_is_refused(changes, message):
         (["--accumulate", "0"], "--accumulate 0"),
         (
             ["--bn.implementation", "flax", "--bn.no-unbiased", "--accumulate", "4"],
-            "statistics of a whole batch only",
+            "supports only the statistics of a whole batch",
         ),
     ],
 )

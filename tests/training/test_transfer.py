@@ -156,15 +156,15 @@ def test_another_network_is_refused(start):
     with pytest.raises(SettingError) as caught:
         start(model=ModelConfig(hidden=(12, 8), weight_std=0.1))
     message = str(caught.value)
-    assert "bn_1/bias has the shape (9,), (8,) here" in message
-    assert "logits/kernel has the shape (9, 10), (8, 10) here" in message
+    assert "bn_1/bias has the shape (9,), here (8,)" in message
+    assert "logits/kernel has the shape (9, 10), here (8, 10)" in message
     assert "--model" in message
 
 
 def test_a_network_without_normalization_is_refused(start):
-    with pytest.raises(ValueError, match="bn_0/bias has no place here"):
+    with pytest.raises(ValueError, match="bn_0/bias is unknown here"):
         start(batch_norm=False)
-    with pytest.raises(ValueError, match="dense_0/bias is not there"):
+    with pytest.raises(ValueError, match="dense_0/bias is missing"):
         start(batch_norm=False)
 
 
@@ -183,7 +183,7 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(start, trained, tmp_path):
     shutil.copytree(trained, copy)
     for step in (30, 60):
         shutil.rmtree(copy / "checkpoints" / str(step))
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         start(init_from=copy)
 
 

@@ -144,7 +144,7 @@ def test_what_json_cannot_hold_is_not_written(tmp_path):
 
 
 def test_reading_what_is_not_there_or_damaged(tmp_path):
-    with pytest.raises(ValueError, match=r"is no run: it has no a.json"):
+    with pytest.raises(ValueError, match=r"is not a run: it has no a.json"):
         read_json(tmp_path / "a.json")
     for content in (b"", b"{", b"\xff\xfe"):
         (tmp_path / "a.json").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Runs by name: `PRESETS["mnist"].config` is the paper's section 4.1."""
+"""Named configurations: `PRESETS["mnist"].config` is section 4.1 of the paper."""
 
 from bnjax.training.config import Preset
 from bnjax.training.presets import cifar10, imagenet, small
@@ -9,4 +9,4 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (*small.PRESETS, *imagenet.PRESETS, *cifar10.PRESETS)
 }
-"""Every preset by its name."""
+"""Every preset by name."""

@@ -1,17 +1,17 @@
-"""Presets of the paper's section 4.2 at the size of CIFAR-10, and ResNets for it.
+"""Presets for CIFAR-10: section 4.2 of the paper at a smaller size, and ResNets.
 
-Each is its ImageNet preset with a network of an eighth of the width on images of 32x32,
-8,000 steps, a learning rate in the same proportion to the baseline's, and a decay that
-comes as often in the run as the paper's does in its own. Small images are shifted and
-mirrored; their colours stay as they are, so that `data.augment.strength` has no effect.
-The members of the ensemble vary bn-x5: 30 times the rate is too much at this size.
+Each preset is an ImageNet preset with an eighth of the network's width, images of
+32x32, 8,000 steps, and a learning rate in the same proportion to the baseline's. The
+decay occurs as often in the run as in the paper's run. Small images are shifted and
+mirrored; their colors do not change, so that `data.augment.strength` has no effect. The
+members of the ensemble vary bn-x5, because 30 times the rate is too high at this size.
 """
 
 from bnjax.training.config import Config, Preset, vary
 from bnjax.training.presets import imagenet
 
 LEARNING_RATE = 0.03
-"""Of cifar10-inception, the best of a sweep, and cifar10-bn-baseline."""
+"""The rate of cifar10-inception, the best of a sweep, and of cifar10-bn-baseline."""
 STEPS = 8_000
 IMAGES = {
     "name": "cifar10",
@@ -58,7 +58,7 @@ INCEPTIONS = [
         (
             "inception",
             imagenet.INCEPTION,
-            "Inception of an eighth of the width without normalization.",
+            "Inception with an eighth of the width and without normalization.",
             "Test accuracy about 49 %.",
         ),
         (
@@ -77,7 +77,7 @@ INCEPTIONS = [
             "bn-x30",
             imagenet.BN_X30,
             "As cifar10-bn-x5, at 30 times the learning rate.",
-            "Test accuracy about 28 %: too high a rate for a network this narrow.",
+            "Test accuracy about 28 %: the rate is too high for such a narrow network.",
         ),
         (
             "bn-x5-sigmoid",
@@ -97,20 +97,20 @@ PRESETS = (
     ),
     Preset(
         "cifar10-resnet20",
-        "ResNet of 20 layers, 64,000 steps of 128: not of the paper.",
+        "ResNet with 20 layers, 64,000 steps of 128: not in the paper.",
         "Published (He et al. 2016): 91.25 %.",
         resnet(20),
     ),
     Preset(
         "cifar10-resnet56",
-        "The same of 56 layers.",
+        "The same with 56 layers.",
         "Published (He et al. 2016): 93.03 %.",
         resnet(56),
     ),
     Preset(
         "cifar10-resnet110",
-        "The same of 110 layers, with 400 steps of warm-up.",
-        "Published (He et al. 2016), at a tenth of the rate for those steps: "
+        "The same with 110 layers and 400 steps of warm-up.",
+        "Published (He et al. 2016), with a tenth of the rate in these steps: "
         "93.57 % at best, 93.39 % on average.",
         resnet(110, warmup_steps=400),
     ),

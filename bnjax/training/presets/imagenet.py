@@ -5,10 +5,11 @@ fields: `learning_rate`, `model.dropout`, `optim.weight_decay`, the `transition_
 of `optim.schedule_options`, `model.local_response_norm`, `data.shuffle` and
 `data.augment.strength`.
 
-The paper does not say: the momentum of SGD and the decay, which are GoogLeNet's; the L2
-weights, which are those of public ports; the means and deviations of pixels, which are
-the usual ones; how much less colours are distorted; BN's epsilon and momentum; which
-member of the ensemble has which variation, and how much larger its weights start.
+The paper does not state several values. The momentum of SGD and the decay are
+GoogLeNet's. The L2 weights are those of public ports. The means and deviations of
+pixels are the usual ones. The paper also does not state how much less colors are
+distorted, BN's epsilon and momentum, which member of the ensemble has which variation,
+or how much larger its initial weights are.
 """
 
 from typing import Any
@@ -26,7 +27,7 @@ DECAY = {"decay_rate": 0.96, "transition_steps": 320_000, "staircase": True}
 
 
 def stepwise(*drops: int) -> dict[str, Any]:
-    """Return the optimizer of He et al. (2016), whose rate drops at these steps."""
+    """Return the optimizer of He et al. (2016), with a rate that drops at `drops`."""
     return {
         "options": {"momentum": 0.9},
         "weight_decay": 1e-4,
@@ -88,7 +89,7 @@ MEMBERS: tuple[dict[str, Any], ...] = (
     {"dropout": 0.05, "per_activation": True},
     {"dropout": 0.1, "weight_scale": 1.5, "per_activation": True},
 )
-"""What the members of the ensemble change in their model, seeds 1 to 6 in order."""
+"""The changes of the ensemble's members to their model, for seeds 1 to 6."""
 
 
 def ensemble(prefix: str, varied: Preset, expectation: str, time: str) -> list[Preset]:
@@ -121,8 +122,8 @@ PRESETS = (
         name="inception",
         summary="The paper's baseline on ImageNet: no normalization.",
         expectation=(
-            "The paper: 72.2 % after 31 million steps of 32. Here it is too long to "
-            "have been run; docs/programs/experiments.md has results on CIFAR-10."
+            "The paper: 72.2 % after 31 million steps of 32. This project has not run "
+            "it; docs/programs/experiments.md has results on CIFAR-10."
         ),
         config=INCEPTION,
     ),
@@ -137,7 +138,7 @@ PRESETS = (
         summary="BN, 5 times the learning rate, and the changes of section 4.2.1.",
         expectation=(
             "The paper: 72.2 % after 2.1 million steps, 73.0 % at most. It trains for "
-            "the 6 million steps that the paper names for BN-x30."
+            "6 million steps, as the paper's BN-x30."
         ),
         config=BN_X5,
     ),
@@ -155,7 +156,7 @@ PRESETS = (
     ),
     Preset(
         name="resnet50",
-        summary="ResNet-50, 90 epochs of 256: not of the paper.",
+        summary="ResNet-50, 90 epochs with batches of 256: not in the paper.",
         expectation="Published runs of these settings reach about 76 %.",
         config=RESNET50,
     ),

@@ -5,7 +5,7 @@ from bnjax.training.config import Config, Preset, vary
 LENET = vary(
     Config(steps=2340, batch_size=256, learning_rate=1.0),
     log_every=117,
-    eval_every=234,  # An epoch's whole batches.
+    eval_every=234,  # The whole batches of an epoch.
     checkpoint_every=1170,
     model={"name": "lenet", "pool": "avg", "activation": "sigmoid"},
     data={"name": "fashion_mnist"},
@@ -23,7 +23,7 @@ PRESETS = (
             eval_every=100,
             checkpoint_every=1000,
             optim={"schedule": "cosine_decay_schedule"},
-            # So that short runs have statistics of their own network by their end.
+            # With this momentum, short runs have useful running statistics at the end.
             bn={"momentum": 0.9},
         ),
     ),
@@ -34,7 +34,7 @@ PRESETS = (
             "Plain SGD. Test accuracy about 97.6 % (about 96.3 % with --no-batch-norm)."
         ),
         time=(
-            "About half a minute on two CPU cores, and up to as much again to decode "
+            "About half a minute on two CPU cores, and up to another half to decode "
             "the images the first time."
         ),
         config=vary(
@@ -46,11 +46,11 @@ PRESETS = (
     ),
     Preset(
         name="lenet",
-        summary="LeNet of sigmoids on Fashion-MNIST, 10 epochs at a rate of 1.",
+        summary="LeNet with sigmoids on Fashion-MNIST, 10 epochs at learning rate 1.",
         expectation=(
-            "The example of Dive into Deep Learning, whose framework's layer gives a "
-            "test accuracy of 86.9 % and their own of 80.1 %; here only lenet-mnist "
-            "was run."
+            "The example of Dive into Deep Learning, which reports a test accuracy of "
+            "86.9 % with its framework's layer and 80.1 % with its own; this project "
+            "ran only lenet-mnist."
         ),
         config=LENET,
     ),

@@ -1,4 +1,4 @@
-"""Leave out the adapters whose framework is not installed, and their pages."""
+"""Leave out the adapters and pages whose packages are not installed."""
 
 import importlib.util
 
@@ -6,6 +6,8 @@ SHARED_PAGE = "docs/library/equinox-haiku.md"
 FRAMEWORKS = {
     "equinox": ["bnjax/equinox.py", "docs/coming-from/equinox.md", SHARED_PAGE],
     "haiku": ["bnjax/haiku.py", "docs/coming-from/haiku.md", SHARED_PAGE],
+    "jax2onnx": ["bnjax/interop/onnx.py", "docs/library/onnx.md"],
+    "onnxruntime": ["bnjax/interop/onnx.py", "docs/library/onnx.md"],
 }
 
 collect_ignore = [

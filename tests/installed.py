@@ -27,9 +27,7 @@ def main() -> int:
         return 1
     git = "git", "-C", str(CHECKOUT), "ls-files", "bnjax"
     files = subprocess.run(git, check=True, capture_output=True, text=True).stdout
-    missing = [
-        name for name in files.split() if not (package.parent / name).is_file()
-    ]
+    missing = [name for name in files.split() if not (package.parent / name).is_file()]
     print(f"{package}: {len(files.split())} files, missing {missing or 'none'}")
     failed = 0
     for page in PAGES:

@@ -153,7 +153,7 @@ def check_export(path: Path, *, overwrite: bool = False) -> None:
         raise OutputError(
             f"{path} ends in {path.suffix!r}; expected .stablehlo: the file is a "
             "program in StableHLO. For ONNX, give the function itself to "
-            "jax2onnx.to_onnx (pip install jax2onnx)."
+            "bnjax.interop.onnx.to_onnx."
         )
 
 

@@ -75,7 +75,7 @@ def test_faults(trained, fails, tmp_path, monkeypatch):
     missing = tmp_path / "no" / "file"
     assert "does not exist" in fails("export", trained("digits"), missing, status=2)
     onnx = fails("export", trained("digits"), tmp_path / "new.onnx", status=2)
-    assert "jax2onnx" in onnx
+    assert "bnjax.interop.onnx" in onnx
     assert "is not a run" in fails("export", tmp_path, tmp_path / "new.stablehlo")
     with monkeypatch.context() as patched:
         patched.setattr("bnjax.training.runs.fold_batch_norm", refuse)

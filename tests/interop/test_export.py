@@ -206,7 +206,7 @@ def test_where_a_file_can_go(exported, written, refused, tmp_path):
     for name in ("net.onnx", "net.pb", "net"):
         message = refusal(tmp_path / name)
         assert "expected .stablehlo" in message
-        assert "jax2onnx.to_onnx" in message
+        assert "bnjax.interop.onnx.to_onnx" in message
     assert written.read_bytes() == before
     path = tmp_path / "file.stablehlo"
     path.write_text("old")

@@ -158,6 +158,8 @@ class Checkpoints:
     def restore(self, target: TrainState) -> tuple[TrainState, CheckpointMetadata]:
         """Read the newest undamaged checkpoint into a state like `target`.
 
+        The leaves of `target` are arrays or `jax.ShapeDtypeStruct`s.
+
         Standard error reports a damaged checkpoint. It is put aside, unless the run is
         read-only, and the checkpoint before it is read.
         """
@@ -299,17 +301,20 @@ def _accuracy(record: Any) -> float:
     return -1.0 if accuracy is None else accuracy
 
 
-def _copy(leaf: jax.Array) -> Any:
+def _copy(leaf: Any) -> Any:
     """Return a copy of a leaf that survives donation and that each host can write."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+        return np.empty(data.shape, data.dtype)
     return np.array(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
 
 
-def _like(leaf: Any, target: jax.Array) -> jax.Array:
+def _like(leaf: Any, target: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     """Undo `_copy` for a leaf of the kind of `target`."""
     if _is_key(target):
-        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(target))
+        return jax.random.wrap_key_data(leaf)
     return jnp.asarray(leaf, target.dtype)
 
 
-def _is_key(leaf: jax.Array) -> bool:
+def _is_key(leaf: jax.Array | jax.ShapeDtypeStruct) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -421,7 +421,9 @@ class LoadedRun:
         """Return the network, the state and the checkpoint's other values."""
         program = Program(self.config, self.source)
         with open_checkpoints(self.workdir, self.config, read_only=True) as checkpoints:
-            return program, *checkpoints.restore(program.initial_state())
+            # Compiling the first state of a large network takes longer than reading.
+            shapes = jax.eval_shape(program.initial_state)
+            return program, *checkpoints.restore(shapes)
 
     def with_statistics(
         self,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import os
 from collections.abc import Callable
@@ -89,7 +90,12 @@ def create_state(
     """
     rng = jax.random.key(seed)
 
-    @jax.jit
+    # The program of a large network is long and runs once: on a CPU, LLVM would take
+    # minutes to optimize it.
+    cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 1} if cpu else None
+
+    @functools.partial(jax.jit, compiler_options=options)
     def init(rng: jax.Array, images: jax.Array) -> Any:
         return model.init(stream_key(rng, Stream.INIT), images, train=False)
 

@@ -37,3 +37,9 @@ def test_links(page):
         assert path.is_relative_to(ROOT), f"{target} is outside the repository"
         if anchor and path.suffix == ".md":
             assert anchor in anchors(path), f"{target}#{anchor}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_line_is_a_comment_of_myst(page):
+    """MyST leaves out a line that begins with a percent sign."""
+    assert not re.search(r"^\s*%", without_code(page), re.MULTILINE)

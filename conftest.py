@@ -10,9 +10,7 @@ FRAMEWORKS = {
     "onnxruntime": ["bnjax/interop/onnx.py", "docs/library/onnx.md"],
 }
 
-collect_ignore = [
-    path
-    for name, paths in FRAMEWORKS.items()
-    if importlib.util.find_spec(name) is None
-    for path in paths
-]
+collect_ignore = ["docs/conf.py"]
+for name, paths in FRAMEWORKS.items():
+    if importlib.util.find_spec(name) is None:
+        collect_ignore += paths

@@ -58,7 +58,7 @@ INCEPTIONS = [
         (
             "inception",
             imagenet.INCEPTION,
-            "Inception with an eighth of the width and without normalization.",
+            "Inception, an eighth of the width, no normalization.",
             "Test accuracy about 49 %.",
         ),
         (
@@ -97,7 +97,7 @@ PRESETS = (
     ),
     Preset(
         "cifar10-resnet20",
-        "ResNet with 20 layers, 64,000 steps of 128: not in the paper.",
+        "ResNet, 20 layers, 64,000 steps of 128: not in the paper.",
         "Published (He et al. 2016): 91.25 %.",
         resnet(20),
     ),

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
+from jax.core import Tracer
 
 from bnjax.data.sources import Arrays
 from bnjax.functional import Moments
@@ -91,9 +92,9 @@ def create_state(
     rng = jax.random.key(seed)
 
     # The program of a large network is long and runs once: on a CPU, LLVM would take
-    # minutes to optimize it.
-    cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 1} if cpu else None
+    # minutes to optimize it. A program that is only traced takes no such option.
+    runs_on_cpu = jax.default_backend() == "cpu" and not isinstance(images, Tracer)
+    options = {"xla_backend_optimization_level": 1} if runs_on_cpu else None
 
     @functools.partial(jax.jit, compiler_options=options)
     def init(rng: jax.Array, images: jax.Array) -> Any:

@@ -173,7 +173,7 @@ def draw(record: dict[str, Any]) -> Figure:
         mark(axes, (steps[-1], median[-1]), text, COLORS[name], offset)
     axes.set(
         title="CIFAR-10 (JPEG), Inception of an eighth of the width: median and\n"
-        "range of the seeds (one where not said), labelled with the best",
+        "range of the seeds (one where not said), labeled with the best",
         xlabel=f"training steps of {record['result']['examples_in_a_step']} examples",
         ylabel="test accuracy (%)",
         xlim=(0, 1.6 * last),

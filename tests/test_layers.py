@@ -152,7 +152,7 @@ def test_equal_flax(case, dtype, param_dtype, api, training):
     run, ours, theirs = RUNNERS[api]
     got = run(ours, x, params, dy, **options, param_dtype=param_dtype)
     want = run(theirs, x, params, dy, **options, param_dtype=param_dtype)
-    # What leaves in half precision may round to the other neighbour.
+    # What leaves in half precision may round to the other neighbor.
     rounding = float(jnp.finfo(got[0].dtype).eps) if got[0].dtype.itemsize == 2 else 0
     assert_close(got[0], want[0], rtol=1e-5 + rounding, atol=1e-5)
     assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)

@@ -51,15 +51,15 @@ def first_state(config: Config, program: Program) -> TrainState:
             f"({CONFIG} and {CHECKPOINTS} in it).",
         )
     source = f"--init-from {path}"
-    adopted, anew = _adopt(state.params, given["params"], program.classes, source)
+    adopted, new = _adopt(state.params, given["params"], program.classes, source)
     batch_stats = state.batch_stats
     if config.init_stats != "reset":
         theirs = given["batch_stats"] or {}
         batch_stats, _ = _adopt(batch_stats, theirs, None, source)
     count = len(jax.tree.leaves(adopted))
-    what = f"; new: {', '.join(anew)}" if anew else ""
+    what = f"; new: {', '.join(new)}" if new else ""
     print(
-        f"starting from {count - len(anew)} of {count} arrays of {path}{what}",
+        f"starting from {count - len(new)} of {count} arrays of {path}{what}",
         file=sys.stderr,
     )
     return dataclasses.replace(
@@ -109,7 +109,7 @@ def _adopt(
     ours: dict[str, Any] = dict(flatten_dict(own, sep="/"))
     theirs: dict[str, Any] = dict(flatten_dict(given, sep="/"))
     other = [p for p in ours if p in theirs and ours[p].shape != theirs[p].shape]
-    anew = [
+    new = [
         path
         for path in other
         if (*theirs[path].shape[:-1], classes) == ours[path].shape
@@ -119,7 +119,7 @@ def _adopt(
     problems += [
         f"{path} has the shape {theirs[path].shape}, here {ours[path].shape}"
         for path in other
-        if path not in anew
+        if path not in new
     ]
     if problems:
         more = len(problems) - SHOWN
@@ -129,10 +129,10 @@ def _adopt(
             "Give the --model and --batch-norm flags of its training.",
         )
     taken = {
-        path: leaf if path in anew else jnp.asarray(theirs[path], leaf.dtype)
+        path: leaf if path in new else jnp.asarray(theirs[path], leaf.dtype)
         for path, leaf in ours.items()
     }
-    return unflatten_dict(taken, sep="/"), anew
+    return unflatten_dict(taken, sep="/"), new
 
 
 def source_of_weights(

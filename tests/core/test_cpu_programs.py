@@ -37,7 +37,7 @@ def test_which_programs_call_them():
     gradient = jax.grad(layer("relu"), (0, 1, 2))
     assert calls(gradient, *ARRAYS) == 3
     # Without an activation the output is XLA's, which fuses it with what follows,
-    # but for arrays that are mapped anew each time.
+    # but for arrays that are mapped again each time.
     assert calls(jax.grad(layer()), *ARRAYS) == 2
     large = jax.ShapeDtypeStruct((MAPPED // 32, 8), "float32")
     assert calls(jax.grad(layer()), large, *ARRAYS[1:]) == 3

@@ -326,7 +326,7 @@ def test_gradients_flow_through_the_statistics():
         )
         return stats.mean.sum() + stats.var.sum()
 
-    centred = x - x.mean(0)
+    centered = x - x.mean(0)
     np.testing.assert_allclose(
-        jax.grad(running)(x), 0.5 * (0.5 + 2 * centred / 2), rtol=1e-6
+        jax.grad(running)(x), 0.5 * (0.5 + 2 * centered / 2), rtol=1e-6
     )

@@ -125,7 +125,7 @@ def test_exact_by_name(ratio, count, masked):
 
 
 def test_the_common_origin_is_rounded_once():
-    """A compiler may compute a quotient anew, and otherwise, wherever it is used."""
+    """A compiler may compute a quotient again, and differently, wherever it is used."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
     @jax.shard_map(mesh=mesh, in_specs=P("data"), out_specs=P())

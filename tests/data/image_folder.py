@@ -1,4 +1,4 @@
-"""A small folder of images, each of one colour that says which it is."""
+"""A small folder of images, each of one color that says which it is."""
 
 from pathlib import Path
 

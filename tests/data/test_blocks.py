@@ -91,7 +91,7 @@ def test_padded_rows_meet_every_example_once(examples, batch):
 
 
 # Of a network of 224 and an image of 256x320: shorter side, longer side, the middle
-# and the last place of the square, and of a corner or the centre of 224 in the square.
+# and the last place of the square, and of a corner or the center of 224 in the square.
 SCALES = [
     (256, 320, 32, 64, 16, 32),
     (288, 360, 36, 72, 32, 64),
@@ -102,10 +102,10 @@ SCALES = [
 
 def by_hand(*, portrait):
     expected = []
-    for scale, (side, _, middle, last, centre, corner) in enumerate(SCALES):
+    for scale, (side, _, middle, last, center, corner) in enumerate(SCALES):
         places = [(y, x, 224) for y in (0, corner) for x in (0, corner)]
         for along in (0, middle, last):
-            for y, x, size in (*places, (centre, centre, 224), (0, 0, side)):
+            for y, x, size in (*places, (center, center, 224), (0, 0, side)):
                 top, left = (along + y, x) if portrait else (y, along + x)
                 expected += [(scale, top, left, size, size, f) for f in (0, 1)]
     return expected

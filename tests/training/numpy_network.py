@@ -67,10 +67,10 @@ def loss_and_gradients(params, stats, images, labels, **options):
                 "bias": dy.sum(axis=0),
             }
             dxhat = dy * params[name]["scale"]
-            centred = xhat / inverse
-            dvar = (dxhat * centred).sum(axis=0) * -0.5 * inverse**3
-            dmu = -dxhat.sum(axis=0) * inverse + dvar * (-2 * centred).mean(axis=0)
-            dx = dxhat * inverse + dvar * 2 * centred / m + dmu / m
+            centered = xhat / inverse
+            dvar = (dxhat * centered).sum(axis=0) * -0.5 * inverse**3
+            dmu = -dxhat.sum(axis=0) * inverse + dvar * (-2 * centered).mean(axis=0)
+            dx = dxhat * inverse + dvar * 2 * centered / m + dmu / m
             gradients[f"dense_{i}"] = {}
         gradients[f"dense_{i}"]["kernel"] = below.T @ dx
         dz = dx @ params[f"dense_{i}"]["kernel"].T

@@ -6,7 +6,7 @@ Trains LeNet (preset `lenet-mnist`, 1,000 steps) on MNIST and evaluates it on te
 images that are changed in four ways. It normalizes by the statistics of training, or by
 statistics re-estimated, for all layers or only for the first, on 10,000 training images
 with the same change, without their labels. The parameters do not change. Writes
-experiments/results/adabn.json and docs/figures/adabn.png. Takes about two minutes on
+experiments/results/adabn.json and docs/figures/adabn.png. Takes about three minutes on
 one CPU core; a second start trains only runs that are not in runs/experiments.
 
 References:

@@ -14,7 +14,7 @@ the moving averages of training and by the statistics of
   `experiments.batch_size`.
 
 Writes experiments/results/population.json and docs/figures/population.png. Takes about
-four minutes on one CPU core; a second start trains only runs that are not in
+five minutes on one CPU core; a second start trains only runs that are not in
 runs/experiments.
 """
 

@@ -183,10 +183,11 @@ def as_mask(mask, shape: tuple[int, ...]) -> jax.Array | None:
         known = mask.shape if mask.shape == shape[: mask.ndim] else shape[:1]
         of = "example" if len(known) < 2 else "position"
         like = known + (1,) * (len(shape) - len(known))
+        use = f": use mask.reshape({like})." if mask.size == math.prod(like) else "."
         raise ValueError(
             f"batch_norm: mask has shape {mask.shape}; expected the rank of x, each "
             f"dimension 1 or that of x, whose shape is {shape}. A mask of one entry "
-            f"per {of} has shape {like}: use mask.reshape({like})."
+            f"per {of} has shape {like}{use}"
         )
     return jax.lax.stop_gradient(mask)
 
@@ -203,7 +204,8 @@ def broadcast_mask(mask, shape: tuple[int, ...]):
     missing = len(shape) - mask.ndim
     leading = zip(mask.shape, shape, strict=False)
     per_example = mask.size > 1 and all(m in (1, n) for m, n in leading)
-    if missing <= 0 or per_example:
+    trailing = zip(mask.shape, shape[max(missing, 0) :], strict=False)
+    if missing <= 0 or per_example or any(m not in (1, n) for m, n in trailing):
         return mask
     return mask.reshape((1,) * missing + mask.shape)
 

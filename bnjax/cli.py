@@ -32,7 +32,7 @@ try:
 except ModuleNotFoundError:
     raise SystemExit(
         "error: the package tyro is not installed, and the command line needs it: "
-        "pip install -r requirements.txt, or pip install 'bnjax[train]'."
+        "pip install '.[train]' in a clone of bnjax."
     ) from None
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def run_reporting(main: Callable[[], None]) -> int:
             raise
         print(
             f"error: the package {error.name} is not installed, and training needs "
-            "it: pip install -r requirements.txt, or pip install 'bnjax[train]'.",
+            "it: pip install '.[train]' in a clone of bnjax.",
             file=sys.stderr,
         )
         return 1
@@ -172,9 +172,13 @@ def parse_train(
     named = bool(words) and not words[0].startswith("-")
     name, *flags = words if named else (DEFAULT, *words)
     if name not in PRESETS:
+        from bnjax.models import MODELS
+
+        like = did_you_mean(name, PRESETS)
+        if name in MODELS:
+            like = f" It is a model: write `PRESET --model {name}`."
         raise SettingError(
-            f"preset {name!r} is unknown.{did_you_mean(name, PRESETS)} "
-            f"Expected one of: {', '.join(PRESETS)}.",
+            f"preset {name!r} is unknown.{like} Expected one of: {', '.join(PRESETS)}.",
         )
     late = [
         word

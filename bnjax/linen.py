@@ -25,7 +25,7 @@ class ImmutableBatchStatsError(errors.ModifyScopeVariableError):
             self,
             f"{layer}: training updates the collection 'batch_stats', which is not "
             "mutable in this call. Write\n\n"
-            "    y, updates = model.apply(variables, x, mutable=['batch_stats'])\n"
+            "    y, updates = model.apply(variables, x, ..., mutable=['batch_stats'])\n"
             "    batch_stats = updates['batch_stats']\n\n"
             "and pass the new batch_stats to the next step. To evaluate, pass "
             "use_running_average=True.",

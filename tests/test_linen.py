@@ -1,5 +1,7 @@
 """What a user of bnjax.linen.BatchNorm meets: variables, options, messages."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +89,7 @@ def test_forgetting_mutable_says_what_to_write():
     assert str(caught.value) == (
         "BatchNorm layer head/bn: training updates the collection 'batch_stats', which "
         "is not mutable in this call. Write\n\n"
-        "    y, updates = model.apply(variables, x, mutable=['batch_stats'])\n"
+        "    y, updates = model.apply(variables, x, ..., mutable=['batch_stats'])\n"
         "    batch_stats = updates['batch_stats']\n\n"
         "and pass the new batch_stats to the next step. To evaluate, pass "
         "use_running_average=True."
@@ -254,3 +256,11 @@ def test_is_flax_batch_norm_to_whoever_asks():
     ]
     assert "BatchNorm_1" in tables[0]
     assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5,), (2, 3, 1)])
+def test_the_message_has_the_shape_of_the_mask_as_it_was_given(shape):
+    layer, x = BatchNorm(use_running_average=False), jnp.ones((8, 5, 4, 3))
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=re.escape(f"mask has shape {shape}; ")):
+        layer.apply(variables, x, mask=jnp.ones(shape, bool), mutable=["batch_stats"])

@@ -132,7 +132,7 @@ def how_to_prepare(name: str, root: Path | None = None) -> str:
     where = f", data_dir={str(root)!r}" if root else ""
     return (
         "To prepare it, once, with a network:\n"
-        "  pip install 'bnjax[prepare]'  (in a clone: pip install '.[prepare]')\n"
+        "  pip install '.[prepare]'  (in a clone of bnjax)\n"
         '  python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder({base!r}, file_format='array_record'{where})"
         '.download_and_prepare()"'

@@ -67,7 +67,7 @@ def doctor(
     params_before_average: Any = None,
     axis_name: str | None = None,
     replicated: bool = False,
-    ignore: Collection[str] = (),
+    ignore: str | Collection[str] = (),
 ) -> tuple[Finding, ...]:
     """Find the mistakes with batch normalization in a model.
 
@@ -85,7 +85,8 @@ def doctor(
             call.
         evaluate: the call of evaluation, if `model` is the call of a linen training
             step. If None, the doctor does not check the modes of layers in evaluation.
-            The doctor calls an nnx model in the same way after `model.eval()`.
+            The doctor calls an nnx model in the same way after `model.eval()`; give
+            `evaluate` if the call itself passes the mode, such as `train=True`.
         optimizer: an Optax optimizer, to check whether it decays scales or biases.
         penalty: the term of the loss for the parameters, as a function of "params" (for
             nnx, of the State of nnx.Param), to check whether it decays scales or
@@ -97,7 +98,7 @@ def doctor(
             the examples of all devices that share.
         replicated: whether each array of `variables` has a first axis of devices, as
             under pmap. The doctor compares the entries and then examines the first.
-        ignore: names of rules to skip.
+        ignore: names of rules to skip, or one name.
 
     Returns:
         The findings, in the order of `RULES`; empty if the doctor finds no mistake.
@@ -124,6 +125,7 @@ def doctor(
         warning Dense_0/bias BatchNorm_0 subtracts its mean, which cancels this bias.
     """
     names = [rule.name for rule in RULES]
+    ignore = (ignore,) if isinstance(ignore, str) else ignore
     for name in ignore:
         if name not in names:
             raise ValueError(

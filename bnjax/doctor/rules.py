@@ -289,7 +289,8 @@ RULES = (
         "error",
         _batch_in_evaluation,
         "Pass use_running_average=not train to it; in nnx omit the argument and call "
-        "model.eval().",
+        "model.eval(). If the call that you gave to doctor passes the mode, also give "
+        "evaluate=.",
     ),
     Rule(
         "frozen-in-training",

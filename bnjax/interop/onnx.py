@@ -110,8 +110,8 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ExportError(
-            f'{name} is not installed; expected the extra of ONNX: pip install "bnjax'
-            '[onnx]".'
+            f"{name} is not installed; expected the extra of ONNX: pip install "
+            "'.[onnx]' in a clone of bnjax."
         ) from error
 
 

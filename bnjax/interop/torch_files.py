@@ -35,8 +35,7 @@ PICKLES = (".pt", ".pth", ".bin")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "params")
 PREFIXES = ("module.", "_orig_mod.")
 PACKAGES = {
-    "safetensors.numpy": "the package safetensors: pip install safetensors, or "
-    "'bnjax[train]'.",
+    "safetensors.numpy": "the package safetensors: pip install safetensors.",
     "torch": "PyTorch: pip install torch. Or write the weights on a machine with "
     "PyTorch, with safetensors.torch.save_file to a .safetensors file.",
 }

@@ -72,7 +72,7 @@ def test_help_opens_nothing_heavy():
             1,
             (
                 "error: the package optax is not installed, and training needs it: pip "
-                "install -r requirements.txt, or pip install 'bnjax[train]'."
+                "install '.[train]' in a clone of bnjax."
             ),
         ),
     ],

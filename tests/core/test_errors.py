@@ -42,6 +42,11 @@ MISTAKES = {
         {"mask": np.ones(4, bool)},
         r"mask has shape \(4,\).*mask.reshape\(\(4, 1\)\)",
     ),
+    "mask that fits in no way": (
+        ValueError,
+        {"mask": np.ones(5, bool)},
+        r"mask has shape \(5,\).*per example has shape \(4, 1\)\.",
+    ),
     "mask rank, of positions": (
         ValueError,
         {"x": np.ones((4, 6, 3)), "mask": np.ones((4, 6), bool)},

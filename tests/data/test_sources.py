@@ -405,7 +405,7 @@ class TestRefusals:
             "'mnist' is not prepared",
             str(tmp_path / "mnist"),
             "--data-dir or TFDS_DATA_DIR",
-            "bnjax[prepare]",
+            "'.[prepare]'",
             "download_and_prepare",
         ):
             assert part in str(caught.value)

@@ -81,7 +81,7 @@ def test_mnist_not_prepared(fails, tmp_path):
     )
     assert time.monotonic() - started < 10
     assert "is not prepared" in message
-    assert "bnjax[prepare]" in message
+    assert "'.[prepare]'" in message
     assert not workdir.exists()
 
 

@@ -165,6 +165,12 @@ class FolderRecords:
         """Return the file's name."""
         return printable(self.folder / self.files[row])
 
+    def names_digest(self) -> str:
+        """Return a digest of the names of the files and their labels."""
+        named = zip(self.files, self.labels, strict=True)
+        content = b"".join(os.fsencode(f"{file} {label}\n") for file, label in named)
+        return hashlib.sha256(content).hexdigest()[:16]
+
     def cache_key(self) -> str:
         """Return a name that depends on the files and on how they are decoded."""
         lines = []

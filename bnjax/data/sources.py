@@ -343,6 +343,18 @@ class Source:
         """Return the number of examples of each split."""
         return {split: len(records) for split, records in self.splits.items()}
 
+    @property
+    def files(self) -> dict[str, str]:
+        """Return the number of files of each split and a digest of their names.
+
+        Empty if the data set is not a folder of images.
+        """
+        return {
+            split: f"{len(records)} files, {records.names_digest()}"
+            for split, records in self.splits.items()
+            if isinstance(records, FolderRecords)
+        }
+
     def cache_key(self, split: str) -> str:
         """Return a name that depends on the decoded arrays of a split."""
         records = self.splits[split]

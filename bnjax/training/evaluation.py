@@ -46,6 +46,7 @@ from bnjax.training.workdir import (
     CONFIG,
     EVALUATION,
     SUMMARY,
+    changed_files,
     config_of,
     read_json,
     read_record,
@@ -486,6 +487,8 @@ def load_run(
         )
     if examples:
         source = open_data(config.data, data_dir or config.data_dir)
+        if moved := changed_files(record, source.files):
+            print(f"warning: {workdir}: {moved}.", file=sys.stderr)
     else:
         try:
             source = Source.from_description(config.data, record["data"])

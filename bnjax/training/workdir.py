@@ -145,6 +145,7 @@ def describe(preset: str, config: Config, source: Source) -> dict[str, Any]:
         "preset": preset,
         "config": to_json(config),
         "data": source.description,
+        "files": source.files,
         "versions": {
             **{module.__name__: module.__version__ for module in (bnjax, flax, jax)},
             "python": platform.python_version(),
@@ -181,6 +182,11 @@ def check_same(
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. "
             "Give the flags of its start, or another --workdir.",
         )
+    if moved := changed_files(record, described["files"]):
+        raise SettingError(
+            f"{workdir} cannot be continued: {moved}. Restore the folder, or train in "
+            "another --workdir."
+        )
     for name in ("versions", "device"):
         before, now = record.get(name), described[name]
         if before != now:
@@ -189,6 +195,18 @@ def check_same(
                 f"{now}; the last digits of its results may differ.",
                 file=sys.stderr,
             )
+
+
+def changed_files(record: dict[str, Any], files: dict[str, str]) -> str:
+    """Return what changed in the image folder of a run since it started, or ""."""
+    before = record.get("files", files)
+    if before == files:
+        return ""
+    return (
+        "files were added, removed or renamed in its folder of images since it started "
+        f"(config.json has {before!r}; now {files!r}), so that images may have moved "
+        "from the training set to the test set"
+    )
 
 
 def read_record(workdir: Path) -> dict[str, Any]:

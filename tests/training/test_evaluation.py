@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -465,3 +466,29 @@ def test_a_network_without_a_finite_loss(train_cli, fails, monkeypatch):
     message = fails(run)
     assert f"the network of {run} has a test loss of nan" in message
     assert not (run / "eval.json").exists()
+
+
+def test_files_added_to_the_folder_of_a_run(train_cli, tmp_path, capsys):
+    """They move the split: eval warns, and the run is not resumed."""
+    images = image_folder.write(tmp_path / "images", count=20) / "train"
+    flags = "--data.name", images, "--data.image-size", 16
+    flags += "--data.validation-share", 0.2, "--batch-size", 30
+    run = train_cli("flat", *flags)
+    config = (run / "config.json").read_bytes()
+    capsys.readouterr()
+    assert eval_program.main([str(run)]) == 0
+    assert "added, removed or renamed" not in capsys.readouterr().err
+
+    first = images / "ant" / "00.jpg"
+    first.with_name("0.jpg").write_bytes(first.read_bytes())
+    assert eval_program.main([str(run)]) == 0
+    warning = capsys.readouterr().err
+    assert f"warning: {run}: files were added, removed or renamed" in warning
+    before, _, now = warning.partition("; now ")
+    assert "'train': '48 files, " in before
+    assert "'test': '12 files, " in before
+    assert sum(map(int, re.findall(r"'(\d+) files, ", now))) == 61
+    argv = [*map(str, flags), "--workdir", str(run), "--resume", "--steps", "90"]
+    assert train_program.main([*FLAGS, *argv]) == 2
+    assert "cannot be continued: files were added" in capsys.readouterr().err
+    assert (run / "config.json").read_bytes() == config

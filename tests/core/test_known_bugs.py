@@ -293,7 +293,7 @@ def test_forgetting_mutable():
     """The message says what to write, and that works (flax#1489)."""
     layer = bnjax.linen.BatchNorm(use_running_average=False)
     variables = layer.init(KEY, X)
-    message = r"updates = model\.apply\(variables, x, \.\.\., mutable=\['batch_stats'\]\)"
+    message = r"model\.apply\(variables, x, \.\.\., mutable=\['batch_stats'\]\)"
     with pytest.raises(bnjax.linen.ImmutableBatchStatsError, match=message):
         layer.apply(variables, X)
     _, updates = layer.apply(variables, X, mutable=["batch_stats"])

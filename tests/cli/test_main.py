@@ -134,3 +134,10 @@ def test_without_tyro_it_says_what_to_install(tmp_path):
     assert done.returncode == 1
     assert "the package tyro is not installed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_name_of_a_model_is_no_preset(capsys):
+    assert main(["train", "resnet18"]) == 2
+    message = capsys.readouterr().err
+    assert "preset 'resnet18' is unknown. It is a model: write" in message
+    assert "`PRESET --model resnet18`" in message
